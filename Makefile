@@ -1,0 +1,51 @@
+# Every target makes the environment it needs in .venv and uses it; nothing has to be activated.
+#
+#   PYTHON       the interpreter .venv is made with
+#   TORCH_INDEX  an index that offers torch for the CPU, e.g. https://download.pytorch.org/whl/cpu;
+#                empty: the index pip is set up with (on PyPI that is the large CUDA build)
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := compile,cpu,tensorrt-rtx,dev
+# torch's own thread pool and pytest's workers would otherwise compete for the same cores.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not device"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench parity clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
+
+setup: $(STAMP)  ## make .venv with everything the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)  ## compile the demo model, ask it the sample questions, draw what was pruned
+	$(BIN)/python -m secateur.tools.demo
+
+test: $(STAMP)  ## run every test that needs no GPU
+	$(PYTEST) -n $(WORKERS) tests
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## measure accuracy against keep ratio for every recipe; writes docs/
+	$(BIN)/python -m secateur.tools.bench
+
+parity: $(STAMP)  ## compare every recipe with its eager oracle on all held-out questions; writes docs/
+	$(BIN)/python -m secateur.tools.parity
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist out src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

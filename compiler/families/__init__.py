@@ -1,0 +1,26 @@
+"""Facts per model family: where the parts are and how images become tokens. One small file each."""
+
+from __future__ import annotations
+
+from secateur.compiler.families.family import Family
+from secateur.runtime.errors import UserError
+
+
+def list_model_types() -> list[str]:
+    """The ``model_type`` values of ``config.json`` that can be compiled."""
+    return sorted(t for family in _families() for t in family.model_types)
+
+
+def find_family(model_type: str | None, where: str) -> Family:
+    """The family of a ``model_type``; ``where`` (a path) goes into the error."""
+    for family in _families():
+        if model_type in family.model_types:
+            return family
+    what = f"unknown model type {model_type!r}" if model_type else "no model_type"
+    raise UserError(what, where=where, available=list_model_types(), fix="choose a model of a supported family")
+
+
+def _families() -> list[Family]:
+    from secateur.compiler.families.llava import LLAVA
+
+    return [LLAVA]

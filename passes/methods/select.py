@@ -1,0 +1,119 @@
+"""Selectors: exactly k of N tokens, in their original order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+
+from secateur.passes.methods.rows import unit_rows
+from secateur.runtime.errors import UserError
+
+
+class Selection(NamedTuple):
+    """``keep [G,k]`` int64 strictly increasing; ``targets [G,k]`` bool marks the survivors others may merge into.
+
+    ``targets`` is None when the selector does not tell survivors apart: then every survivor is a target.
+    """
+
+    keep: Tensor
+    targets: Tensor | None = None
+
+
+def top_k(score: Tensor, k: int) -> Selection:
+    """The k highest of ``score [G,N]``.
+
+    Among equal scores ONNX prefers the lower index; torch leaves the choice open, so comparisons must be tie-aware.
+    """
+    return Selection(score.topk(k, dim=-1).indices.sort(dim=-1).values)
+
+
+def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_token"] = "second_smallest") -> Selection:
+    """Greedy k-center on ``tokens [G,N,D]`` with cosine distance: next is the token farthest from all chosen ones.
+
+    ``first="second_smallest"`` starts, as DivPrune does, from the token whose second-smallest distance (the smallest
+    being to itself) is largest; ``"first_token"`` starts from token 0, the usual arbitrary start.
+
+    Chosen tokens are put at distance minus infinity, so none is chosen twice. DivPrune's code relies on a token's
+    distance to itself being the smallest, which rounding or duplicate tokens can break.
+
+    The [G,N,N] distances are computed once: the start needs them all anyway, and a step then reads a row of N
+    numbers instead of multiplying N rows of width D. The k-1 dependent steps are one scan. ``scan_op`` is the
+    operator below ``torch``'s ``scan``: the same node, but eager calls need no compiler and its inputs keep our order.
+    """
+    groups, count, _ = tokens.shape
+    if k == count:
+        return Selection(_positions(tokens, count).unsqueeze(0).expand(groups, count))
+    units = unit_rows(tokens)
+    distance = 1.0 - units @ units.transpose(1, 2)
+    position = _positions(tokens, count)
+    rows = distance.reshape(groups * count, count)
+    offset = _positions(tokens, groups) * count
+
+    if first == "first_token":
+        start = torch.zeros_like(offset)
+    else:
+        others = torch.where(position.unsqueeze(1) == position, math.inf, distance)
+        start = others.amin(dim=1).argmax(dim=1)
+    state = _mark_chosen(rows.index_select(0, start + offset), position, start)
+    if k == 1:
+        return Selection(start.unsqueeze(1))
+
+    def pick_farthest(
+        state: Tensor, _step: Tensor, rows: Tensor, offset: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        pick = state.argmax(dim=1)
+        nearer = torch.minimum(state, rows.index_select(0, pick + offset))
+        return _mark_chosen(nearer, position, pick), pick
+
+    steps = torch.zeros(k - 1, 1, device=tokens.device)
+    _, picks = scan_op(pick_farthest, [state], [steps], additional_inputs=(rows, offset, position))
+    return Selection(torch.cat([start.unsqueeze(0), picks]).transpose(0, 1).sort(dim=-1).values)
+
+
+def top_k_and_uniform(score: Tensor, k: int, contextual: float = 0.156) -> Selection:
+    """The highest of ``score [G,N]``, and merge targets spread evenly over what remains.
+
+    Of the k survivors, c = round(contextual * k) are targets (at least one when k > 1, at most k - 1; none when
+    k = 1). They are every floor(M / c)-th, first c, of the M tokens in their order that are not among the top k - c.
+    The default is VisionZip's 30 contextual tokens of 192.
+    """
+    if not 0.0 < contextual < 1.0:
+        raise UserError(
+            f"contextual share {contextual:g} is out of (0, 1)",
+            where="select top_k_and_uniform",
+            fix="0.156 makes 30 of 192 survivors merge targets",
+        )
+    groups, count = score.shape
+    share = min(max(math.floor(contextual * k + 0.5), 1), k - 1)
+    dominant = score.topk(k - share, dim=-1).indices
+    if share == 0:
+        keep = dominant.sort(dim=-1).values
+        return Selection(keep, torch.zeros_like(keep, dtype=torch.bool))
+    remaining = count - (k - share)
+    position = _positions(score, count).unsqueeze(0).expand(groups, count)
+    # Dominant tokens sort behind every real position, which leaves the others in order at the front.
+    others = position.scatter(1, dominant, count).sort(dim=-1).values
+    step = remaining // share
+    targets = others[:, : step * share : step]
+    keep, order = torch.cat([dominant, targets], dim=1).sort(dim=-1)
+    return Selection(keep, order >= k - share)
+
+
+def _positions(like: Tensor, count: int) -> Tensor:
+    return torch.arange(count, device=like.device)
+
+
+def _mark_chosen(distance: Tensor, position: Tensor, pick: Tensor) -> Tensor:
+    return torch.where(position == pick.unsqueeze(1), -math.inf, distance)
+
+
+SELECTORS: dict[str, Callable[..., Selection]] = {
+    "max_min": max_min,
+    "top_k": top_k,
+    "top_k_and_uniform": top_k_and_uniform,
+}

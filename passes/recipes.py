@@ -32,7 +32,8 @@ _ROWS = (
     ),
     Recipe(
         name="fastv",
-        title="An Image is Worth 1/2 Tokens After Layer 2",
+        title="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
+        "Vision-Language Models",
         link="https://arxiv.org/abs/2403.06764",
         stages=(
             Stage(
@@ -68,8 +69,8 @@ _ROWS = (
     ),
     Recipe(
         name="fastervlm",
-        title="[CLS] Attention is All You Need for Training-Free Visual Token Pruning",
-        link="https://arxiv.org/abs/2412.01818",
+        title="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster",
+        link="https://arxiv.org/abs/2412.01818v1",
         stages=(
             Stage(
                 Site("vision.out"),
@@ -80,7 +81,8 @@ _ROWS = (
         ),
         positions="compact",
         notes="The authors mask after the projector; it works row by row, so pruning before it keeps the same rows at "
-        "less cost. Needs a tower with a CLS token. The default is the mildest of the published budgets, 144 of 576.",
+        "less cost. Needs a tower with a CLS token. The default is the mildest of the published budgets, 144 of 576. "
+        "The link is to version 1: from version 2 on the paper describes another method.",
     ),
     Recipe(
         name="divprune",
@@ -118,5 +120,10 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 def get_recipe(name: str) -> Recipe:
     """The row called ``name``."""
     if name not in RECIPES:
-        raise UserError(f"no recipe {name!r}", where="--recipe", available=sorted(RECIPES))
+        raise UserError(
+            f"no recipe {name!r}",
+            where="--recipe",
+            available=sorted(RECIPES),
+            fix="or give the path of a .yaml file",
+        )
     return RECIPES[name]

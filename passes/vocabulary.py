@@ -74,7 +74,7 @@ def bind_term(role: str, term: Term, where: str) -> BoundTerm:
     signals = tuple(name for name in parameters if name in SIGNALS)
     reserved = tuple(name for name in parameters if name in RESERVED)
     choices = [name for name in parameters if name not in signals and name not in reserved]
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     for name, value in term.options.items():
         if name not in choices:
             raise UserError(f"{term.name} has no option {name!r}", where=f"{where}.options", available=choices)
@@ -113,4 +113,5 @@ def _check_option(value: Any, hint: Any, where: str) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{error.errors()[0]['msg']}, got {value!r}", where=where) from None
+        wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise UserError(f"must be {wanted}, not {value!r}", where=where) from None

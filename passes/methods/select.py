@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 
 from secateur.passes.methods.rows import unit_rows
-from secateur.runtime.errors import UserError
 
 
 class Selection(NamedTuple):
@@ -75,19 +75,13 @@ def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_tok
     return Selection(torch.cat([start.unsqueeze(0), picks]).transpose(0, 1).sort(dim=-1).values)
 
 
-def top_k_and_uniform(score: Tensor, k: int, contextual: float = 0.156) -> Selection:
+def top_k_and_uniform(score: Tensor, k: int, contextual: Annotated[float, Field(gt=0, lt=1)] = 0.156) -> Selection:
     """The highest of ``score [G,N]``, and merge targets spread evenly over what remains.
 
     Of the k survivors, c = round(contextual * k) are targets (at least one when k > 1, at most k - 1; none when
     k = 1). They are every floor(M / c)-th, first c, of the M tokens in their order that are not among the top k - c.
     The default is VisionZip's 30 contextual tokens of 192.
     """
-    if not 0.0 < contextual < 1.0:
-        raise UserError(
-            f"contextual share {contextual:g} is out of (0, 1)",
-            where="select top_k_and_uniform",
-            fix="0.156 makes 30 of 192 survivors merge targets",
-        )
     groups, count = score.shape
     share = min(max(math.floor(contextual * k + 0.5), 1), k - 1)
     dominant = score.topk(k - share, dim=-1).indices

@@ -1,0 +1,188 @@
+"""Recipes as YAML files: read with errors that name the field and the choices, and written back.
+
+    name: mine
+    stages:
+      - site: decoder.layer[2/32]
+        score: {name: last_query_attention_mean, options: {heads: max}}
+        select: top_k
+        share: 0.5
+        signals: {last_query_attention: {projections: previous}}
+
+A term without options may be its bare name. The table of papers and a file give the same :class:`Recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.compiler.recipe import Evidence, Positions, Recipe, Scope, Site, Stage, Term
+from secateur.passes.recipes import get_recipe
+from secateur.runtime.errors import UserError
+
+_CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _TermFields(BaseModel):
+    model_config = _CONFIG
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def term(self) -> Term:
+        return Term(self.name, self.options)
+
+
+class _StageFields(BaseModel):
+    model_config = _CONFIG
+    site: str
+    select: _TermFields
+    score: _TermFields | None = None
+    merge: _TermFields | None = None
+    share: float = Field(gt=0, le=1)
+    scope: Scope = "image"
+    signals: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class _RecipeFields(BaseModel):
+    model_config = _CONFIG
+    name: str = Field(min_length=1)
+    title: str = ""
+    link: str = ""
+    positions: Positions = "original"
+    evidence: Evidence = "reconstructed"
+    notes: str = ""
+    identity_at_one: bool = True
+    stages: list[_StageFields]
+
+
+_FIELDS: dict[str, type[BaseModel]] = {
+    "": _RecipeFields, "stages": _StageFields, "score": _TermFields, "select": _TermFields, "merge": _TermFields,
+}  # fmt: skip
+_CHOICES = {"scope": get_args(Scope), "positions": get_args(Positions), "evidence": get_args(Evidence)}
+_SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A row of the table by its name, or the recipe in a file whose name ends in ``.yaml`` or ``.yml``."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        return get_recipe(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read it: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("not a text file in UTF-8", where=str(path)) from None
+    return recipe_from_yaml(text, where=str(path))
+
+
+def recipe_from_yaml(text: str, where: str = "recipe") -> Recipe:
+    """The recipe written in ``text``; every name in it is looked up. ``where`` opens the error messages."""
+    try:
+        fields = _RecipeFields.model_validate(_parse_yaml(text, where))
+    except ValidationError as error:
+        raise _describe(error, where) from None
+    stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
+    plain = fields.model_dump(exclude={"stages"})
+    return Recipe(stages=tuple(stages), **plain)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Text that :func:`recipe_from_yaml` reads back as an equal recipe."""
+    import yaml
+
+    return str(yaml.safe_dump(recipe_to_data(recipe), sort_keys=False, allow_unicode=True, width=100))
+
+
+def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain lists and dictionaries, in the layout of a recipe file."""
+    return {
+        "name": recipe.name,
+        "title": recipe.title,
+        "link": recipe.link,
+        "positions": recipe.positions,
+        "evidence": recipe.evidence,
+        "notes": recipe.notes,
+        "identity_at_one": recipe.identity_at_one,
+        "stages": [_write_stage(stage) for stage in recipe.stages],
+    }
+
+
+def _write_stage(stage: Stage) -> dict[str, Any]:
+    terms = {"score": stage.score, "select": stage.select, "merge": stage.merge}
+    return {
+        "site": f"{stage.site.kind}[{stage.site.layer}/{stage.site.depth}]" if stage.site.depth else str(stage.site),
+        **{role: {"name": term.name, "options": dict(term.options)} for role, term in terms.items() if term},
+        "share": stage.share,
+        "scope": stage.scope,
+        "signals": {name: dict(options) for name, options in stage.signals.items()},
+    }
+
+
+def _read_stage(fields: _StageFields, where: str) -> Stage:
+    from secateur.passes.vocabulary import bind_stage  # imports torch, which listing the table does not need
+
+    stage = Stage(
+        site=Site.parse(fields.site, where=f"{where}.site"),
+        select=fields.select.term(),
+        score=fields.score.term() if fields.score else None,
+        merge=fields.merge.term() if fields.merge else None,
+        share=fields.share,
+        scope=fields.scope,
+        signals=fields.signals,
+    )
+    bind_stage(stage, where=where)
+    return stage
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is given twice, of which YAML would silently take the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            keys = [key.value for key, _ in node.value]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+                line = node.start_mark.line + 1
+                raise UserError(f"key {twice[0]!r} is given twice in the mapping at line {line}", where=where)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"not YAML: {getattr(error, 'problem', None) or error}{line}", where=where) from None
+
+
+def _describe(error: ValidationError, where: str) -> UserError:
+    """The first misfit as one line: the path of the field, what is wrong, and the choices."""
+    first = error.errors()[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    owner = _RecipeFields if len(first["loc"]) <= 1 else _FIELDS[_owner_name(first["loc"])]
+    place = f"{where}: {path}" if path else where
+    if first["type"] == "extra_forbidden":
+        return UserError("no such field", where=place, available=owner.model_fields)
+    if first["type"] == "missing":
+        return UserError("this field is missing", where=place)
+    field = str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] == "literal_error":
+        return UserError(f"no choice {first['input']!r}", where=place, available=_CHOICES[field])
+    wanted = first["msg"].removeprefix("Input should be ").replace("dictionary", "mapping")
+    if first["type"] == "model_type":
+        wanted = f"a mapping with the fields {', '.join((_FIELDS.get(field) or owner).model_fields)}"
+    given = first["input"]
+    return UserError(f"must be {wanted}, not {_SHOWN.get(type(given)) or repr(given)}", where=place)
+
+
+def _owner_name(location: tuple[int | str, ...]) -> str:
+    return next((str(part) for part in reversed(location[:-1]) if part in _FIELDS), "")

@@ -1,0 +1,1 @@
+"""The demo model: scenes of handwritten digits, its training, evaluation and shipping."""

@@ -1,1 +1,81 @@
-"""One file per inference library; each is imported only when a bundle asks for it."""
+"""Where programs run. A backend is one file here; the session knows only what this one declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.runtime.errors import UserError
+from secateur.runtime.schema import Manifest, Target
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+BACKEND_OF_TARGET: Mapping[Target, str] = {
+    "onnxruntime": "onnxruntime",
+    "plain": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+
+
+class Buffer(Protocol):
+    """Memory of a fixed shape and type that programs read and write in place."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def write(self, values: NDArray[Any]) -> None:
+        """Copy ``values`` in, converted to the buffer's type; the shape must be the buffer's."""
+
+    def read(self) -> NDArray[Any]:
+        """A copy of what the buffer holds."""
+
+
+class Bound(Protocol):
+    """A program tied to its buffers."""
+
+    def run(self) -> None:
+        """Compute, without holding the GIL, from the bound inputs into the bound outputs."""
+
+
+class Backend(Protocol):
+    """Loaded programs. Weights exist once; any number of threads may run bound programs at a time."""
+
+    name: str
+
+    def buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """Zeroed memory. ``dtype`` is a port's: fp32, fp16, bf16, int64, int32 or bool."""
+
+    def bind(self, program: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Bound:
+        """Tie every port of ``program`` to a buffer. An input and an output may share one."""
+
+    def close(self) -> None: ...
+
+
+def open_backend(name: str | None, directory: Path, manifest: Manifest, *, threads: int | None = None) -> Backend:
+    """Load a bundle's programs. ``name`` None takes the backend that the bundle was compiled for."""
+    name = name or BACKEND_OF_TARGET[manifest.target]
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}", fix="give a number of at least 1")
+    if name not in BACKENDS:
+        raise UserError(f"no backend {name!r}", where="backend", available=BACKENDS)
+    if name == "onnxruntime":
+        from secateur.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(directory, manifest, threads=threads)
+    from secateur.runtime.backends.tensorrt import explain_absence
+
+    raise explain_absence(name, manifest)
+
+
+NUMPY_DTYPES: Mapping[str, type[np.generic]] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
+}
+"""NumPy has no bf16."""

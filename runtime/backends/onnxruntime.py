@@ -1,0 +1,162 @@
+"""ONNX Runtime: three sessions, everything bound in place through IOBinding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.runtime.backends import NUMPY_DTYPES, Buffer
+from secateur.runtime.errors import BundleError, SecateurError, UserError
+from secateur.runtime.schema import Manifest, Port, Program
+
+_log = logging.getLogger(__name__)
+
+_CPU = "CPUExecutionProvider"
+_ONNX_TYPES = {
+    "tensor(float)": "fp32",
+    "tensor(float16)": "fp16",
+    "tensor(bfloat16)": "bf16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+class HostBuffer:
+    """A NumPy array that ONNX Runtime uses as it lies: writing to the array is writing to the tensor."""
+
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        import onnxruntime as ort
+
+        if dtype not in NUMPY_DTYPES:
+            raise UserError(
+                f"{dtype} cannot run on ONNX Runtime's CPU provider", fix="compile with --dtype fp32 for it"
+            )
+        self.array = np.zeros(tuple(shape), dtype=NUMPY_DTYPES[dtype])
+        self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
+        if self.value.data_ptr() != self.array.ctypes.data:
+            raise SecateurError("ONNX Runtime copied a buffer it should share", fix="report this with its version")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def write(self, values: NDArray[Any]) -> None:
+        if values.shape != self.array.shape:
+            raise UserError(f"an array of shape {list(values.shape)} for an input of {list(self.array.shape)}")
+        self.array[...] = values
+
+    def read(self) -> NDArray[Any]:
+        return self.array.copy()
+
+
+class OnnxRuntimeBackend:
+    """Opens ``vision``, ``prefill`` and ``decode`` on the CPU.
+
+    ``threads`` is the number of threads of one operator; None leaves it to ONNX Runtime (all cores).
+    ``prepack`` lets it copy weights into its kernels' preferred layout. Prefill and decode would each make
+    that copy, so it is off: both use the one mapping of the weight file, and weights exist once in memory.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, *, threads: int | None = None, prepack: bool = False
+    ) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise UserError(
+                "onnxruntime is not installed", where="backend onnxruntime", fix="pip install 'secateur[cpu]'"
+            ) from None
+        provider = manifest.provider or _CPU
+        if provider not in ort.get_available_providers():
+            raise UserError(
+                f"the bundle was compiled for {provider}, which this onnxruntime does not have",
+                where="backend onnxruntime",
+                available=ort.get_available_providers(),
+                fix="pip install 'secateur[cuda]'" if "CUDA" in provider else "compile it again on this machine",
+            )
+        if provider != _CPU:
+            raise UserError(f"this version runs ONNX Runtime on {_CPU} only, the bundle names {provider}")
+        self._sessions: dict[str, Any] = {}
+        for name, program in manifest.programs.items():
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads or 0
+            options.inter_op_num_threads = 1
+            options.log_severity_level = 3
+            options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+            if name != "decode":
+                # Vision and prefill run once per request; their idle threads must not spin beside the next program.
+                options.add_session_config_entry("session.force_spinning_stop", "1")
+            self._sessions[name] = _load(ort, directory, name, program, options)
+        _log.debug("opened %s on onnxruntime %s, %s threads", directory, ort.__version__, threads or "all")
+
+    def buffer(self, shape: Sequence[int], dtype: str) -> HostBuffer:
+        return HostBuffer(shape, dtype)
+
+    def bind(self, program: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundSession:
+        return BoundSession(program, self._sessions[program], inputs, outputs)
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+class BoundSession:
+    """One program with its inputs and outputs in place; keeps the buffers alive."""
+
+    def __init__(self, name: str, session: Any, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._name, self._session = name, session
+        self._buffers = (dict(inputs), dict(outputs))
+        self._binding = session.io_binding()
+        for port, buffer in inputs.items():
+            self._binding.bind_ortvalue_input(port, cast(HostBuffer, buffer).value)
+        for port, buffer in outputs.items():
+            self._binding.bind_ortvalue_output(port, cast(HostBuffer, buffer).value)
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise SecateurError(_first_line(error), where=f"program {self._name}") from error
+
+
+def _load(ort: Any, directory: Path, name: str, program: Program, options: Any) -> Any:
+    """A session whose ports are the manifest's."""
+    where = f"{directory}: {program.graph}"
+    try:
+        session = ort.InferenceSession(str(directory / program.graph), options, providers=[_CPU])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise BundleError(
+            f"ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}",
+            where=where,
+            fix="compile it again with the onnxruntime that will run it",
+        ) from error
+    for kind, declared, actual in (
+        ("input", program.inputs, session.get_inputs()),
+        ("output", program.outputs, session.get_outputs()),
+    ):
+        expected = {port.name: _describe(port) for port in declared}
+        found = {port.name: f"{_ONNX_TYPES.get(port.type, port.type)}{list(port.shape)}" for port in actual}
+        if expected != found:
+            port = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise BundleError(
+                f"{kind} {port} is {found.get(port, 'missing')} in the graph, "
+                f"{expected.get(port, 'missing')} in the manifest",
+                where=where,
+                fix=f"the {name} graph and the manifest are not from one compilation; compile again",
+            )
+    return session
+
+
+def _describe(port: Port) -> str:
+    return f"{port.dtype}{list(port.shape)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,173 @@
+"""Images to pixel values with Pillow and NumPy: what the CLIP-like image processors of transformers compute.
+
+The arithmetic (order of operations, rounding, precision) is that of transformers' Pillow processors, so
+that a bundle sees the very pixels its checkpoint was trained on; a test holds the two to 1e-6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from secateur.runtime.errors import BundleError, UserError
+
+ImageLike: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8]"
+
+_CLIP = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_SIGLIP = {
+    "size": {"height": 224, "width": 224},
+    "crop_size": None,
+    "do_center_crop": False,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"CLIPImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
+"""What a configuration leaves unsaid, by processor type; also the list of supported types."""
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """Resize, centre crop, rescale, normalise: one image to float32 [3, H, W]."""
+
+    size: tuple[int, int] | int | None
+    """(height, width), or the length of the shorter edge; None leaves the image as it is."""
+    resample: Image.Resampling
+    crop: tuple[int, int] | None
+    rescale: float | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ImagePipeline:
+        """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``."""
+        config = config.get("image_processor") or config
+        name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
+        kind = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+        if kind not in DEFAULTS:
+            raise UserError(f"no image processor {name!r}", where="preprocessor_config.json", available=DEFAULTS)
+        values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
+        normalize = values.get("do_normalize", True)
+        return cls(
+            size=_read_size(values["size"], "size") if values.get("do_resize", True) else None,
+            resample=Image.Resampling(int(values.get("resample", Image.Resampling.BICUBIC))),
+            crop=_read_crop(values["crop_size"]) if values["do_center_crop"] else None,
+            rescale=float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else None,
+            mean=_three(values["image_mean"]) if normalize else None,
+            std=_three(values["image_std"]) if normalize else None,
+        )
+
+    def __call__(self, image: ImageLike) -> NDArray[np.float32]:
+        rgb = read_rgb(image)
+        if self.size is not None:
+            height, width = self.size if isinstance(self.size, tuple) else _keep_aspect(rgb, self.size)
+            rgb = rgb.resize((width, height), resample=self.resample)
+        pixels = np.moveaxis(np.asarray(rgb), -1, 0)
+        if self.crop is not None:
+            pixels = center_crop(pixels, self.crop)
+        # The product is taken in float64 and rounded once; mean and deviation are applied in float32.
+        values = pixels.astype(np.float32)
+        if self.rescale is not None:
+            values = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
+        if self.mean is not None and self.std is not None:
+            mean, std = (np.array(x, dtype=np.float32)[:, None, None] for x in (self.mean, self.std))
+            values = (values - mean) / std
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def read_rgb(image: ImageLike) -> Image.Image:
+    """An image in RGB from a file, a Pillow image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    A file is turned upright by its EXIF tag and loses its alpha channel, a Pillow image or array is laid on
+    white: transformers treats the two so.
+    """
+    if isinstance(image, Image.Image):
+        return _on_white(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+            raise UserError(
+                f"an array of shape {list(image.shape)} and type {image.dtype} is not an image",
+                fix="give uint8 [height, width, 3]",
+            )
+        return _on_white(Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
+    path = Path(image)
+    if not path.is_file():
+        raise UserError("no such image file", where=str(path))
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError("not an image Pillow can read", where=str(path), fix="give a PNG or JPEG file") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(str(error), where=str(path), fix="make the image smaller") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"the image is corrupt ({error})", where=str(path), fix="give a whole image file") from None
+
+
+def center_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The middle [C, height, width] of [C, H, W]; where the image is smaller, zeros stand around it."""
+    for axis, want in zip((1, 2), size, strict=True):
+        have = pixels.shape[axis]
+        if have < want:
+            before = math.ceil((want - have) / 2)
+            widths = [(0, 0)] * 3
+            widths[axis] = (before, want - have - before)
+            pixels = np.pad(pixels, widths)
+        else:
+            start = (have - want) // 2
+            pixels = pixels.take(np.arange(start, start + want), axis=axis)
+    return pixels
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    above = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, (255, 255, 255, 255)), above).convert("RGB")
+
+
+def _keep_aspect(image: Image.Image, shortest: int) -> tuple[int, int]:
+    width, height = image.size
+    longest = int(shortest * max(width, height) / min(width, height))
+    return (longest, shortest) if width <= height else (shortest, longest)
+
+
+def _read_size(size: Any, field: str) -> tuple[int, int] | int:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, Mapping):
+        keys = {key for key, value in size.items() if value is not None}
+        if keys == {"shortest_edge"}:
+            return int(size["shortest_edge"])
+        if keys == {"height", "width"}:
+            return int(size["height"]), int(size["width"])
+    raise BundleError(
+        f"{field} {size!r} is not supported",
+        where="preprocessor_config.json",
+        available=["a number", "{shortest_edge}", "{height, width}"],
+    )
+
+
+def _read_crop(size: Any) -> tuple[int, int]:
+    read = _read_size(size, "crop_size")
+    return read if isinstance(read, tuple) else (read, read)
+
+
+def _three(values: Any) -> tuple[float, ...]:
+    numbers = [float(v) for v in values] if isinstance(values, (list, tuple)) else [float(values)] * 3
+    if len(numbers) != 3:
+        raise BundleError(f"{len(numbers)} numbers for 3 colour channels", where="preprocessor_config.json")
+    return tuple(numbers)

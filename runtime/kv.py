@@ -1,0 +1,60 @@
+"""KV caches: one pair per layer, as long as the layer's segment, and where the next token goes in them.
+
+Layers behind a pruning site hold fewer rows, so every segment has its own capacity and its own slot.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.runtime.errors import SecateurError
+from secateur.runtime.schema import DTYPE_BYTES, Manifest
+
+Ints = NDArray[np.int64]
+
+
+def cache_shapes(manifest: Manifest) -> dict[str, tuple[int, int, int, int]]:
+    """Past port name -> [batch, kv heads, capacity of the layer's segment, head size]."""
+    model, batch = manifest.model, manifest.geometry.batch
+    return {
+        f"past_{kind}.{layer}": (batch, model.kv_heads, segment.capacity, model.head_dim)
+        for segment in manifest.segments
+        for layer in range(segment.first_layer, segment.last_layer)
+        for kind in ("key", "value")
+    }
+
+
+def present_port(past: str) -> str:
+    """The output that is bound to the same buffer as the input ``past``."""
+    return past.replace("past_", "present_", 1)
+
+
+def cache_bytes(manifest: Manifest) -> int:
+    """Bytes of all caches of one request."""
+    size = DTYPE_BYTES[manifest.dtype]
+    return sum(size * a * b * c * d for a, b, c, d in cache_shapes(manifest).values())
+
+
+def decode_slots(manifest: Manifest, lengths: Ints, step: int) -> dict[str, Ints]:
+    """Cache row that decode step ``step`` (0 = first) writes, per segment: ``slot.<name>`` -> int64 [B].
+
+    ``lengths`` [B] counts each row's real tokens before pruning. A backend may ignore a write out of
+    range without a word, so it is refused here.
+    """
+    slots = {}
+    for segment in manifest.segments:
+        slot = lengths - segment.removed + step
+        if int(slot.min()) < 0 or int(slot.max()) >= segment.capacity:
+            raise SecateurError(
+                f"step {step} would write cache row {int(slot.max())}, the capacity is {segment.capacity}",
+                where=f"decode, segment {segment.name}",
+                fix=f"generate at most {manifest.geometry.new_tokens} new tokens, or compile with more --new-tokens",
+            )
+        slots[f"slot.{segment.name}"] = slot
+    return slots
+
+
+def decode_positions(manifest: Manifest, lengths: Ints, step: int) -> Ints:
+    """Position id of the token that decode step ``step`` reads: int64 [B], in the recipe's numbering."""
+    return lengths + manifest.position_offset + step

@@ -1,0 +1,212 @@
+"""Read, write and check a bundle's manifest and files before anything reaches a backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from secateur.runtime.errors import BundleError
+from secateur.runtime.schema import (
+    DTYPE_BYTES,
+    SCHEMA_VERSION,
+    FileEntry,
+    GeometrySizes,
+    Manifest,
+    Model,
+    Port,
+    Program,
+    Recipe,
+    Segment,
+    Stage,
+)
+
+__all__ = [
+    "DTYPE_BYTES", "MANIFEST", "SCHEMA_VERSION", "FileEntry", "GeometrySizes", "Manifest", "Model", "Port",
+    "Program", "Recipe", "Segment", "Stage", "canonical_json", "check_files", "file_entry", "hash_file",
+    "read_manifest", "write_manifest",
+]  # fmt: skip
+
+MANIFEST = "manifest.json"
+Level = Literal["graphs", "full"]
+
+_log = logging.getLogger(__name__)
+_RECOMPILE = "compile the bundle again, or copy it again from where it was whole"
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, one space of indent, a newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    """The manifest's entry for a file as it is now."""
+    return FileEntry(sha256=hash_file(path), bytes=path.stat().st_size)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Sign the manifest and put it in place atomically: after this the directory is a bundle.
+
+    Returns the manifest with ``manifest_sha256`` set. The temporary file is removed on any failure.
+    """
+    unsigned = manifest.unsigned()
+    signed = {**unsigned, "manifest_sha256": _digest(unsigned)}
+    handle, name = tempfile.mkstemp(prefix=".manifest-", dir=directory)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(canonical_json(signed))
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(name, Path(directory) / MANIFEST)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_directory(Path(directory))
+    return Manifest.model_validate(signed)
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """The manifest of a bundle, or a :class:`BundleError` that says why it is not one.
+
+    The schema version is looked at first, so that an older program can say "too new" instead of
+    stumbling over a field it does not know; then the manifest's own digest, then every field.
+    """
+    directory = Path(directory)
+    raw = _load(directory)
+    version = raw.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError("schema_version is missing or not a number", where=_at(directory), fix=_RECOMPILE)
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"the manifest has schema {version}, this secateur reads up to {SCHEMA_VERSION}",
+            where=_at(directory),
+            fix="upgrade with: pip install -U secateur",
+        )
+    unsigned = {key: value for key, value in raw.items() if key != "manifest_sha256"}
+    if raw.get("manifest_sha256") != _digest(unsigned):
+        raise BundleError("the manifest was altered: its digest does not match", where=_at(directory), fix=_RECOMPILE)
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        reason = "unknown field" if first["type"] == "extra_forbidden" else str(first["msg"])
+        raise BundleError(
+            f"{field}: {reason}" if field else reason,
+            where=_at(directory),
+            fix="the bundle was made by a different secateur; compile it again",
+        ) from None
+
+
+def check_files(directory: Path | str, manifest: Manifest, level: Level = "graphs") -> None:
+    """Compare every listed file with the manifest; raise :class:`BundleError` naming the first that differs.
+
+    Sizes of all files; SHA-256 of graphs, engines and the small processor files; of weights their size
+    and their safetensors header, and with ``level="full"`` their SHA-256 too.
+    """
+    root = Path(directory).resolve()
+    for name, entry in sorted(manifest.files.items()):
+        path = Path(directory) / name
+        if not path.resolve().is_relative_to(root):
+            raise BundleError(
+                "links to a file outside the bundle", where=f"{directory}: {name}", fix="put the file itself there"
+            )
+        if not path.is_file():
+            raise BundleError("missing", where=f"{directory}: {name}", fix=_RECOMPILE)
+        size = path.stat().st_size
+        if size != entry.bytes:
+            state = "truncated" if size < entry.bytes else "longer than it should be"
+            raise BundleError(
+                f"{state}: {size} bytes instead of {entry.bytes}", where=f"{directory}: {name}", fix=_RECOMPILE
+            )
+        weights = name == manifest.weights or name.endswith(".safetensors")
+        if weights:
+            _check_safetensors(path, f"{directory}: {name}")
+        if (not weights or level == "full") and hash_file(path) != entry.sha256:
+            raise BundleError(
+                "altered: its SHA-256 is not the manifest's", where=f"{directory}: {name}", fix=_RECOMPILE
+            )
+    _log.debug("checked %d files of %s (%s)", len(manifest.files), directory, level)
+
+
+def _check_safetensors(path: Path, where: str) -> None:
+    """The header (8 bytes of length, then JSON with offsets) must describe exactly the bytes that follow."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("header length")
+            header = json.loads(file.read(length))
+        ends = [0]
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                if not 0 <= begin <= end:
+                    raise ValueError("offsets")
+                ends.append(end)
+        if max(ends) != size - 8 - length:
+            raise ValueError("data length")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(f"not a whole safetensors file ({error})", where=where, fix=_RECOMPILE) from None
+
+
+def _load(directory: Path) -> dict[str, Any]:
+    if not directory.exists():
+        raise BundleError("no such bundle", where=str(directory), fix="make one with: secateur compile")
+    if not directory.is_dir():
+        raise BundleError("not a bundle: a bundle is a directory", where=str(directory))
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"not a bundle: it has no {MANIFEST}", where=str(directory), fix="make one with: secateur compile"
+        )
+    try:
+        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"the manifest is not JSON ({error})", where=_at(directory), fix=_RECOMPILE) from None
+    if not isinstance(raw, dict):
+        raise BundleError("the manifest is not a JSON object", where=_at(directory), fix=_RECOMPILE)
+    return raw
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _digest(unsigned: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(unsigned).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _at(directory: Path) -> str:
+    return str(directory / MANIFEST)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself durable; file systems that cannot sync a directory are left alone."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        _log.debug("cannot sync %s", directory)
+    finally:
+        os.close(handle)

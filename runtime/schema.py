@@ -1,0 +1,197 @@
+"""The manifest's schema: what a bundle says about itself. The reader of a format owns its schema."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+Target = Literal["onnxruntime", "plain", "tensorrt", "tensorrt-rtx"]
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def _bundle_path(path: str) -> str:
+    """A path inside the bundle: relative, with ``/``, never leaving the directory."""
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path:
+        raise ValueError(f"path {path!r} leaves the bundle")
+    if str(pure) != path or path == ".":
+        raise ValueError(f"path {path!r} is not in its shortest form")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_bundle_path)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Model(_Frozen):
+    """The checkpoint the bundle was compiled from."""
+
+    family: str
+    model_type: str
+    architecture: str
+    source: str
+    license: str | None = None
+    config_sha256: Digest
+    weights_sha256: Digest | None = None
+    layers: Size
+    hidden_size: Size
+    vocab_size: Size
+    kv_heads: Size
+    head_dim: Size
+    image_token: str
+    image_token_id: Count
+    bos_token_id: Count | None = None
+    eos_token_ids: list[int]
+    pad_token_id: Count
+
+
+class Stage(_Frozen):
+    """One reduction; lengths are per group (an image, or the row when the scope is ``whole``)."""
+
+    name: str
+    site: str
+    score: str | None = None
+    select: str
+    merge: str | None = None
+    scope: str
+    groups: Size
+    length_in: Size
+    length_out: Size
+
+    @property
+    def in_decoder(self) -> bool:
+        return self.site.startswith("decoder.")
+
+
+class Recipe(_Frozen):
+    """The paper's row as it was compiled."""
+
+    name: str
+    title: str
+    link: str
+    keep: float
+    positions: Literal["original", "compact"]
+    sha256: Digest
+    notes: str = ""
+    stages: list[Stage]
+
+
+class GeometrySizes(_Frozen):
+    """The static shapes. ``tokens_per_image`` is unpruned, ``features_per_image`` after the vision-side stages."""
+
+    batch: Size
+    images: Size
+    text_tokens: Size
+    new_tokens: Size
+    image_height: Size
+    image_width: Size
+    tokens_per_image: Size
+    features_per_image: Size
+    sequence: Size
+
+    @property
+    def features(self) -> int:
+        """Visual tokens of a row that enter the decoder."""
+        return self.images * self.features_per_image
+
+
+class Port(_Frozen):
+    """An input or output of a program. ``dtype`` is one of fp32, fp16, bf16, int64, int32, bool."""
+
+    name: str
+    dtype: Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
+    shape: list[int]
+
+
+class Program(_Frozen):
+    """A graph, its engine where there is one, its ports and its cost."""
+
+    graph: BundlePath
+    engine: BundlePath | None = None
+    inputs: list[Port]
+    outputs: list[Port]
+    flops: Count
+    unpruned_flops: Count
+
+    def has_input(self, name: str) -> bool:
+        return any(port.name == name for port in self.inputs)
+
+
+class Segment(_Frozen):
+    """Layers ``first_layer`` to ``last_layer`` (exclusive) hold ``length`` tokens after prefill.
+
+    ``removed`` is how many tokens of the sequence are gone before the first of them.
+    """
+
+    name: str
+    first_layer: Count
+    last_layer: Size
+    length: Size
+    capacity: Size
+    removed: Count
+
+
+class FileEntry(_Frozen):
+    sha256: Digest
+    bytes: Count
+
+
+class Manifest(_Frozen):
+    """``manifest.json``: written last, so a directory without a valid one is not a bundle."""
+
+    schema_version: Literal[1] = 1
+    secateur: str
+    name: str | None = None
+    model: Model
+    recipe: Recipe
+    geometry: GeometrySizes
+    target: Target
+    dialect: str
+    dtype: Dtype
+    opset: Size
+    provider: str | None = None
+    sm: int | None = None
+    programs: dict[str, Program]
+    segments: list[Segment]
+    position_offset: int
+    versions: dict[str, str]
+    weights: BundlePath
+    files: dict[BundlePath, FileEntry]
+    manifest_sha256: Digest | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Manifest:
+        for name in ("vision", "prefill", "decode"):
+            if name not in self.programs:
+                raise ValueError(f"program {name} is missing")
+        for path in self.program_files() | {self.weights}:
+            if path not in self.files:
+                raise ValueError(f"{path} is not listed in files")
+        covered = [layer for s in self.segments for layer in range(s.first_layer, s.last_layer)]
+        if covered != list(range(self.model.layers)):
+            raise ValueError("segments do not cover every layer once, in order")
+        for segment in self.segments:
+            if segment.length + segment.removed != self.geometry.sequence:
+                raise ValueError(f"segment {segment.name}: length + removed is not the sequence's length")
+            if segment.capacity < segment.length:
+                raise ValueError(f"segment {segment.name}: capacity is below its length")
+        return self
+
+    def program_files(self) -> set[str]:
+        """Graphs and engines."""
+        return {path for p in self.programs.values() for path in (p.graph, p.engine) if path is not None}
+
+    def unsigned(self) -> dict[str, Any]:
+        """Everything the manifest's own digest covers."""
+        return self.model_dump(mode="json", exclude={"manifest_sha256"})

@@ -1,0 +1,240 @@
+"""A loaded bundle: answers prompts, or runs its programs one by one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+from PIL import Image
+
+from secateur.runtime.backends import Backend, open_backend
+from secateur.runtime.chat import Message
+from secateur.runtime.errors import UserError
+from secateur.runtime.generate import Limits, TextStream
+from secateur.runtime.images import ImageLike
+from secateur.runtime.manifest import Level, check_files, read_manifest
+from secateur.runtime.processing import Processor, Prompt
+from secateur.runtime.prompts import read_json
+from secateur.runtime.request import Floats, Ints, Request
+from secateur.runtime.results import Generation
+from secateur.runtime.sampling import Sampling
+from secateur.runtime.schema import Manifest
+
+_log = logging.getLogger(__name__)
+
+Images: TypeAlias = "ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]]"
+
+# Requests kept for the next call, so that calls one after another reuse their caches.
+_IDLE_REQUESTS = 1
+
+
+class Session:
+    """Opens a bundle. Several threads may use one session: each call owns its caches, weights exist once.
+
+    ``backend`` None takes the one the bundle was compiled for; a :class:`Backend` of your own is used as it
+    is. ``threads`` are an operator's. ``verify="full"`` also hashes the weights.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        backend: str | Backend | None = None,
+        threads: int | None = None,
+        verify: Level = "graphs",
+    ) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        check_files(self.path, self.manifest, verify)
+        self.processor = Processor(self.path, self.manifest)
+        self._defaults: dict[str, Any] = read_json(self.path / "generation_config.json")
+        self._backend: Backend | None = (
+            open_backend(backend, self.path, self.manifest, threads=threads)
+            if backend is None or isinstance(backend, str)
+            else backend
+        )
+        self._idle: list[Request] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the backend. Streams that have started keep its programs until they end."""
+        with self._lock:
+            self._idle.clear()
+            if self._backend is not None:
+                self._backend.close()
+            self._backend = None
+
+    def request(self) -> Request:
+        """State for :meth:`prefill` and :meth:`decode`: caches, inputs and outputs of one generation."""
+        if self._backend is None:
+            raise UserError("the session is closed")
+        return Request(self._backend, self.manifest)
+
+    def prefill(
+        self,
+        request: Request,
+        input_ids: Ints,
+        lengths: Ints,
+        *,
+        pixel_values: Floats | None = None,
+        features: Floats | None = None,
+    ) -> Floats:
+        """Logits [B, vocab] float32 of each row's last real token; fills the request's caches.
+
+        ``input_ids`` int64 [B, N], right padded, placeholders expanded; ``lengths`` int64 [B]. Give either
+        ``pixel_values`` [B*n, 3, H, W] (vision runs first) or ``features`` [B, F, D].
+        """
+        if (pixel_values is None) == (features is None):
+            raise UserError("prefill takes either pixel_values or features", where="prefill")
+        if pixel_values is not None:
+            request.encode(pixel_values)
+        return request.prefill(input_ids, lengths, features)
+
+    def decode(self, request: Request, tokens: Ints) -> Floats:
+        """Append one token per row, int64 [B], and get the next logits [B, vocab] float32."""
+        return request.decode(tokens)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        images: Images | None = None,
+        *,
+        stream: Literal[False] = False,
+        **how: Any,
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], images: Images | None = None, *, stream: Literal[False] = False, **how: Any
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], images: Images | None = None, *, stream: Literal[True], **how: Any
+    ) -> TextStream: ...
+    def generate(
+        self, prompt: Any, images: Images | None = None, *, stream: bool = False, **how: Any
+    ) -> Generation | list[Generation] | TextStream:
+        """Answer a prompt (text, or a list of messages), or a list of prompts as long as the batch.
+
+        ``images``: one image or a list for a single prompt, per row for a list of prompts; None if the
+        messages carry them. Other arguments are those of :meth:`stream`, which ``stream=True`` returns.
+        """
+        pieces = self.stream(prompt, images, **how)
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return pieces.generations[0] if _is_single(prompt) else pieces.generations
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        images: Images | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> TextStream:
+        """An iterator of text pieces, each with the ``row`` it belongs to.
+
+        Input is processed and checked now, programs run on the first ``next``. None takes what the
+        checkpoint's generation_config.json says, else: all the capacity, no filter, no penalty. Greedy
+        unless ``temperature`` is above 0. Setting ``cancel`` ends the stream after the running step.
+        """
+        start = perf_counter()
+        single = _is_single(prompt)
+        inputs = self.processor([prompt] if single else prompt, _per_row(images, single))  # type: ignore[list-item, arg-type]
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=int(self._default("top_k", top_k, 0)) if temperature else 0,
+            top_p=float(self._default("top_p", top_p, 1.0)) if temperature else 1.0,
+            repetition_penalty=float(self._default("repetition_penalty", repetition_penalty, 1.0)),
+            seed=seed,
+        )
+        limits = Limits(
+            max_new_tokens=self._new_tokens(max_new_tokens),
+            eos=frozenset(() if ignore_eos else self.manifest.model.eos_token_ids),
+            stops=[stop] if isinstance(stop, str) else list(stop),
+            cancel=cancel,
+        )
+        return TextStream(
+            self.manifest,
+            inputs,
+            sampling,
+            limits,
+            decode=self.processor.prompts.decode,
+            borrow=self._borrow,
+            give_back=self._give_back,
+            preprocess_s=perf_counter() - start,
+        )
+
+    def _new_tokens(self, wanted: int | None) -> int:
+        capacity = self.manifest.geometry.new_tokens
+        if wanted is None:
+            return min(int(self._default("max_new_tokens", None, capacity)), capacity)
+        if wanted < 1:
+            raise UserError(f"max_new_tokens is {wanted}", fix="give a number of at least 1")
+        if wanted > capacity:
+            raise UserError(
+                f"{wanted} new tokens, the bundle's caches hold {capacity}",
+                fix=f"ask for at most {capacity}, or compile with --new-tokens {wanted}",
+            )
+        return wanted
+
+    def _default(self, name: str, given: Any, otherwise: Any) -> Any:
+        if given is not None:
+            return given
+        value = self._defaults.get(name)
+        return otherwise if value is None else value
+
+    def _borrow(self) -> Request:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return self.request()
+
+    def _give_back(self, request: Request) -> None:
+        with self._lock:
+            if self._backend is not None and len(self._idle) < _IDLE_REQUESTS:
+                self._idle.append(request)
+
+
+def _is_single(prompt: Any) -> bool:
+    """A string or a list of messages, rather than a list of those."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
+
+
+def _per_row(images: Any, single: bool) -> list[list[ImageLike]] | None:
+    if images is None:
+        return None
+    if single:
+        return [_as_list(images)]
+    if not isinstance(images, (list, tuple)):
+        raise UserError("one image for a list of prompts", fix="give a list: an image, or a list of images, per prompt")
+    return [_as_list(given) for given in images]
+
+
+def _as_list(images: Any) -> list[ImageLike]:
+    if isinstance(images, (str, Path, Image.Image, np.ndarray)):
+        return [images]
+    return list(images)

@@ -90,9 +90,9 @@ class VerbGroup(TyperGroup):
         try:
             code = super().main(arguments, **extra)
         except _UsageError as error:
-            context = getattr(error, "ctx", None)
-            command = context.command_path if context else "secateur"
-            say_error(f"{' '.join(error.format_message().split())}; see {command} --help")
+            complaint = " ".join(error.format_message().split()).rstrip(".")
+            verb = next((f"{word} " for word in arguments if word in VERBS), "")
+            say_error(f"{complaint}; see secateur {verb}--help")
             code = USER_ERROR
         except Exception as error:
             if "--debug" in arguments:

@@ -45,9 +45,8 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
         return f"disk full{where}; free some space or choose another directory", 1
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}", USER_ERROR
-    text = _on_one_line(str(error))
-    name = type(error).__name__
-    return f"{name}: {text}; run with --debug for the traceback" if text else f"{name}; run with --debug", 1
+    text = _on_one_line(": ".join(filter(None, [type(error).__name__, str(error)])))
+    return f"{text}; run with --debug for the traceback", 1
 
 
 def _on_one_line(text: str) -> str:

@@ -48,7 +48,7 @@ def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_tok
     groups, count, _ = tokens.shape
     if k == count:
         return Selection(_positions(tokens, count).unsqueeze(0).expand(groups, count))
-    units = unit_rows(tokens)
+    units = unit_rows(tokens.detach())  # indices have no gradient, and scan cannot record one for them
     distance = 1.0 - units @ units.transpose(1, 2)
     position = _positions(tokens, count)
     rows = distance.reshape(groups * count, count)

@@ -1,0 +1,110 @@
+"""Every row's stage function traces at its static shape to a graph that computes the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from secateur.compiler.recipe import plan_recipe
+from secateur.passes.methods.select import max_min
+from secateur.passes.recipes import RECIPES
+from secateur.passes.stage import StageFunction, stage_function
+
+# torch's own: its export copies tree specs through a deprecated check.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+ROWS = [name for name, recipe in RECIPES.items() if recipe.stages]
+
+
+class StageModule(torch.nn.Module):
+    """The stage function with its signals as positional inputs, in sorted order."""
+
+    def __init__(self, stage: StageFunction) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        token_map = self.stage(dict(zip(self.stage.signals, tensors, strict=True)))
+        return [tensor for tensor in token_map if tensor is not None]
+
+
+def first_stage(name: str, count: int, keep: float) -> StageFunction:
+    recipe = RECIPES[name]
+    plan = plan_recipe(recipe, keep=keep, images=1, tokens_per_image=count, vision_layers=4, decoder_layers=4)
+    return stage_function(plan.stages[0])
+
+
+def inputs_for(stage: StageFunction, groups: int) -> tuple[torch.Tensor, ...]:
+    source = torch.Generator().manual_seed(7)
+    count = stage.planned.length_in
+    shapes = {"tokens": (count, 9), "keys": (2, count, 4)}
+    return tuple(torch.rand(groups, *shapes.get(name, (2, count)), generator=source) for name in stage.signals)
+
+
+def count_scans(graph: torch.fx.Graph) -> int:
+    return sum(node.op == "call_function" and node.target is torch.ops.higher_order.scan for node in graph.nodes)
+
+
+def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    return torch.export.export(module, inputs, strict=False).run_decompositions({})
+
+
+@pytest.mark.parametrize(("keep", "groups"), [(1.0, 1), (0.25, 3), (0.01, 1)])
+@pytest.mark.parametrize("name", ROWS)
+def test_export_equals_eager(name: str, keep: float, groups: int) -> None:
+    module = StageModule(first_stage(name, 30, keep))
+    inputs = inputs_for(module.stage, groups)
+    exported = export(module, inputs)
+    for value in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
+        assert all(isinstance(size, int) for size in value.meta["val"][0].shape)
+    for got, expected in zip(exported.module()(*inputs), module(*inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_make_fx_equals_eager(name: str) -> None:
+    module = StageModule(first_stage(name, 30, 0.25))
+    inputs = inputs_for(module.stage, 2)
+    graph = make_fx(module, tracing_mode="fake")(*inputs)
+    for got, expected in zip(graph(*inputs), module(*inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("trace", [export, lambda module, inputs: make_fx(module, tracing_mode="fake")(*inputs)])
+@pytest.mark.parametrize("k", [3, 14])
+def test_max_min_is_one_scan_whatever_k(
+    k: int, trace: Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], torch.fx.GraphModule]
+) -> None:
+    module = StageModule(first_stage("divprune", 28, k / 28))
+    graph = trace(module, inputs_for(module.stage, 2)).graph
+    assert module.stage.planned.length_out == k
+    assert count_scans(graph) == 1
+    assert sum(node.target is torch.ops.aten.argmax.default for node in graph.nodes) == 1, "the steps are unrolled"
+
+
+def test_argmax_inside_the_scan_reads_two_dimensions() -> None:
+    """TensorRT refuses an ArgMax of fewer."""
+    module = StageModule(first_stage("divprune", 28, 0.25))
+    exported = export(module, inputs_for(module.stage, 1))
+    (scan,) = exported.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
+    body = getattr(exported.graph_module, scan.args[0].target)
+    (argmax,) = body.graph.find_nodes(op="call_function", target=torch.ops.aten.argmax.default)
+    assert argmax.args[0].meta["val"].shape == (1, 28)
+
+
+def test_seeded_random_is_baked_in_as_a_constant() -> None:
+    module = StageModule(first_stage("random", 30, 0.25))
+    inputs = inputs_for(module.stage, 2)
+    exported = export(module, inputs)
+    assert not any("rand" in str(node.target) for node in exported.graph.nodes)
+    elsewhere = tuple(torch.full_like(value, 5.0) for value in inputs)
+    assert (exported.module()(*elsewhere)[0] == module(*inputs)[0]).all()
+
+
+def test_max_min_runs_where_gradients_are_recorded() -> None:
+    tokens = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
+    expected = max_min(tokens, 5).keep
+    assert (max_min(tokens.requires_grad_(), 5).keep == expected).all()

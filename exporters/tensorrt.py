@@ -98,9 +98,10 @@ def build_engine(
 ) -> EngineInfo:
     """Build ``engine_path`` from a graph and the weights beside it; the file appears whole or not at all.
 
-    The same graph gives the same bytes. Raises UserError for a target that is not there or cannot be (see
-    :func:`check_target`), SecateurError with the node's name when the graph is not understood, or with the
-    builder's last words when no engine comes out.
+    Two builds of one graph may differ in bytes: the library stores outputs in the order of their addresses.
+    Raises UserError for a target that is not there or cannot be (see :func:`check_target`), SecateurError
+    with the node's name when the graph is not understood, or with the builder's last words when no engine
+    comes out.
     """
     onnx_path, engine_path = Path(onnx_path), Path(engine_path)
     sm = check_target(flavour, sm=sm)
@@ -181,7 +182,7 @@ def _parse(library: Library, onnx_path: Path, speech: Speech) -> tuple[Any, Any,
         node, reason = speech.parser_error() if speech.errors else (None, str(error))
         where = f"{onnx_path}: {node}" if node else str(onnx_path)
         raise SecateurError(f"{library.flavour} does not take the graph: {reason}", where=where) from None
-    network.name = onnx_path.stem  # the default is a running number, the one byte two builds differ in
+    network.name = onnx_path.stem  # the default is a running number
     return builder, network, parser
 
 

@@ -47,21 +47,19 @@ def test_the_dialect_becomes_fused_layers(tmp_path: Path) -> None:
     assert by_node["norm"] == "RMS_NORMALIZATION"
 
 
-def test_an_engine_is_built_with_progress_and_twice_the_same(tmp_path: Path) -> None:
+def test_an_engine_is_built_with_progress(tmp_path: Path) -> None:
     graph = save(tmp_path, DECODE)
     told: list[tuple[str, int, int]] = []
     info = build_engine(graph, tmp_path / "one.engine", progress=lambda *step: told.append(step))
-    build_engine(graph, tmp_path / "two.engine", sm=89)
-    engine = (tmp_path / "one.engine").read_bytes()
-    assert engine == (tmp_path / "two.engine").read_bytes()
-    assert (info.flavour, info.sm, info.bytes) == ("tensorrt-rtx", 89, len(engine))
+    size = (tmp_path / "one.engine").stat().st_size
+    assert (info.flavour, info.sm, info.bytes) == ("tensorrt-rtx", 89, size)
     assert dict(info.layer_types)["KV_CACHE_UPDATE"] == 2
     assert info.warnings == ()
     assert str(info).startswith("one.engine: tensorrt-rtx ")
     assert told[0][0] == told[-1][0] == "Building engine"
     assert told[0][1] == 0
     assert told[-1][1] == told[-1][2] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.onnx", "one.engine", "two.engine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.onnx", "one.engine"]
 
 
 @pytest.mark.parametrize("sm", [75, 120])

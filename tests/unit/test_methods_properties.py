@@ -10,7 +10,7 @@ from secateur.passes.methods.merge import nearest_target
 from secateur.passes.methods.score import seeded_random
 from secateur.passes.methods.select import Selection, max_min, top_k, top_k_and_uniform
 
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=40, deadline=None)
 
 
 @st.composite

@@ -58,12 +58,6 @@ def test_public_names_can_be_listed_without_heavy_libraries() -> None:
     run_without(HEAVY, "import secateur\nassert set(secateur.__all__) <= set(dir(secateur))")
 
 
-def test_public_names_load_on_first_use() -> None:
-    pytest.importorskip("torch")
-    for name in secateur.__all__:
-        assert getattr(secateur, name) is getattr(secateur, name)
-
-
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'prune_everything'"):
         secateur.prune_everything  # noqa: B018 - the access is what is tested

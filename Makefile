@@ -24,7 +24,7 @@ setup: $(STAMP)  ## make .venv with everything the other targets need
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "making $(VENV); the first time takes a few minutes"
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

@@ -132,15 +132,15 @@ class TextStream(Iterator[Piece]):
 
     def _run(self) -> Generator[Piece, None, None]:
         request = self._borrow()
-        steps: list[float] = []
         failed = True
         try:
-            yield from self._generate(request, steps)
+            yield from self._generate(request)
             failed = False
         except GeneratorExit:
             failed = False
             raise
         finally:
+            steps = self._metrics.step_s
             self._metrics.tpot_s = statistics.median(steps) if steps else 0.0
             self._metrics.kept = request.kept
             if not failed:
@@ -148,7 +148,7 @@ class TextStream(Iterator[Piece]):
                 self._give_back(request)
                 self._finish()
 
-    def _generate(self, request: Request, steps: list[float]) -> Iterator[Piece]:
+    def _generate(self, request: Request) -> Iterator[Piece]:
         limits, metrics, rows = self._limits, self._metrics, self._rows
         begin = perf_counter()
         if limits.cancelled:
@@ -173,7 +173,7 @@ class TextStream(Iterator[Piece]):
             # Rows that have ended go on with padding; their logits are looked at no more.
             done = np.array([row.reason is not None for row in rows])
             tokens = sampler.draw(request.decode(np.where(done, self._manifest.model.pad_token_id, tokens)))
-            steps.append(perf_counter() - start)
+            metrics.step_s.append(perf_counter() - start)
 
     def _finish(self) -> None:
         if self._over:

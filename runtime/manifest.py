@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from secateur.runtime.errors import BundleError
 from secateur.runtime.schema import (
     DTYPE_BYTES,
+    PROGRAMS,
     SCHEMA_VERSION,
     FileEntry,
     GeometrySizes,
@@ -28,9 +29,25 @@ from secateur.runtime.schema import (
 )
 
 __all__ = [
-    "DTYPE_BYTES", "MANIFEST", "SCHEMA_VERSION", "FileEntry", "GeometrySizes", "Manifest", "Model", "Port",
-    "Program", "Recipe", "Segment", "Stage", "canonical_json", "check_files", "file_entry", "hash_file",
-    "read_manifest", "write_manifest",
+    "DTYPE_BYTES",
+    "MANIFEST",
+    "PROGRAMS",
+    "SCHEMA_VERSION",
+    "FileEntry",
+    "GeometrySizes",
+    "Manifest",
+    "Model",
+    "Port",
+    "Program",
+    "Recipe",
+    "Segment",
+    "Stage",
+    "canonical_json",
+    "check_files",
+    "file_entry",
+    "hash_file",
+    "read_manifest",
+    "write_manifest",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"

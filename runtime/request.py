@@ -69,6 +69,7 @@ class Request:
         ports["lengths"].write(lengths)
         if features is not None:
             ports["features"].write(np.asarray(features))
+        self._kept = {name: k for name, k in self._kept.items() if not self._stage(name).in_decoder}
         if "kept" in ports:
             if not self._kept:
                 raise UserError(
@@ -77,7 +78,6 @@ class Request:
             ports["kept"].write(list(self._kept.values())[-1])
         self.step = None
         self._bound["prefill"].run()
-        self._kept = {name: k for name, k in self._kept.items() if not self._stage(name).in_decoder}
         self._follow("prefill")
         self.lengths, self.step = lengths, 0
         return self._logits("prefill")

@@ -16,10 +16,11 @@ FinishReason = Literal["eos", "stop", "length", "cancelled"]
 class Metrics:
     """Times in seconds; counts of the whole request.
 
-    ``ttft_s`` runs from the call to the first token, processing included; ``tpot_s`` is the median time of
-    a decode step, sampling included, 0 if there was none. ``visual_tokens`` counts one row's visual tokens in
-    each segment, by name. ``kept`` says for every stage which original patches of the row are left after it:
-    int64 [B, K], image j's patches counted from ``j * tokens_per_image``.
+    ``ttft_s`` is all the work up to the first token, processing included; ``step_s`` are the times of the
+    decode steps, sampling included, and ``tpot_s`` is their median, 0 if there was none.
+    ``visual_tokens`` counts one row's visual tokens in each segment, by name. ``kept`` says for every stage
+    which original patches of the row are left after it: int64 [B, K], image j's patches counted from
+    ``j * tokens_per_image``.
     """
 
     preprocess_s: float = 0.0
@@ -30,6 +31,7 @@ class Metrics:
     prompt_tokens: int = 0
     new_tokens: int = 0
     cache_bytes: int = 0
+    step_s: list[float] = field(default_factory=list)
     visual_tokens: dict[str, int] = field(default_factory=dict)
     kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import UserError
@@ -52,8 +53,8 @@ class Sampler:
         for row, prompt in enumerate(prompts):
             ids = np.asarray(prompt, dtype=np.int64)
             self._seen[row, ids[(ids >= 0) & (ids < vocab_size)]] = True
-        streams = np.random.SeedSequence(sampling.seed).spawn(len(prompts))
-        self._random = [np.random.Generator(np.random.PCG64(stream)) for stream in streams]
+        streams = SeedSequence(sampling.seed).spawn(len(prompts))
+        self._random = [Generator(PCG64(stream)) for stream in streams]
 
     def draw(self, logits: Floats) -> NDArray[np.int64]:
         """Next token of every row: ``logits`` [B, vocab] float32 -> int64 [B]."""

@@ -11,6 +11,8 @@ SCHEMA_VERSION = 1
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 Target = Literal["onnxruntime", "plain", "tensorrt", "tensorrt-rtx"]
+PROGRAMS = ("vision", "prefill", "decode")
+"""In the order a request meets them."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -172,9 +174,8 @@ class Manifest(_Frozen):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
-        for name in ("vision", "prefill", "decode"):
-            if name not in self.programs:
-                raise ValueError(f"program {name} is missing")
+        if set(self.programs) != set(PROGRAMS):
+            raise ValueError(f"programs are {', '.join(self.programs)} instead of {', '.join(PROGRAMS)}")
         for path in self.program_files() | {self.weights}:
             if path not in self.files:
                 raise ValueError(f"{path} is not listed in files")

@@ -191,8 +191,13 @@ def ports(t: Tiny) -> dict[str, tuple[list[schema.Port], list[schema.Port]]]:
             [features, port("kept.stage0", t.batch, t.features)],
         ),
         "prefill": (
-            [port("input_ids", t.batch, t.sequence), port("lengths", t.batch), features]
-            + [port("kept", t.batch, t.features), *caches("past")],
+            [
+                port("input_ids", t.batch, t.sequence),
+                port("lengths", t.batch),
+                features,
+                port("kept", t.batch, t.features),
+                *caches("past"),
+            ],
             [logits, port("kept.stage1", t.batch, t.left), *caches("present")],
         ),
         "decode": (
@@ -201,8 +206,8 @@ def ports(t: Tiny) -> dict[str, tuple[list[schema.Port], list[schema.Port]]]:
                 port("position", t.batch),
                 port("slot.s0", t.batch),
                 port("slot.s1", t.batch),
-            ]
-            + caches("past"),
+                *caches("past"),
+            ],
             [logits, *caches("present")],
         ),
     }

@@ -1,0 +1,110 @@
+"""Image processing: what it reads, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from secateur.runtime.errors import UserError
+from secateur.runtime.images import ImagePipeline, center_crop, read_rgb
+
+CONFIG = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": 8}
+
+
+def test_pixel_values_by_hand() -> None:
+    pipeline = ImagePipeline.from_config({**CONFIG, "image_mean": [0.5, 0.0, 0.0], "image_std": [0.5, 1.0, 2.0]})
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[...] = (255, 51, 102)
+    values = pipeline(pixels)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values[:, 0, 0], [1.0, 0.2, 0.2], atol=1e-6)
+
+
+def test_the_shorter_edge_and_the_middle() -> None:
+    pipeline = ImagePipeline.from_config({**CONFIG, "do_normalize": False, "do_rescale": False, "resample": 0})
+    wide = np.zeros((8, 24, 3), dtype=np.uint8)
+    wide[:, 8:16] = 200
+    assert pipeline(wide).min() == 200
+
+
+@pytest.mark.parametrize("size", [(5, 12), (12, 5), (6, 7), (9, 9)])
+def test_center_crop_pads_with_zeros(size: tuple[int, int]) -> None:
+    assert center_crop(np.ones((3, *size), dtype=np.uint8), (9, 9)).shape == (3, 9, 9)
+
+
+def test_a_nested_processor_config_and_its_aliases() -> None:
+    plain = ImagePipeline.from_config(CONFIG)
+    assert ImagePipeline.from_config({"image_processor": CONFIG}) == plain
+    assert ImagePipeline.from_config({**CONFIG, "image_processor_type": "CLIPImageProcessorFast"}) == plain
+    assert ImagePipeline.from_config({**CONFIG, "size": 8}) == plain
+
+
+def test_an_unknown_processor_lists_the_known() -> None:
+    with pytest.raises(UserError) as caught:
+        ImagePipeline.from_config({"image_processor_type": "Qwen2VLImageProcessor"})
+    assert "'Qwen2VLImageProcessor' (available: CLIPImageProcessor, SiglipImageProcessor)" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [{"longest_edge": 4}, {"height": 4}, "large", {"shortest_edge": 4, "longest_edge": 8}])
+def test_sizes_that_are_not_supported(size: object) -> None:
+    with pytest.raises(UserError, match=r"size .* is not supported"):
+        ImagePipeline.from_config({**CONFIG, "size": size})
+
+
+def test_transparency_lies_on_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert read_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert read_rgb(np.asarray(clear)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "I;16", "LA"])
+def test_other_modes(mode: str, tmp_path: Path) -> None:
+    assert read_rgb(Image.new(mode, (4, 4))).mode == "RGB"
+
+
+def test_files_are_turned_upright(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (6, 4))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_rgb(tmp_path / "turned.jpg").size == (4, 6)
+
+
+def refusal(image: object) -> str:
+    with pytest.raises(UserError) as caught:
+        read_rgb(image)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_files_that_are_no_images(tmp_path: Path, image_file: Path) -> None:
+    assert "no such image file" in refusal(tmp_path / "nothing.png")
+    assert "no such image file" in refusal(tmp_path)
+    text = tmp_path / "text.png"
+    text.write_text("not a picture")
+    assert "text.png: not an image Pillow can read" in refusal(text)
+    whole = image_file.read_bytes()
+    for name, data in {
+        "cut.png": whole[: len(whole) // 2],
+        "flipped.png": whole[:60] + bytes([whole[60] ^ 0xFF]) + whole[61:],
+        "empty.png": b"",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        said = refusal(tmp_path / name)
+        assert name in said
+        assert "corrupt" in said or "not an image" in said
+
+
+def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_file: Path) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert "make the image smaller" in refusal(image_file)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros(3, np.uint8)]
+)
+def test_arrays_that_are_no_images(array: np.ndarray) -> None:
+    assert "is not an image; give uint8 [height, width, 3]" in refusal(array)

@@ -1,0 +1,172 @@
+"""`secateur inspect`: what a bundle is, from its manifest alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.runtime.schema import PROGRAMS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from secateur.runtime.schema import Manifest, Port
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A directory that `secateur compile` made.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest and the derived numbers as JSON.")
+    ] = False,
+) -> dict[str, Any]:
+    """Show a bundle's model, recipe, geometry, programs, ports, segments and files.
+
+    Reads only the manifest; `secateur verify` looks at the files.
+
+    \b
+      secateur inspect BUNDLE --json
+    """
+    from secateur.runtime.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    facts = describe(manifest)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return facts
+    from secateur.tools.console import results
+
+    for table in (_overview(manifest, facts), _stages(manifest), _segments(manifest, facts), _programs(manifest),
+                  _ports(manifest), _files(manifest)):  # fmt: skip
+        results.print(table)
+        results.print()
+    return facts
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain data, and what follows from it: cache bytes per segment and the size on disk."""
+    from secateur.runtime.kv import cache_bytes
+
+    total, layers = cache_bytes(manifest), sum(s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments)
+    per_row = total // layers if layers else 0
+    return {
+        "manifest": manifest.model_dump(mode="json"),
+        "cache_bytes": total,
+        "segment_cache_bytes": {
+            s.name: per_row * s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments
+        },
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+    }
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def flops_text(count: float) -> str:
+    """FLOPs for people: ``1.23 G``."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.3g} {unit}".strip()
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def _table(*columns: str, title: str) -> Table:
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
+    from rich.text import Text
+
+    g = m.geometry
+    table = _table("what", "value", title=m.name or m.model.source)
+    table.show_header = False
+    for what, value in (
+        ("model", f"{m.model.architecture} from {m.model.source}, licence {m.model.license or 'not stated'}"),
+        ("decoder", f"{m.model.layers} layers of {m.model.hidden_size}, "
+                    f"{m.model.kv_heads} KV heads of {m.model.head_dim}"),
+        ("recipe", f"{m.recipe.name}, keep {m.recipe.keep:g}, positions {m.recipe.positions}"),
+        ("paper", f"{m.recipe.title} {m.recipe.link}".strip()),
+        ("geometry", f"batch {g.batch}, {g.images} image(s) of {g.image_height}x{g.image_width} per row, "
+                     f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
+        ("visual tokens", f"{g.tokens_per_image} per image, {g.features_per_image} enter the decoder"),
+        ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
+                   + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
+        ("caches", size_text(facts["cache_bytes"])),
+        ("on disk", size_text(facts["bytes"])),
+        ("made by", f"secateur {m.secateur}; " + ", ".join(f"{k} {v}" for k, v in sorted(m.versions.items()))),
+    ):  # fmt: skip
+        table.add_row(what, Text(value))
+    return table
+
+
+def _stages(m: Manifest) -> Table:
+    from rich.text import Text
+
+    table = _table("stage", "site", "score", "select", "merge", "scope", "tokens", title="Stages")
+    for s in m.recipe.stages:
+        tokens = f"{s.groups}x{s.length_in} -> {s.groups}x{s.length_out}"
+        table.add_row(*(Text(t or "-") for t in (s.name, s.site, s.score, s.select, s.merge, s.scope, tokens)))
+    return table
+
+
+def _segments(m: Manifest, facts: dict[str, Any]) -> Table:
+    table = _table("segment", "layers", "tokens", "visual", "capacity", "caches", title="Segments")
+    for s in m.segments:
+        table.add_row(
+            s.name, f"{s.first_layer}-{s.last_layer - 1}", str(s.length), str(s.length - m.geometry.text_tokens),
+            str(s.capacity), size_text(facts["segment_cache_bytes"][s.name]),
+        )  # fmt: skip
+    return table
+
+
+def _programs(m: Manifest) -> Table:
+    table = _table("program", "file", "FLOPs", "unpruned", "left", title="Programs")
+    for name in PROGRAMS:
+        p = m.programs[name]
+        left = f"{p.flops / p.unpruned_flops:.0%}" if p.unpruned_flops else "-"
+        table.add_row(name, p.engine or p.graph, flops_text(p.flops), flops_text(p.unpruned_flops), left)
+    return table
+
+
+def _ports(m: Manifest) -> Table:
+    table = _table("program", "", "port", "type", "shape", title="Ports")
+    for name in PROGRAMS:
+        program = m.programs[name]
+        for kind, ports in (("in", program.inputs), ("out", program.outputs)):
+            for label, port in _fold_layers(ports):
+                table.add_row(name, kind, label, port.dtype, str(port.shape).replace(" ", ""))
+    return table
+
+
+def _fold_layers(ports: list[Port]) -> list[tuple[str, Port]]:
+    """One line for caches of neighbouring layers with the same shape: ``past_key.0-7``."""
+    folded: dict[tuple[str, tuple[int, ...]], list[tuple[int, Port]]] = {}
+    for port in ports:
+        match = re.fullmatch(r"((?:past|present)_(?:key|value))\.(\d+)", port.name)
+        key = (match[1] if match else port.name, tuple(port.shape))
+        folded.setdefault(key, []).append((int(match[2]) if match else -1, port))
+    lines = []
+    for (stem, _), members in folded.items():
+        first, last = members[0][0], members[-1][0]
+        label = stem if first < 0 else f"{stem}.{first}" + (f"-{last}" if last > first else "")
+        lines.append((label, members[0][1]))
+    return lines
+
+
+def _files(m: Manifest) -> Table:
+    table = _table("file", "size", "SHA-256", title="Files")
+    for path, entry in sorted(m.files.items()):
+        table.add_row(path, size_text(entry.bytes), entry.sha256[:16] + "…")
+    return table

@@ -1,0 +1,163 @@
+"""Timing and memory of bundles: the numbers behind `secateur profile`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.runtime.errors import SecateurError, UserError
+from secateur.runtime.images import ImageLike
+from secateur.runtime.results import Metrics
+from secateur.runtime.session import Session
+
+_log = logging.getLogger(__name__)
+
+TIMES = ("preprocess", "vision", "prefill", "ttft", "tpot")
+"""What is timed. TTFT includes preprocessing; TPOT is per decode step, all steps of all runs together."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked, per row of the batch, and how many tokens are generated whatever they are."""
+
+    prompts: list[str]
+    images: list[list[ImageLike]]
+    new_tokens: int
+
+
+@dataclass
+class Samples:
+    """Seconds, by the names in :data:`TIMES`."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TIMES})
+
+    def add(self, metrics: Metrics) -> None:
+        for name in ("preprocess", "vision", "prefill", "ttft"):
+            self.seconds[name].append(getattr(metrics, f"{name}_s"))
+        self.seconds["tpot"].extend(metrics.step_s)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """p50, p90, p99 in seconds and the number of samples, per time."""
+        return {
+            name: {**{f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}, "count": len(values)}
+            for name, values in self.seconds.items()
+            if values
+        }
+
+
+def make_workload(
+    session: Session, prompt: str | None = None, images: Sequence[Path] = (), new_tokens: int | None = None
+) -> Workload:
+    """The given prompt and images for every row; where absent, random pixels and text that fills the bucket."""
+    geometry = session.manifest.geometry
+    count = geometry.new_tokens if new_tokens is None else new_tokens
+    if not 1 <= count <= geometry.new_tokens:
+        raise UserError(f"{count} new tokens, the bundle's caches hold {geometry.new_tokens}", where="--new-tokens")
+    chosen: list[ImageLike] = list(images)
+    if not chosen:
+        random = np.random.default_rng(0)
+        shape = (geometry.image_height, geometry.image_width, 3)
+        chosen = [random.integers(0, 256, shape, dtype=np.uint8) for _ in range(geometry.images)]
+    text = _fill_bucket(session) if prompt is None else prompt
+    return Workload([text] * geometry.batch, [chosen] * geometry.batch, count)
+
+
+def _fill_bucket(session: Session) -> str:
+    """The longest run of one short word that fits the text bucket."""
+    low, high = 0, session.manifest.geometry.text_tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            session.processor.encode("a " * middle)
+            low = middle
+        except UserError:
+            high = middle - 1
+    return "a " * low
+
+
+def time_bundles(
+    sessions: Sequence[Session], workloads: Sequence[Workload], *, repeat: int, warmup: int
+) -> list[Samples]:
+    """Run every bundle in turn, A B A B, so that a machine that slows down slows all of them."""
+    samples = [Samples() for _ in sessions]
+    for turn in range(warmup + repeat):
+        for session, workload, sample in zip(sessions, workloads, samples, strict=True):
+            metrics = run_once(session, workload)
+            if turn >= warmup:
+                sample.add(metrics)
+        _log.debug("run %d of %d", turn + 1, warmup + repeat)
+    return samples
+
+
+def run_once(session: Session, workload: Workload) -> Metrics:
+    """One whole generation, greedy, not stopped by an end-of-sequence token."""
+    answers = session.generate(
+        workload.prompts, workload.images, max_new_tokens=workload.new_tokens, ignore_eos=True
+    )  # a list of prompts gives a list
+    return answers[0].metrics
+
+
+def measure_memory(bundle: Path, *, threads: int | None, new_tokens: int | None) -> dict[str, int]:
+    """Peak resident bytes of a process of its own that opens the bundle and generates once.
+
+    ``baseline`` is what the interpreter and its libraries took before the bundle was opened. Mapped weight
+    files count as far as they were touched.
+    """
+    command = [sys.executable, "-m", "secateur.tools.measure", str(bundle), str(threads or 0), str(new_tokens or 0)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise SecateurError(f"measuring memory failed: {reason[0]}", where=str(bundle))
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. The kernel's own mark; what getrusage says may stem from the parent process."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def ratios(own: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """``other`` over ``own``: how many times less time, and how many times fewer FLOPs, per time and program."""
+    found = {}
+    programs = {"vision": ["vision"], "prefill": ["prefill"], "ttft": ["vision", "prefill"], "tpot": ["decode"]}
+    for name, parts in programs.items():
+        if name in own["times"] and name in other["times"]:
+            flops = [sum(bundle["flops"][part] for part in parts) for bundle in (other, own)]
+            found[name] = {
+                "time": other["times"][name]["p50"] / own["times"][name]["p50"],
+                "flops": flops[0] / flops[1] if flops[1] else float("nan"),
+            }
+    return found
+
+
+def _main(bundle: str, threads: str, new_tokens: str) -> None:
+    import onnxruntime  # noqa: F401  its own share belongs to the baseline
+
+    baseline = peak_resident_bytes()
+    with Session(bundle, threads=int(threads) or None) as session:
+        run_once(session, make_workload(session, new_tokens=int(new_tokens) or None))
+    sys.stdout.write(json.dumps({"baseline": baseline, "peak": peak_resident_bytes()}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""`secateur run`: ask a bundle a question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from secateur.runtime.results import Generation
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A directory that `secateur compile` made.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="The question; once per row of the batch.")],
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="An image file; repeat for more, row by row.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text, tokens and metrics as JSON.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this mass.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; repeat for more.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads per operator; all cores if not given.")] = None,
+    full_check: Annotated[bool, typer.Option("--full-check", help="Also hash the weights before running.")] = False,
+) -> list[Any]:
+    """Answer a prompt about an image.
+
+    A prompt that does not name its images is put into the checkpoint's chat template behind them.
+    With --stream and --json every piece is a line of JSON, and the last line is the result.
+
+    \b
+      secateur run BUNDLE --image photo.png --prompt "What is in the picture?" --stream
+    """
+    from secateur.runtime.session import Session
+
+    with Session(bundle, threads=threads, verify="full" if full_check else "graphs") as session:
+        pieces = session.stream(
+            list(prompt),
+            _images_per_row(list(image or []), len(prompt)),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
+        live = stream and len(prompt) == 1
+        with pieces:
+            for piece in pieces:
+                if stream and as_json:
+                    typer.echo(json.dumps({"row": piece.row, "piece": str(piece)}, ensure_ascii=False))
+                elif live:
+                    typer.echo(str(piece), nl=False)
+    answers = pieces.generations
+    if as_json:
+        typer.echo(json.dumps([describe(answer) for answer in answers], indent=None if stream else 1))
+    elif live:
+        typer.echo()
+    else:
+        for answer in answers:
+            typer.echo(answer.text)
+    _summarize(answers)
+    return answers
+
+
+def describe(answer: Generation) -> dict[str, Any]:
+    """A generation as plain data."""
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "metrics": answer.metrics.as_json(),
+    }
+
+
+def _images_per_row(images: list[Path], rows: int) -> list[list[Path]]:
+    """Deal images out in order; a number that does not divide is left to the session's own message."""
+    each = -(-len(images) // rows)
+    return [images[row * each : (row + 1) * each] for row in range(rows)]
+
+
+def _summarize(answers: list[Generation]) -> None:
+    import logging
+
+    metrics = answers[0].metrics
+    visual = " -> ".join(str(count) for count in metrics.visual_tokens.values())
+    logging.getLogger(__name__).info(
+        "%d tokens, the first after %.0f ms, then %.1f ms each; visual tokens by segment: %s; caches %.1f MiB",
+        sum(len(answer.tokens) for answer in answers),
+        metrics.ttft_s * 1e3,
+        metrics.tpot_s * 1e3,
+        visual,
+        metrics.cache_bytes / 2**20,
+    )

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.compiler.recipe import PlannedStage
 from secateur.compiler.token_map import TokenMap
+from secateur.passes.methods.select import Selection
 from secateur.passes.vocabulary import BoundStage, BoundTerm, bind_stage
 
 
@@ -48,6 +50,25 @@ class StageFunction:
         mix = _apply(self.bound.merge, signals, reserved)
         assert mix.shape == (keep.shape[0], k, count), f"{self.planned}: mix has shape {tuple(mix.shape)}"
         return TokenMap(keep, mix)
+
+    def with_keep(self, signals: Mapping[str, Tensor], keep: Tensor) -> TokenMap:
+        """The map this stage makes when told to keep ``keep [G,K]``: for comparing runs that chose differently.
+
+        A selector that marks merge targets takes them from what its score ranks below the outright survivors, so of a
+        forced set the targets are its lowest-scoring members. Eager only.
+        """
+        if self.bound.merge is None:
+            return TokenMap(keep)
+        reserved: dict[str, Any] = {"k": self.planned.length_out}
+        if self.bound.score is not None:
+            reserved["score"] = _apply(self.bound.score, signals, reserved)
+        targets = _apply(self.bound.select, signals, reserved).targets
+        if targets is not None:
+            order = reserved["score"].gather(1, keep).argsort(1, stable=True)
+            lowest = order[:, : int(targets[0].sum())]
+            targets = torch.zeros_like(targets).scatter(1, lowest, True)
+        reserved["selection"] = Selection(keep, targets)
+        return TokenMap(keep, _apply(self.bound.merge, signals, reserved))
 
 
 def stage_function(planned: PlannedStage) -> StageFunction:

@@ -1,0 +1,148 @@
+"""``torch.export`` as a function from a Python function to a :class:`Program`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.compiler.program import Program
+from secateur.runtime.errors import SecateurError
+
+
+class _Call(nn.Module):
+    """``function`` as a module that owns what it may use, so that the exporter lifts those parameters and no others."""
+
+    def __init__(self, function: Callable[..., Any], owned: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.function = function
+        self.owned = nn.ModuleList(owned.values())
+
+    def forward(self, *feed: Tensor) -> Any:
+        return self.function(*feed)
+
+
+class _Names:
+    """Names inside ``_Call`` back to names in the Hugging Face model."""
+
+    def __init__(self, owned: Iterable[str]) -> None:
+        self.paths = list(owned)
+
+    def restore(self, name: str) -> str:
+        if not name.startswith("owned."):
+            return ""
+        index, _, rest = name.removeprefix("owned.").partition(".")
+        return f"{self.paths[int(index)]}.{rest}".rstrip(".")
+
+
+def trace_function(
+    name: str,
+    function: Callable[..., Any],
+    feed: Mapping[str, Tensor],
+    outputs: Iterable[str],
+    owned: Mapping[str, nn.Module] | None = None,
+    dynamic: Mapping[str, Any] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
+) -> Program:
+    """Export ``function(**feed)`` to a Program.
+
+    ``owned`` holds the modules whose parameters it may use, by their path in the model, ``constants`` the values
+    of computed buffers by name, ``dynamic`` the symbolic dimensions per input.
+
+    The function may be anything ``torch.export`` can trace with static shapes. Raises SecateurError with
+    the exporter's first line when it cannot, for instance for a shape that depends on data.
+    """
+    shapes = (tuple(dynamic.get(k) for k in feed),) if dynamic else None
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _quiet_export():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                _Call(function, owned or {}), tuple(feed.values()), dynamic_shapes=shapes, strict=False
+            ).run_decompositions({})
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise SecateurError(
+            f"cannot trace {name}: {first_line(error)}",
+            where="trace",
+            fix="scores, selectors and merges must have shapes that do not depend on data",
+        ) from error
+    return _to_program(name, exported, tuple(feed), tuple(outputs), _Names(owned or ()), constants or {})
+
+
+def _to_program(
+    name: str,
+    exported: Any,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    names: _Names,
+    constants: Mapping[str, Tensor],
+) -> Program:
+    module = exported.graph_module
+    graph = fx.Graph()
+    root = nn.Module()
+    values: dict[fx.Node, fx.Node] = {}
+    ports = dict(zip(exported.graph_signature.user_inputs, inputs, strict=True))
+    for node in module.graph.nodes:
+        if node.name in ports:
+            values[node] = graph.placeholder(ports[node.name])
+            values[node].meta = {"val": node.meta["val"]}
+        elif node.op == "placeholder" and not node.users:
+            continue
+        elif node.op == "placeholder":
+            values[node] = _lift(graph, root, node, exported, names, constants)
+        elif node.op == "output":
+            graph.output(tuple(values[n] for n in node.args[0]))
+        else:
+            if node.op == "get_attr":
+                setattr(root, node.target, getattr(module, node.target))
+            values[node] = graph.node_copy(node, lambda n: values[n])
+            values[node].meta = {"val": node.meta.get("val")}
+            if layer := _module_path(node, names):
+                values[node].meta["layer"] = layer
+    return Program(name, fx.GraphModule(root, graph), outputs)
+
+
+def _lift(
+    graph: fx.Graph, root: nn.Module, node: fx.Node, exported: Any, names: _Names, constants: Mapping[str, Tensor]
+) -> fx.Node:
+    signature = exported.graph_signature
+    name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
+    lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
+    meta: dict[str, Any] = {"val": node.meta["val"]}
+    if lifted is not None:
+        tensor = exported.constants[lifted]
+    elif (full := names.restore(str(name))) in constants:
+        tensor = constants[full]
+    else:
+        tensor, meta["weight"] = exported.state_dict[str(name)], full
+    setattr(root, node.name, nn.Buffer(tensor.detach(), persistent=False))
+    new = graph.get_attr(node.name)
+    new.meta = meta
+    return new
+
+
+def _module_path(node: fx.Node, names: _Names) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()), ("",))[0] if stack else ""
+    return names.restore(path)
+
+
+class _quiet_export:
+    """torch.export reports through loggers what the raised error already says."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("torch")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,133 @@
+"""The custom operators a traced model is written in.
+
+Each stands for something a backend has a fused kernel for, so it must survive tracing, pruning and export as
+one node: attention (with and without a cache), rotary embedding, RMS normalisation, taking rows of a sequence.
+Every operator has an eager kernel, so that a graph runs in plain PyTorch after any pass.
+
+``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers, ``start [B]`` slot of
+the first new row; returns the output and the buffers with the new rows written. Row i of b sees slots up to
+``start[b] + i``. ``fresh`` says that every start is 0. ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
+``take_rows``: ``x [B,L,...]``, ``index [B,K]`` -> ``[B,K,...]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIB = torch.library.Library("secateur", "DEF")
+
+LIB.define(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int? window=None, "
+    "float? softcap=None, Tensor? bias=None, Tensor? block_ids=None) -> Tensor"
+)
+LIB.define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor start, bool fresh, "
+    "float scale, int? window=None, float? softcap=None) -> (Tensor, Tensor, Tensor)"
+)
+LIB.define("take_rows(Tensor x, Tensor index) -> Tensor")
+LIB.define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+
+
+def scaled_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Reference attention. ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,C,d]``, ``mask`` bool ``[B,1,S,C]``."""
+    groups = q.shape[1] // k.shape[1]
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1
+        )
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    logits = torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return torch.softmax(logits.float(), -1).to(q.dtype) @ v
+
+
+def causal_mask(start: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
+    """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own."""
+    slot = start[:, None] + torch.arange(queries, device=start.device)
+    key = torch.arange(keys, device=start.device)
+    mask = key[None, None] <= slot[..., None]
+    if window is not None:
+        mask &= key[None, None] > slot[..., None] - window
+    return mask[:, None]
+
+
+@torch.library.impl(LIB, "attention", "CompositeExplicitAutograd")
+def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):  # type: ignore[no-untyped-def]
+    mask = None
+    if causal:
+        mask = causal_mask(torch.zeros(q.shape[0], dtype=torch.int64), q.shape[2], k.shape[2], window)
+    if block_ids is not None:
+        same = block_ids[:, None, :, None] == block_ids[:, None, None, :]
+        same &= block_ids[:, None, None, :] >= 0
+        mask = same if mask is None else mask | same
+    if bias is not None:
+        raise NotImplementedError("secateur::attention: an additive bias has no eager kernel yet")
+    return scaled_attention(q, k, v, scale, mask, softcap).contiguous()
+
+
+@torch.library.impl(LIB, "cached_attention", "CompositeExplicitAutograd")
+def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None):  # type: ignore[no-untyped-def]
+    rows = start[:, None] + torch.arange(q.shape[2])
+    at = rows[:, None, :, None].expand(k.shape)
+    present_k, present_v = past_k.scatter(2, at, k), past_v.scatter(2, at, v)
+    if fresh:  # the cache holds nothing older: attending to the new rows alone is the same and cheaper
+        mask = causal_mask(start, q.shape[2], k.shape[2], window)
+        return scaled_attention(q, k, v, scale, mask, softcap).contiguous(), present_k, present_v
+    mask = causal_mask(start, q.shape[2], past_k.shape[2], window)
+    return scaled_attention(q, present_k, present_v, scale, mask, softcap).contiguous(), present_k, present_v
+
+
+@torch.library.impl(LIB, "rotary", "CompositeExplicitAutograd")
+def _rotary(x, cos, sin):  # type: ignore[no-untyped-def]
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+@torch.library.impl(LIB, "rms_norm", "CompositeExplicitAutograd")
+def _rms_norm(x, weight, eps):  # type: ignore[no-untyped-def]
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@torch.library.register_fake("secateur::attention", lib=LIB)
+def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):  # type: ignore[no-untyped-def]
+    # Contiguous strides: a later view() of a fake with q's strides would fail at run time only.
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("secateur::cached_attention", lib=LIB)
+def _cached_attention_fake(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), past_k.new_empty(past_k.shape), past_v.new_empty(past_v.shape)
+
+
+@torch.library.impl(LIB, "take_rows", "CompositeExplicitAutograd")
+def _take_rows(x, index):  # type: ignore[no-untyped-def]
+    rows = index.reshape(*index.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, rows.expand(*index.shape, *x.shape[2:]))
+
+
+@torch.library.register_fake("secateur::take_rows", lib=LIB)
+def _take_rows_fake(x, index):  # type: ignore[no-untyped-def]
+    return x.new_empty((*index.shape, *x.shape[2:]))
+
+
+@torch.library.register_fake("secateur::rotary", lib=LIB)
+def _rotary_fake(x, cos, sin):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("secateur::rms_norm", lib=LIB)
+def _rms_norm_fake(x, weight, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+attention = torch.ops.secateur.attention.default
+cached_attention = torch.ops.secateur.cached_attention.default
+rotary = torch.ops.secateur.rotary.default
+take_rows = torch.ops.secateur.take_rows.default
+rms_norm = torch.ops.secateur.rms_norm.default

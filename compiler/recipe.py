@@ -1,0 +1,281 @@
+"""Recipes as data: which tokens go, where, by which score, and how many stay.
+
+A :class:`Recipe` is a row of the paper table. :func:`plan_recipe` turns it into a
+:class:`PlannedRecipe` for one model depth, token count and keep ratio: plain numbers, no choices left.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from secateur.runtime.errors import UserError
+
+SITE_KINDS = ("vision.layer", "vision.out", "projector.out", "decoder.layer")
+"""Kinds of site of the present families; the two that end in ``layer`` take an index."""
+
+Scope = Literal["image", "whole"]
+Positions = Literal["original", "compact"]
+Evidence = Literal["authors' code", "paper", "reconstructed"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where tokens can be reduced. ``layer`` counts from 0 and means *before* that layer.
+
+    ``depth`` is the depth of the published model when ``layer`` is the published one, so that it scales
+    to ``round(layer * L / depth)`` of a model with L layers; None means the layer is taken as it is.
+    """
+
+    kind: str
+    layer: int | None = None
+    depth: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
+
+    @classmethod
+    def parse(cls, text: str, where: str = "site") -> Site:
+        """Read ``decoder.layer[2]``, ``decoder.layer[2/32]`` (published layer/depth) or ``vision.out``.
+
+        ``where`` opens the message of the :class:`UserError` raised for anything else.
+        """
+        match = re.fullmatch(r"\s*([a-z.]+?)\s*(?:\[\s*(\d+)\s*(?:/\s*(\d+)\s*)?\])?\s*", text)
+        kind = match[1] if match else text
+        if not match or kind not in SITE_KINDS:
+            raise UserError(f"no site {text!r}", where=where, available=_SITE_FORMS)
+        if kind.endswith(".layer") != (match[2] is not None):
+            raise UserError(f"site {text!r} is malformed", where=where, available=_SITE_FORMS)
+        if match[3] and int(match[2]) >= int(match[3]):
+            raise UserError(
+                f"site {text!r} is beyond the last layer of its published depth",
+                where=where,
+                fix=f"the layer must be below {match[3]}" if int(match[3]) else "the depth must be at least 1",
+            )
+        return cls(kind, int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
+
+    def at_depth(self, layers: int) -> Site:
+        """The site in a model of ``layers`` layers. A published layer of 1 or more never becomes 0."""
+        if self.layer is None:
+            return self
+        if self.depth is not None:
+            scaled = math.floor(self.layer * layers / self.depth + 0.5)
+            return Site(self.kind, min(max(scaled, min(self.layer, 1)), layers - 1))
+        if self.layer >= layers:
+            raise UserError(
+                f"site {self} is beyond the last layer",
+                where="recipe",
+                available=[f"{self.kind}[0] to {self.kind}[{layers - 1}]"],
+            )
+        return self
+
+
+_SITE_FORMS = ("vision.layer[i]", "vision.out", "projector.out", "decoder.layer[k]")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A function of the vocabulary by name, with its options: one score, selector or merge."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}={self.options[k]!r}" for k in sorted(self.options))
+        return f"{self.name}({inner})"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One reduction: a site, the functions that choose, and the published share of tokens left.
+
+    ``share`` is the fraction of the *original* prunable tokens left after this stage in the paper's
+    setting; it fixes the proportions between stages, see :func:`plan_recipe`.
+    ``signals`` holds the options of signals, by signal name.
+    """
+
+    site: Site
+    select: Term
+    score: Term | None = None
+    merge: Term | None = None
+    share: float = 0.5
+    scope: Scope = "image"
+    signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published method as a row of data."""
+
+    name: str
+    title: str
+    link: str
+    stages: tuple[Stage, ...]
+    positions: Positions = "original"
+    evidence: Evidence = "authors' code"
+    notes: str = ""
+    identity_at_one: bool = True
+    """Whether keep-ratio 1.0 leaves the model's output unchanged (false for rows that always merge)."""
+
+    def __post_init__(self) -> None:
+        before = 1.0
+        for index, stage in enumerate(self.stages):
+            where = f"recipe {self.name}: stages[{index}].share"
+            if not 0.0 < stage.share <= 1.0:
+                raise UserError(f"share {stage.share:g} is out of (0, 1]", where=where)
+            if stage.share > before:
+                raise UserError(
+                    f"share {stage.share:g} is more than the {before:g} the stage before leaves",
+                    where=where,
+                    fix="a share is a fraction of the original tokens, so it cannot grow",
+                )
+            before = stage.share
+
+    @property
+    def default_keep(self) -> float:
+        return self.stages[-1].share if self.stages else 1.0
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its numbers: ``length_in`` tokens per row come in, ``length_out`` go on.
+
+    Both are per *group*: an image when the scope is ``image``, the row when it is ``whole``.
+    """
+
+    index: int
+    site: Site
+    score: Term | None
+    select: Term
+    merge: Term | None
+    scope: Scope
+    positions: Positions
+    signals: Mapping[str, Mapping[str, Any]]
+    groups: int
+    length_in: int
+    length_out: int
+
+    @property
+    def name(self) -> str:
+        return f"stage{self.index}"
+
+    def __str__(self) -> str:
+        terms = " ".join(
+            f"{role}={term}"
+            for role, term in (("score", self.score), ("select", self.select), ("merge", self.merge))
+            if term is not None
+        )
+        return (
+            f"{self.name} {self.site} {terms} scope={self.scope} positions={self.positions} "
+            f"tokens={self.groups}x{self.length_in}->{self.groups}x{self.length_out}"
+        )
+
+
+@dataclass(frozen=True)
+class PlannedRecipe:
+    """A recipe for one model and geometry: what the pruning pass inserts."""
+
+    recipe: Recipe
+    keep: float
+    stages: tuple[PlannedStage, ...]
+
+    def __str__(self) -> str:
+        lines = [f"recipe {self.recipe.name} keep={self.keep:g}"]
+        return "\n".join(lines + [f"  {stage}" for stage in self.stages])
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    keep: float | None,
+    images: int,
+    tokens_per_image: int,
+    vision_layers: int,
+    decoder_layers: int,
+) -> PlannedRecipe:
+    """Fix layers and token counts.
+
+    ``keep`` is the fraction of the prunable tokens left after the last stage. With published shares
+    ``p_i`` stage i leaves ``keep ** (ln p_i / ln p_last)`` of them: the published values when ``keep`` is
+    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before.
+    """
+    keep = recipe.default_keep if keep is None else keep
+    if not 0.0 < keep <= 1.0:
+        raise UserError(
+            f"keep ratio {keep:g} is out of (0, 1]",
+            where="--keep",
+            fix="1 keeps every visual token, 0.25 a quarter of them",
+        )
+    sites = _place_sites(recipe, {"vision": vision_layers, "decoder": decoder_layers})
+    stages: list[PlannedStage] = []
+    groups, length = images, tokens_per_image
+    for index, (stage, site) in enumerate(zip(recipe.stages, sites, strict=True)):
+        if stage.scope == "image" and groups < images:
+            raise UserError(
+                f"stage {index} has scope 'image', but the stage before left a different number of tokens per image",
+                where=f"recipe {recipe.name}",
+                fix="use scope 'whole' from the first stage with it on",
+            )
+        if stage.scope == "whole" and groups > 1:
+            if not site.kind.startswith("decoder"):
+                raise UserError(
+                    f"scope 'whole' at {site} would leave a different number of tokens per image",
+                    where=f"recipe {recipe.name}",
+                    fix="use scope 'image', or a decoder.layer[k] site",
+                )
+            groups, length = 1, groups * length
+        total = tokens_per_image * images // groups
+        share = _stage_share(keep, stage.share, recipe.stages[-1].share)
+        count = min(max(1, math.floor(share * total + 0.5)), length)
+        stages.append(
+            PlannedStage(
+                index, site, stage.score, stage.select, stage.merge, stage.scope, recipe.positions,
+                stage.signals, groups, length, count,
+            )
+        )  # fmt: skip
+        length = count
+    return PlannedRecipe(recipe, keep, tuple(stages))
+
+
+def _place_sites(recipe: Recipe, layers: Mapping[str, int]) -> list[Site]:
+    """Sites with their layers in this model, strictly in the order a token meets them.
+
+    Published layers that scale to the same one move apart: down as far as the last stages need, else up.
+    """
+    sites: list[Site] = []
+    order = (-1, -1)
+    for index, stage in enumerate(recipe.stages):
+        kind = stage.site.kind
+        depth = layers.get(kind.partition(".")[0], 0)
+        site = stage.site.at_depth(depth)
+        if site.layer is not None and stage.site.depth is not None:
+            later = sum(other.site.kind == kind for other in recipe.stages[index + 1 :])
+            lowest = order[1] + 1 if order[0] == SITE_KINDS.index(kind) else 0
+            site = Site(kind, max(min(site.layer, depth - 1 - later), min(stage.site.layer or 0, 1), lowest))
+            if (site.layer or 0) >= depth:
+                raise UserError(
+                    f"{depth} layers are too few for the stages at {kind}",
+                    where=f"recipe {recipe.name}",
+                    fix="use a deeper model, or a recipe file with fewer stages",
+                )
+        place = (SITE_KINDS.index(kind), site.layer or 0)
+        if place <= order:
+            raise UserError(
+                f"stage {index} at {site} does not come after the stage before it",
+                where=f"recipe {recipe.name}",
+                fix="list stages in the order a token meets them, one per site",
+            )
+        order = place
+        sites.append(site)
+    return sites
+
+
+def _stage_share(keep: float, published: float, published_last: float) -> float:
+    if keep == published_last:
+        return published
+    if published_last >= 1.0:
+        return keep
+    return float(keep ** (math.log(published) / math.log(published_last)))

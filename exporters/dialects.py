@@ -1,0 +1,251 @@
+"""How each backend wants attention, caches, rotary embedding, norms and row selection written.
+
+``onnxruntime``: GroupQueryAttention with shared past/present buffers, MultiHeadAttention in towers. ``tensorrt``:
+TensorScatter and ONNX Attention with an explicit mask. ``plain``: standard opset 23 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from secateur.compiler import ops
+from secateur.exporters.builder import Builder, shape_of, type_of
+from secateur.exporters.lowering import Lower, aten, output, read, slice_value
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """``opset`` of the standard domain, and the lowerings that differ from the others'."""
+
+    name: str
+    opset: int
+    lowerings: Mapping[Any, Lower]
+    domains: Mapping[str, int]
+
+
+def _attention_arguments(node: fx.Node, positions: tuple[int, ...]) -> list[Any]:
+    return [node.args[i] if i < len(node.args) else None for i in positions]
+
+
+def _as_rows(b: Builder, value: ir.Value) -> ir.Value:
+    """``[B,H,S,d]`` -> ``[B,S,H*d]``."""
+    batch, heads, length, width = shape_of(value)
+    return b.reshape(b.swap(value), [batch, length, heads * width])
+
+
+def _as_heads(b: Builder, value: ir.Value, heads: int) -> ir.Value:
+    """``[B,S,H*d]`` -> ``[B,H,S,d]``."""
+    batch, length, width = shape_of(value)
+    return b.swap(b.reshape(value, [batch, length, heads, width // heads]))
+
+
+def _halves(b: Builder, table: ir.Value) -> ir.Value:
+    """The first half of a rotary table ``[B,S,d]``: both halves are equal, ONNX wants one."""
+    return slice_value(b, table, 2, 0, shape_of(table)[2] // 2)
+
+
+# -- the same for every backend ---------------------------------------------------------------------------
+
+
+def _rms_norm(b: Builder, node: fx.Node) -> ir.Value:
+    # stash_type 1: the reduction runs in float32 whatever the type of x.
+    dtype, shape = output(node)
+    x, weight, eps = node.args
+    attributes = {"axis": -1, "epsilon": float(eps), "stash_type": 1}  # type: ignore[arg-type]
+    return b.op("RMSNormalization", read(b, x), read(b, weight), dtype=dtype, shape=shape, attributes=attributes)
+
+
+def _layer_norm(b: Builder, node: fx.Node) -> ir.Value:
+    """In float32 between explicit casts when the model runs in half precision."""
+    dtype, shape = output(node)
+    x, _, weight, bias = _attention_arguments(node, (0, 1, 2, 3))
+    eps = float(node.args[4]) if len(node.args) > 4 else 1e-5  # type: ignore[arg-type]
+    inputs = [read(b, v, torch.float32) for v in (x, weight, bias) if v is not None]
+    made = b.op(
+        "LayerNormalization", *inputs, dtype=torch.float32, shape=shape, attributes={"axis": -1, "epsilon": eps}
+    )
+    return b.cast(made, dtype)
+
+
+def _take_rows(b: Builder, node: fx.Node) -> ir.Value:
+    """A ``Gather`` over rows of all batch entries laid end to end."""
+    dtype, shape = output(node)
+    x, index = read(b, node.args[0]), read(b, node.args[1])
+    batch, length, *rest = shape_of(x)
+    count = shape_of(index)[1]
+    if batch == 1:
+        return b.op("Gather", x, b.reshape(index, [count]), dtype=dtype, shape=shape, attributes={"axis": 1})
+    offset = b.constant(np.arange(batch, dtype=np.int64)[:, None] * length)
+    flat_index = b.remember(
+        ("row index", index, length),
+        lambda: b.op("Add", index, offset, dtype=torch.int64, shape=[batch, count]),
+    )
+    flat = b.reshape(x, [batch * length, *rest])
+    made = b.op(
+        "Gather", flat, b.reshape(flat_index, [batch * count]),
+        dtype=dtype, shape=[batch * count, *rest], attributes={"axis": 0},
+    )  # fmt: skip
+    return b.reshape(made, shape)
+
+
+# -- onnxruntime ------------------------------------------------------------------------------------------
+
+
+def _rotary_rows(b: Builder, node: fx.Node) -> ir.Value:
+    """Rotary on ``[B,S,H*d]``: the form the projections leave and attention reads, without a transpose."""
+    dtype, (batch, heads, length, width) = output(node)
+    x, cos, sin = (read(b, a) for a in node.args)
+    attributes = {"num_heads": heads}
+    made = b.op(
+        "RotaryEmbedding", _as_rows(b, x), _halves(b, cos), _halves(b, sin),
+        dtype=dtype, shape=[batch, length, heads * width], attributes=attributes,
+    )  # fmt: skip
+    return _as_heads(b, made, heads)
+
+
+def _multi_head(b: Builder, node: fx.Node) -> ir.Value:
+    dtype, (batch, heads, length, width) = output(node)
+    q, k, v, scale, causal = node.args[:5]
+    rows = [_as_rows(b, read(b, a)) for a in (q, k, v)]
+    made = b.op(
+        "MultiHeadAttention", *rows, domain=MICROSOFT, dtype=dtype, shape=[batch, length, heads * width],
+        attributes={"num_heads": heads, "scale": float(scale), "unidirectional": int(bool(causal))},  # type: ignore[arg-type]
+    )  # fmt: skip
+    return _as_heads(b, made, heads)
+
+
+def _group_query(b: Builder, node: fx.Node) -> list[ir.Value]:
+    q, k, v, past_k, past_v, start = (read(b, a) for a in node.args[:6])
+    fresh, scale = bool(node.args[6]), float(node.args[7])  # type: ignore[arg-type]
+    (softcap,) = _attention_arguments(node, (9,))
+    batch, heads, length, width = shape_of(q)
+    cache = shape_of(past_k)
+    if fresh:
+        last = b.constant(np.full(batch, length - 1, np.int32))
+        total = b.constant(np.array(length, np.int32))
+    else:
+        last = b.cast(start, torch.int32)
+        total = b.constant(np.array(cache[2], np.int32))
+    kind = type_of(q)
+    outputs = b.ops(
+        "GroupQueryAttention", *(_as_rows(b, x) for x in (q, k, v)), past_k, past_v, last, total, domain=MICROSOFT,
+        types=[(kind, [batch, length, heads * width]), (kind, cache), (kind, cache)],
+        attributes={"num_heads": heads, "kv_num_heads": cache[1], "scale": scale, "softcap": float(softcap or 0.0)},
+    )  # fmt: skip
+    return [_as_heads(b, outputs[0], heads), *outputs[1:]]
+
+
+# -- standard operators -----------------------------------------------------------------------------------
+
+
+def _rotary_heads(b: Builder, node: fx.Node) -> ir.Value:
+    dtype, shape = output(node)
+    x, cos, sin = (read(b, a) for a in node.args)
+    return b.op("RotaryEmbedding", x, _halves(b, cos), _halves(b, sin), dtype=dtype, shape=shape)
+
+
+def _attend(
+    b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float, causal: bool
+) -> ir.Value:
+    inputs = [q, k, v] + ([mask] if mask is not None else [])
+    return b.op(
+        "Attention", *inputs, dtype=type_of(q), shape=shape_of(q), attributes={"scale": scale, "is_causal": int(causal)}
+    )
+
+
+def _tower_attention(b: Builder, node: fx.Node) -> ir.Value:
+    q, k, v = (read(b, a) for a in node.args[:3])
+    return _attend(b, q, k, v, None, float(node.args[3]), bool(node.args[4]))  # type: ignore[arg-type]
+
+
+def _visible(b: Builder, start: ir.Value, capacity: int) -> ir.Value:
+    """bool ``[B,1,1,C]``: slots a new token at slot ``start [B]`` may attend to."""
+
+    def make() -> ir.Value:
+        batch = shape_of(start)[0]
+        slots = b.constant(np.arange(capacity, dtype=np.int64).reshape(1, 1, 1, capacity))
+        own = b.reshape(start, [batch, 1, 1, 1])
+        return b.op("LessOrEqual", slots, own, dtype=torch.bool, shape=[batch, 1, 1, capacity])
+
+    return b.remember(("visible", start, capacity), make)
+
+
+def _cached(
+    write: Callable[[Builder, ir.Value, ir.Value, ir.Value, bool], ir.Value],
+) -> Callable[[Builder, fx.Node], list[ir.Value]]:
+    def lower(b: Builder, node: fx.Node) -> list[ir.Value]:
+        q, k, v, past_k, past_v, start = (read(b, a) for a in node.args[:6])
+        fresh, scale = bool(node.args[6]), float(node.args[7])  # type: ignore[arg-type]
+        present = [write(b, past, new, start, fresh) for past, new in ((past_k, k), (past_v, v))]
+        if fresh:  # attend to the fresh rows: causal over equal lengths needs no mask
+            return [_attend(b, q, k, v, None, scale, True), *present]
+        mask = _visible(b, start, shape_of(past_k)[2])
+        return [_attend(b, q, *present, mask, scale, False), *present]
+
+    return lower
+
+
+def _write_plain(b: Builder, past: ir.Value, new: ir.Value, start: ir.Value, fresh: bool) -> ir.Value:
+    capacity, length = shape_of(past)[2], shape_of(new)[2]
+    if fresh:
+        rest = slice_value(b, past, 2, length, capacity)
+        return b.op("Concat", new, rest, dtype=type_of(past), shape=shape_of(past), attributes={"axis": 2})
+
+    def make() -> ir.Value:
+        batch = shape_of(start)[0]
+        slots = b.constant(np.arange(capacity, dtype=np.int64).reshape(1, 1, capacity, 1))
+        own = b.reshape(start, [batch, 1, 1, 1])
+        return b.op("Equal", slots, own, dtype=torch.bool, shape=[batch, 1, capacity, 1])
+
+    here = b.remember(("here", start, capacity), make)
+    return b.op("Where", here, new, past, dtype=type_of(past), shape=shape_of(past))
+
+
+def _write_scatter(b: Builder, past: ir.Value, new: ir.Value, start: ir.Value, fresh: bool) -> ir.Value:
+    return b.op(
+        "TensorScatter", past, new, start, dtype=type_of(past), shape=shape_of(past),
+        attributes={"axis": -2, "mode": "linear"},
+    )  # fmt: skip
+
+
+_COMMON: dict[Any, Lower] = {
+    ops.rms_norm: _rms_norm,
+    aten.layer_norm.default: _layer_norm,
+    ops.take_rows: _take_rows,
+}
+
+DIALECTS: dict[str, Dialect] = {
+    d.name: d
+    for d in (
+        Dialect(
+            "onnxruntime", 23,
+            {**_COMMON, ops.rotary: _rotary_rows, ops.attention: _multi_head, ops.cached_attention: _group_query},
+            {MICROSOFT: 1},
+        ),
+        Dialect(
+            "plain", 23,
+            {
+                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
+                ops.cached_attention: _cached(_write_plain),
+            },
+            {},
+        ),
+        Dialect(
+            "tensorrt", 24,
+            {
+                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
+                ops.cached_attention: _cached(_write_scatter),
+            },
+            {},
+        ),
+    )
+}  # fmt: skip

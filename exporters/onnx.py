@@ -1,0 +1,137 @@
+"""From a pruned program to an ONNX model in one dialect, without reading a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor, fx
+
+from secateur.compiler.program import Program
+from secateur.exporters.builder import TYPES, Builder
+from secateur.exporters.dialects import DIALECTS, Dialect
+from secateur.exporters.lowering import LOWERINGS
+from secateur.exporters.weights import WEIGHTS_FILE, WeightLayout
+from secateur.runtime.errors import SecateurError, UserError
+
+IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class Exported:
+    """ONNX models by program name, in one dialect, and the layout of the weights file they point into."""
+
+    dialect: str
+    models: Mapping[str, ir.Model]
+    layout: WeightLayout
+
+    def __str__(self) -> str:
+        parts = []
+        for name, model in self.models.items():
+            counts: dict[str, int] = {}
+            for node in model.graph:
+                key = f"{node.domain}.{node.op_type}".lstrip(".")
+                counts[key] = counts.get(key, 0) + 1
+            parts.append(f"onnx {name} dialect {self.dialect}")
+            parts += [f"  {op} x{counts[op]}" for op in sorted(counts)]
+        return "\n".join(parts)
+
+    @property
+    def opset(self) -> int:
+        return DIALECTS[self.dialect].opset
+
+
+def export_programs(programs: Mapping[str, Program], dialect: str, layout: WeightLayout) -> Exported:
+    """Lower every program."""
+    if dialect not in DIALECTS:
+        raise UserError(f"no dialect {dialect!r}", where="export", available=sorted(DIALECTS))
+    chosen = DIALECTS[dialect]
+    return Exported(dialect, {n: export_program(p, chosen, layout) for n, p in programs.items()}, layout)
+
+
+def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> ir.Model:
+    """Lower one program. Ports keep their names; ``past_key_3`` becomes ``past_key.3``."""
+    builder = Builder()
+    builder.module = program.module  # type: ignore[attr-defined]
+    inputs: list[ir.Value] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            made = ir.Value(
+                name=port_name(node.name), shape=ir.Shape(tuple(value.shape)), type=ir.TensorType(TYPES[value.dtype])
+            )
+            builder.values[node] = made
+            inputs.append(made)
+        elif node.op == "get_attr":
+            builder.values[node] = _tensor(builder, node, program, layout)
+    lower_nodes(builder, program.graph, dialect)
+    outputs = _name_outputs(builder, program)
+    graph = ir.Graph(
+        inputs, outputs, nodes=builder.nodes, initializers=builder.initializers, name=program.name,
+        opset_imports={"": dialect.opset, **dialect.domains},
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="secateur")
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def lower_nodes(builder: Builder, graph: fx.Graph, dialect: Dialect | None = None) -> None:
+    """Lower the calls of a graph in order; placeholders and attributes must have values already."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        builder.layer = str(node.meta.get("layer") or "")
+        lower = (dialect.lowerings.get(node.target) if dialect else None) or LOWERINGS.get(node.target)
+        if lower is None:
+            raise SecateurError(
+                f"no ONNX lowering for {node.target}", where=f"export: node {node.name} in {builder.layer or 'a stage'}",
+                fix="write it with operators listed in exporters/lowering.py, or add a lowering there",
+            )  # fmt: skip
+        builder.values[node] = lower(builder, node)
+    builder.layer = ""
+
+
+def port_name(name: str) -> str:
+    """FX names hold no dots: ``past_key_3`` -> ``past_key.3``, ``slot_s0`` -> ``slot.s0``."""
+    return re.sub(r"^(past_key|past_value|slot)_(\w+)$", r"\1.\2", name)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write one ONNX file; weights stay where their entries point."""
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _tensor(builder: Builder, node: fx.Node, program: Program, layout: WeightLayout) -> ir.Value | None:
+    tensor = getattr(program.module, str(node.target))
+    if not isinstance(tensor, Tensor):
+        return None
+    name = node.meta.get("weight")
+    if name is None:
+        return builder.constant(tensor)
+    place = layout.find(name)
+    kind = TYPES[place.dtype]
+    value = ir.Value(name=name, shape=ir.Shape(place.shape), type=ir.TensorType(kind))
+    value.const_value = ir.ExternalTensor(
+        WEIGHTS_FILE, place.offset, place.length, kind, shape=ir.Shape(place.shape), name=name
+    )
+    builder.initializers.append(value)
+    return value
+
+
+def _name_outputs(builder: Builder, program: Program) -> list[ir.Value]:
+    """Give the results their port names; a result that is an input or already named goes through Identity."""
+    taken: set[int] = {id(v) for v in builder.values.values() if isinstance(v, ir.Value) and v.producer() is None}
+    outputs = []
+    for name, node in zip(program.outputs, program.results, strict=True):
+        value = builder.values[node]
+        if id(value) in taken:
+            shown = node.meta["val"]
+            value = builder.op("Identity", value, dtype=shown.dtype, shape=tuple(shown.shape))
+        taken.add(id(value))
+        value.name = name
+        outputs.append(value)
+    return outputs

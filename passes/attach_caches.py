@@ -1,0 +1,109 @@
+"""Give every decoder layer its cache: buffers come in, rows are written, buffers go out, one capacity per segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import getitem
+
+import torch
+
+from secateur.compiler import ops
+from secateur.compiler.program import Program, Segment
+from secateur.passes.edit import Node, aten, is_call, layer_index
+from secateur.passes.insert_decoder_stages import find_crossing, recompute_tables
+from secateur.runtime.errors import SecateurError
+
+
+def attach_caches(program: Program, layers: str, segments: Sequence[Segment], batch: int, *, fresh: bool) -> Program:
+    """Turn attention into cached attention.
+
+    New inputs per layer i: ``past_key_i``, ``past_value_i`` ``[B,Hkv,C,d]`` with C its segment's capacity; new outputs
+    ``present_key.i``, ``present_value.i``. In prefill (``fresh``) rows go to slots 0…; in decode to the input ``slot_<segment> [B]``.
+    """
+    module = program.edit()
+    graph = module.graph
+    anchor = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(anchor):
+        starts = _starts(graph, segments, batch, fresh)
+    presents: list[Node] = []
+    names: list[str] = []
+    found = [n for n in graph.nodes if is_call(n, ops.attention)]
+    for node in found:
+        layer = layer_index(node, layers)
+        segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
+        q, k, v, scale, _, *rest = node.args
+        window = rest[0] if rest else None
+        if window is not None and window < segment.capacity + segment.removed:
+            raise SecateurError(
+                f"layer {layer} attends through a window of {window}, shorter than the {segment.capacity} slots of a row",
+                where="attach_caches",
+                fix="choose fewer text and new tokens; windows inside the sequence are not supported yet",
+            )
+        heads, width, kind = k.meta["val"].shape[1], k.meta["val"].shape[3], k.meta["val"].dtype
+        with graph.inserting_before(anchor):
+            past = [graph.placeholder(f"past_{role}_{layer}") for role in ("key", "value")]
+        for port in past:
+            port.meta["val"] = torch.empty(batch, heads, segment.capacity, width, dtype=kind, device="meta")
+        with graph.inserting_before(node):
+            start = starts[segment.name]
+            cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, None, *rest[1:2]))
+            out, *present = (graph.call_function(getitem, (cached, i)) for i in range(3))
+        for new in (cached, out, *present):
+            new.meta = {"layer": node.meta.get("layer")}
+        out.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+        presents += present
+        names += [f"present_key.{layer}", f"present_value.{layer}"]
+    output = graph.output_node()
+    output.args = ((*output.args[0], *presents),)
+    return program.with_module(module, (*program.outputs, *names))
+
+
+def renumber_decode(program: Program, layers: str, segments: Sequence[Segment]) -> Program:
+    """In recipes that number survivors afresh, a new token's position in a pruned segment is its slot there."""
+    module = program.edit()
+    graph = module.graph
+    anchor = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    crossings = {s: find_crossing(graph, layers, s.first_layer, "decode") for s in segments if s.removed}
+    for segment, crossing in reversed(crossings.items()):
+        slot = _slot_input(graph, segment, _batch(graph), anchor)
+        with graph.inserting_before(anchor):
+            positions = graph.call_function(aten.unsqueeze.default, (slot, 1))
+        with graph.inserting_before(_last(crossing.tables)):
+            twins = recompute_tables(graph, crossing.tables, positions, 1)
+        for table, twin in twins.items():
+            for user in crossing.users[table]:
+                user.replace_input_with(table, twin)
+    return program.with_module(module)
+
+
+def _starts(graph: torch.fx.Graph, segments: Sequence[Segment], batch: int, fresh: bool) -> dict[str, Node]:
+    if not fresh:
+        anchor = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+        return {s.name: _slot_input(graph, s, batch, anchor) for s in segments}
+    zeros = graph.call_function(aten.zeros.default, ([batch],), {"dtype": torch.int64})
+    return {s.name: zeros for s in segments}
+
+
+def _slot_input(graph: torch.fx.Graph, segment: Segment, batch: int, anchor: Node) -> Node:
+    name = f"slot_{segment.name}"
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name == name:
+            return node
+    with graph.inserting_before(anchor):
+        slot = graph.placeholder(name)
+    slot.meta["val"] = torch.empty(batch, dtype=torch.int64, device="meta")
+    return slot
+
+
+def _batch(graph: torch.fx.Graph) -> int:
+    hidden = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "hidden")
+    return int(hidden.meta["val"].shape[0])
+
+
+def _last(nodes: Sequence[Node]) -> Node:
+    order = {n: i for i, n in enumerate(nodes[0].graph.nodes)}
+    last: Node = max(nodes, key=order.__getitem__).next
+    return last
+

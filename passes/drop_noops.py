@@ -1,0 +1,48 @@
+"""Remove what tracing leaves behind: assertions, copies that change nothing, lists taken apart and put together."""
+
+from __future__ import annotations
+
+import operator
+
+from secateur.compiler.program import Program
+from secateur.passes.edit import Node, aten, erase_dead, is_call, replace_node
+
+
+def drop_noops(program: Program) -> Program:
+    module = program.edit()
+    for node in list(module.graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default):
+            module.graph.erase_node(node)
+        elif is_call(node, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default):
+            replace_node(node, node.args[0])
+        elif is_call(node, aten.view.default, aten._unsafe_view.default):
+            # Strides are a matter of the backend; without the copies a view may no longer exist.
+            node.target = aten.reshape.default
+        elif is_call(node, aten.dropout.default) and not node.args[2]:
+            replace_node(node, node.args[0])
+        elif is_call(node, aten.mul.Tensor) and isinstance(node.args[1], float) and node.args[1] == 1.0:
+            replace_node(node, node.args[0])
+        elif is_call(node, aten._to_copy.default) and _same_dtype(node):
+            replace_node(node, node.args[0])
+        elif is_call(node, aten.stack.default) and (whole := _restacked(node)) is not None:
+            replace_node(node, whole)
+    erase_dead(module)
+    return program.with_module(module)
+
+
+def _same_dtype(node: Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype
+
+
+def _restacked(node: Node) -> Node | None:
+    """``x`` when the node is ``stack(unbind(x, 0), 0)``."""
+    items = node.args[0]
+    if not isinstance(items, (list, tuple)) or len(node.args) > 1 and node.args[1] != 0:
+        return None
+    source = items[0].args[0] if is_call(items[0], operator.getitem) else None
+    if not is_call(source, aten.unbind.int) or len(source.args) > 1 and source.args[1] != 0:
+        return None
+    whole = source.args[0]
+    in_order = all(is_call(n, operator.getitem) and n.args == (source, i) for i, n in enumerate(items))
+    return whole if in_order and len(items) == whole.meta["val"].shape[0] else None

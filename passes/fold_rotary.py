@@ -1,0 +1,56 @@
+"""Fold rotary embedding into one ``secateur::rotary`` node.
+
+Done on the traced graph, before any row is taken out of it: the pruned layers then carry the folded form as
+well, which an optimiser that looks for cos/sin computed in place does not find there.
+"""
+
+from __future__ import annotations
+
+from secateur.compiler import ops
+from secateur.compiler.program import Program
+from secateur.passes.edit import Node, aten, erase_dead, is_call, replace_node, shape_of
+
+
+def fold_rotary(program: Program) -> Program:
+    """``x * cos.unsqueeze(1) + cat(-x[h:], x[:h]) * sin.unsqueeze(1)`` with ``h = d/2``, ``x [B,H,S,d]``, ``cos [B,S,d]``."""
+    module = program.edit()
+    for node in list(module.graph.nodes):
+        if (found := _match(node)) is None:
+            continue
+        with module.graph.inserting_before(node):
+            folded = module.graph.call_function(ops.rotary, found)
+        folded.meta = dict(node.meta)
+        replace_node(node, folded)
+    erase_dead(module)
+    return program.with_module(module)
+
+
+def _match(node: Node) -> tuple[Node, Node, Node] | None:
+    if not is_call(node, aten.add.Tensor):
+        return None
+    straight, turned = node.args[:2]
+    if not is_call(straight, aten.mul.Tensor) or not is_call(turned, aten.mul.Tensor):
+        return None
+    (x, cos), (rotated, sin) = straight.args[:2], turned.args[:2]  # type: ignore[union-attr]
+    if not (_unsqueezed(cos) and _unsqueezed(sin) and is_call(rotated, aten.cat.default)):
+        return None
+    half = shape_of(x)[-1] // 2
+    parts, axis = rotated.args[0], rotated.args[1]
+    if axis != -1 or len(parts) != 2 or not is_call(parts[0], aten.neg.default):
+        return None
+    upper, lower = parts[0].args[0], parts[1]
+    if _slice(upper) == (x, half, 2 * half) and _slice(lower) == (x, 0, half):
+        return x, cos.args[0], sin.args[0]
+    return None
+
+
+def _unsqueezed(value: object) -> bool:
+    return is_call(value, aten.unsqueeze.default) and value.args[1] == 1  # type: ignore[attr-defined]
+
+
+def _slice(value: object) -> tuple[Node, int, int] | None:
+    """(source, start, end) of a slice of the last of four dimensions."""
+    if not is_call(value, aten.slice.Tensor):
+        return None
+    source, axis, start, end = value.args[:4]  # type: ignore[attr-defined]
+    return (source, start, min(end, shape_of(source)[3])) if axis in (3, -1) else None

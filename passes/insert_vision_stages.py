@@ -1,0 +1,113 @@
+"""Insert the stages that stand after the vision tower: before the projector or after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from secateur.compiler import ops
+from secateur.compiler.families.family import Family, VisionFacts
+from secateur.compiler.function import trace_function
+from secateur.compiler.program import Program, splice
+from secateur.passes.edit import Node, aten, ancestors, is_call, layer_index, shape_of
+from secateur.passes.sites import reduce_features
+from secateur.passes.stage import StageFunction
+from secateur.runtime.errors import UserError
+
+
+def insert_vision_stages(
+    program: Program, stages: Sequence[StageFunction], family: Family, facts: VisionFacts, images: int
+) -> Program:
+    """``vision`` with its stages; outputs ``features [B,F,D]`` and ``kept.stage<i> [B,K]`` per stage.
+
+    ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``.
+    """
+    module = program.edit()
+    graph = module.graph
+    output = graph.output_node()
+    features = output.args[0][0]
+    batch = shape_of(features)[0] // images
+    kept: dict[str, Node] = {}
+    for stage in stages:
+        value = _site_value(graph, stage, family)
+        taps = _taps(graph, stage, family, facts)
+        after = [n for n in value.users if _later(graph, value, n)]
+        shape, left = shape_of(value), stage.planned.length_out
+        feed = {"tokens": torch.zeros(shape)} | {
+            f"{name}_{role}": torch.zeros(shape_of(node))
+            for name, attention in taps.items()
+            for role, node in zip(("query", "key"), attention.args[:2], strict=True)
+        }
+        scales = {name: float(attention.args[3]) for name, attention in taps.items()}
+
+        def run(*values: torch.Tensor, stage: StageFunction = stage, scales: dict[str, float] = scales) -> object:
+            pairs = {n: (values[1 + 2 * i], values[2 + 2 * i], s) for i, (n, s) in enumerate(scales.items())}
+            tokens, keep = reduce_features(stage, values[0], pairs)
+            offset = torch.arange(images)[:, None] * stage.planned.length_in
+            row = (keep.reshape(batch, images, left) + offset).reshape(batch, images * left)
+            return tokens, row
+
+        traced = trace_function(stage.planned.name, run, feed, ("tokens", "kept"))
+        with graph.inserting_before(_first_after(graph, [value, *taps.values()])):
+            ports = dict(zip(feed, [value, *(n for a in taps.values() for n in a.args[:2])], strict=True))
+            tokens, row = splice(module, traced, ports)
+        tokens.meta = {"val": value.meta["val"].new_empty((shape[0], left, shape[2])), "layer": value.meta.get("layer")}
+        for user in after:
+            user.replace_input_with(value, tokens)
+        kept[stage.planned.name] = row
+        features = output.args[0][0]
+    with graph.inserting_before(output):
+        count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
+        width = shape_of(features)[-1]
+        joined = graph.call_function(aten.reshape.default, (features, [batch, count, width]))
+        joined.meta["val"] = features.meta["val"].new_empty((batch, count, width))
+    output.args = ((joined, *kept.values()),)
+    return program.with_module(module, ("features", *(f"kept.{name}" for name in kept)))
+
+
+def _site_value(graph: torch.fx.Graph, stage: StageFunction, family: Family) -> Node:
+    """The tensor a stage reduces: what the projector reads, or what it returns."""
+    kind = stage.planned.site.kind
+    if kind == "projector.out":
+        return graph.output_node().args[0][0]  # type: ignore[return-value]
+    if kind == "vision.out":
+        inside = {n for n in graph.nodes if str(n.meta.get("layer", "")).startswith(family.projector)}
+        entering = {
+            a for n in inside for a in n.all_input_nodes if a not in inside and a.op not in ("get_attr", "placeholder")
+        }
+        if len(entering) == 1:
+            return entering.pop()
+        names = sorted(n.name for n in entering)
+        raise UserError(f"the projector reads {len(names)} values", where=f"site {kind}", available=names)
+    raise UserError(
+        f"site {stage.planned.site} is not supported yet",
+        where=stage.planned.name,
+        available=["vision.out", "projector.out", "decoder.layer[k]"],
+    )
+
+
+def _taps(graph: torch.fx.Graph, stage: StageFunction, family: Family, facts: VisionFacts) -> dict[str, Node]:
+    wanted = [s for s in stage.signals if s != "tokens"]
+    if not wanted:
+        return {}
+    if not facts.has_cls:
+        raise UserError(
+            "the tower has no CLS token", where=f"{stage.planned.name}: signal {wanted[0]}", available=["tokens"]
+        )
+    found = [
+        n for n in graph.nodes
+        if is_call(n, ops.attention) and layer_index(n, family.vision_layers) == facts.feature_layer
+    ]  # fmt: skip
+    assert len(found) == 1, "one attention node per tower layer"
+    return {name: found[0] for name in wanted}
+
+
+def _later(graph: torch.fx.Graph, value: Node, user: Node) -> bool:
+    return user.op == "output" or value in ancestors([user])
+
+
+def _first_after(graph: torch.fx.Graph, nodes: Sequence[Node]) -> Node:
+    """The node behind the last of ``nodes`` in graph order."""
+    order = list(graph.nodes)
+    return order[max(order.index(n) for n in nodes) + 1]

@@ -1,0 +1,127 @@
+"""Join embedding, decoder and head into the programs that run: ``prefill`` and ``decode``.
+
+Embedding lookup and the merge of image features into the text stream happen inside prefill:
+``where(id is a placeholder, features[rank], embedding[id])``, which is static and takes any interleaving.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.compiler import ops
+from secateur.compiler.function import trace_function
+from secateur.compiler.program import Program, splice
+from secateur.passes.edit import Node, aten, erase_dead
+
+
+def join_prefill(
+    decoder: Program,
+    embedding: Program,
+    head: Program,
+    *,
+    features: Tensor,
+    sequence: int,
+    image_token: int,
+    pad_token: int,
+    tokens_per_image: int,
+    kept_per_image: int,
+    original_positions: bool,
+) -> Program:
+    """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,F]``) -> ``logits`` and what the decoder yields.
+
+    ``original_positions`` numbers the features by the patches they came from: image j's tokens start after
+    ``j * tokens_per_image`` image tokens, survivor p of it at ``kept``'s index, and text counts all patches.
+    """
+    batch, count = features.shape[0], features.shape[1]
+
+    def enter(input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        prunable = input_ids == image_token
+        rank = (torch.cumsum(prunable.to(torch.int64), 1) - 1).clamp(0, count - 1)
+        return torch.where(prunable, pad_token, input_ids), prunable, rank, lengths - 1
+
+    def mix(prunable: Tensor, rank: Tensor, features: Tensor, embedded: Tensor) -> Tensor:
+        return torch.where(prunable[..., None], ops.take_rows(features, rank), embedded)
+
+    def count_slots(input_ids: Tensor) -> Tensor:
+        return torch.arange(sequence).expand(batch, sequence)
+
+    def count_patches(prunable: Tensor, rank: Tensor, kept: Tensor) -> Tensor:
+        text = torch.arange(sequence) - torch.cumsum(prunable.to(torch.int64), 1)
+        done = (rank + 1) // kept_per_image * tokens_per_image
+        # A slot before the first image has rank 0 and has completed none.
+        done = torch.where(torch.cumsum(prunable.to(torch.int64), 1) > 0, done, 0)
+        return torch.where(prunable, text + 1 + kept.gather(1, rank), text + done)
+
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    flags, rows = torch.ones(batch, sequence, dtype=torch.bool), torch.zeros(batch, sequence, dtype=torch.int64)
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    graph = module.graph
+    names = ["input_ids", "lengths", "features", *(["kept"] if original_positions else [])]
+    port = {name: graph.placeholder(name) for name in names}
+    for node in decoder.graph.nodes:
+        if node.op == "placeholder" and node.name.startswith("past_"):
+            port[node.name] = graph.placeholder(node.name)
+            port[node.name].meta = dict(node.meta)
+    port["input_ids"].meta["val"], port["features"].meta["val"] = ids, features
+    port["lengths"].meta["val"] = torch.zeros(batch, dtype=torch.int64)
+    entry = trace_function(
+        "enter", enter, {"input_ids": ids, "lengths": ids[:, 0].contiguous()}, ("ids", "prunable", "rank", "last")
+    )
+    text, prunable, rank, last = splice(module, entry, port)
+    (embedded,) = splice(module, embedding, {"ids": text})
+    values = {"prunable": flags, "rank": rows, "features": features, "embedded": features.new_zeros(*ids.shape, features.shape[2])}
+    (hidden,) = splice(
+        module, trace_function("mix", mix, values, ("hidden",)),
+        {"prunable": prunable, "rank": rank, "features": port["features"], "embedded": embedded},
+    )  # fmt: skip
+    if original_positions:
+        kept = torch.zeros(batch, count, dtype=torch.int64)
+        port["kept"].meta["val"] = kept
+        numbering = trace_function(
+            "count_patches", count_patches, {"prunable": flags, "rank": rows, "kept": kept}, ("positions",)
+        )
+        (positions,) = splice(module, numbering, {"prunable": prunable, "rank": rank, "kept": port["kept"]})
+    else:
+        numbering = trace_function("count_slots", count_slots, {"input_ids": ids}, ("positions",))
+        (positions,) = splice(module, numbering, port)
+    feed = {**port, "hidden": hidden, "position_ids": positions, "prunable": prunable, "last": last}
+    normed, end, *rest = splice(module, decoder, feed)
+    index = graph.call_function(aten.unsqueeze.default, (end, 1))
+    row = graph.call_function(aten.squeeze.dim, (graph.call_function(ops.take_rows, (normed, index)), 1))
+    (logits,) = splice(module, head, {"row": row})
+    graph.output((logits, *rest))
+    _fix_length(module, sequence)
+    return Program("prefill", module, ("logits", *decoder.outputs[2:])).with_module(module)
+
+
+def join_decode(decoder: Program, embedding: Program, head: Program, batch: int) -> Program:
+    """``input_ids [B,1]``, ``position [B]``, ``slot_<s> [B]``, caches -> ``logits`` and the caches."""
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    graph = module.graph
+    port: dict[str, Node] = {name: graph.placeholder(name) for name in ("input_ids", "position")}
+    port["input_ids"].meta["val"] = torch.zeros(batch, 1, dtype=torch.int64)
+    port["position"].meta["val"] = torch.zeros(batch, dtype=torch.int64)
+    for node in sorted(decoder.graph.nodes, key=lambda n: not n.name.startswith("slot_")):
+        if node.op == "placeholder" and node.name not in ("hidden", "position_ids"):
+            port[node.name] = graph.placeholder(node.name)
+            port[node.name].meta = dict(node.meta)
+    (hidden,) = splice(module, embedding, {"ids": port["input_ids"]})
+    positions = graph.call_function(aten.unsqueeze.default, (port["position"], 1))
+    normed, *rest = splice(module, decoder, {**port, "hidden": hidden, "position_ids": positions})
+    (logits,) = splice(module, head, {"row": graph.call_function(aten.squeeze.dim, (normed, 1))})
+    graph.output((logits, *rest))
+    _fix_length(module, 1)
+    return Program("decode", module, ("logits", *decoder.outputs[1:])).with_module(module)
+
+
+def _fix_length(module: fx.GraphModule, sequence: int) -> None:
+    """Make every length a number: a segment's own after a site, the whole sequence before the first."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is aten.sym_size.int:
+            length = node.meta["val"] if isinstance(node.meta["val"], int) else sequence
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, lambda n, node=node, length=length: length if n is node else n)
+                user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, length=length: length if n is node else n)
+            module.graph.erase_node(node)
+    erase_dead(module)

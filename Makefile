@@ -10,7 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := compile,cpu,tensorrt-rtx,dev
-# torch's own thread pool and pytest's workers would otherwise compete for the same cores.
+# torch's own thread pool and pytest's workers would otherwise compete for the same cores. A file stays with one
+# worker, so that what its fixtures build is built once.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not device"
 
@@ -33,7 +34,7 @@ demo: $(STAMP)  ## compile the demo model, ask it the sample questions, draw wha
 	$(BIN)/python -m secateur.tools.demo
 
 test: $(STAMP)  ## run every test that needs no GPU
-	$(PYTEST) -n $(WORKERS) tests
+	$(PYTEST) -n $(WORKERS) --dist loadfile tests
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

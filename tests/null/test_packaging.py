@@ -88,7 +88,7 @@ def test_the_command_teaches_without_any_extra(clean_python: Path) -> None:
 
 
 def test_a_missing_extra_is_named(clean_python: Path, tmp_path: Path) -> None:
-    command = [clean_python.with_name("secateur"), "compile", tmp_path, "-o", tmp_path / "bundle"]
+    command = [clean_python.with_name("secateur"), "compile", ROOT / "demo" / "model", "-o", tmp_path / "bundle"]
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=outside_the_tree())
     assert failed.returncode == 2
     assert failed.stderr.strip().endswith("is not installed; pip install 'secateur[compile]'")

@@ -60,6 +60,13 @@ class ImagePipeline:
         if kind not in DEFAULTS:
             raise UserError(f"no image processor {name!r}", where="preprocessor_config.json", available=DEFAULTS)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
+        try:
+            return cls._from_values(values)
+        except (TypeError, ValueError) as error:
+            raise BundleError(str(error), where="preprocessor_config.json") from None
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> ImagePipeline:
         normalize = values.get("do_normalize", True)
         return cls(
             size=_read_size(values["size"], "size") if values.get("do_resize", True) else None,
@@ -69,6 +76,11 @@ class ImagePipeline:
             mean=_three(values["image_mean"]) if normalize else None,
             std=_three(values["image_std"]) if normalize else None,
         )
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of every image that comes out; None where it depends on the image."""
+        return self.crop or (self.size if isinstance(self.size, tuple) else None)
 
     def __call__(self, image: ImageLike) -> NDArray[np.float32]:
         rgb = read_rgb(image)

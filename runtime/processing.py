@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.chat import Message
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImageLike, ImagePipeline
 from secateur.runtime.prompts import Prompts, read_json
 from secateur.runtime.schema import Manifest
@@ -41,6 +41,13 @@ class Processor:
         self.prompts = Prompts(directory, manifest.model.image_token, manifest.model.image_token_id)
         config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
         self.images = ImagePipeline.from_config(config)
+        compiled_for = (manifest.geometry.image_height, manifest.geometry.image_width)
+        if self.images.output_size not in (None, compiled_for):
+            raise BundleError(
+                f"the image processor makes {self.images.output_size}, the bundle was compiled for {compiled_for}",
+                where=f"{directory}: preprocessor_config.json",
+                fix="compile the bundle again",
+            )
 
     def __call__(self, prompts: Sequence[Prompt], images: Sequence[Sequence[ImageLike]] | None = None) -> Inputs:
         """One entry of ``prompts`` per row; ``images`` holds each row's, or None if the messages carry them."""

@@ -123,7 +123,10 @@ def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
     """The template's own file, or else the tokenizer configuration's field: text or named templates."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(f"the chat template is not UTF-8 ({error.reason})", where=str(path)) from None
     source = config.get("chat_template")
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

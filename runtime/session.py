@@ -15,7 +15,7 @@ from PIL import Image
 
 from secateur.runtime.backends import Backend, open_backend
 from secateur.runtime.chat import Message
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.generate import Limits, TextStream
 from secateur.runtime.images import ImageLike
 from secateur.runtime.manifest import Level, check_files, read_manifest
@@ -205,7 +205,11 @@ class Session:
         if given is not None:
             return given
         value = self._defaults.get(name)
-        return otherwise if value is None else value
+        if value is None:
+            return otherwise
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise BundleError(f"{name} is {value!r}", where=f"{self.path}: generation_config.json")
+        return value
 
     def _borrow(self) -> Request:
         with self._lock:

@@ -130,7 +130,8 @@ def _load(ort: Any, directory: Path, name: str, program: Program, options: Any) 
     """A session whose ports are the manifest's."""
     where = f"{directory}: {program.graph}"
     try:
-        session = ort.InferenceSession(str(directory / program.graph), options, providers=[_CPU])
+        # Its fallback would print to standard output and try the same provider again.
+        session = ort.InferenceSession(str(directory / program.graph), options, providers=[_CPU], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise BundleError(
             f"ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}",

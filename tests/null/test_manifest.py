@@ -168,3 +168,13 @@ def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 0xFF
     path.write_bytes(bytes(data))
+
+
+def test_no_flipped_byte_of_the_manifest_passes_or_crashes(bundle: Path) -> None:
+    path = bundle / m.MANIFEST
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 53):
+        for bit in (0x01, 0x20, 0x80):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            with pytest.raises(BundleError):
+                m.read_manifest(bundle)

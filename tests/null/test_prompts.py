@@ -205,7 +205,28 @@ def test_broken_processor_files(bundle: Path, name: str, text: str) -> None:
         open_processor(bundle)
 
 
+def test_a_template_that_is_not_text(bundle: Path) -> None:
+    (bundle / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(BundleError, match="the chat template is not UTF-8"):
+        open_processor(bundle)
+
+
 def test_a_tokenizer_without_the_placeholder(tiny: ModuleType, bundle: Path) -> None:
     tiny.resign(bundle, model__image_token_id=5)
     with pytest.raises(BundleError, match="<image> is not token 5"):
+        open_processor(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"crop_size": 9}', r"makes \(9, 9\), the bundle was compiled for \(8, 8\)"),
+        ('{"crop_size": 8, "resample": 77}', "77 is not a valid Resampling"),
+        ('{"crop_size": 8, "rescale_factor": "x"}', "could not convert"),
+        ('{"crop_size": 8, "image_mean": [1, 2]}', "2 numbers for 3 colour channels"),
+    ],
+)
+def test_broken_image_processor_settings(bundle: Path, text: str, says: str) -> None:
+    (bundle / "preprocessor_config.json").write_text(text)
+    with pytest.raises(BundleError, match=says):
         open_processor(bundle)

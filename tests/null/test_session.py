@@ -213,6 +213,16 @@ def test_generation_defaults_of_the_checkpoint(tiny: ModuleType, bundle: Path, i
         assert len(session.generate("what", image, ignore_eos=True).tokens) == 8
 
 
+def test_generation_defaults_that_are_none(tiny: ModuleType, bundle: Path, image: Image.Image) -> None:
+    (bundle / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    tiny.relist(bundle)
+    with (
+        Session(bundle, threads=1) as session,
+        pytest.raises(BundleError, match=r"generation_config.json: max_new_tokens is 'many'"),
+    ):
+        session.generate("what", image)
+
+
 def test_more_tokens_than_capacity(session: Session, image: Image.Image) -> None:
     with pytest.raises(UserError, match=r"9 new tokens, the bundle's caches hold 8; .* compile with --new-tokens 9"):
         session.generate("what", image, max_new_tokens=9)

@@ -120,14 +120,14 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
-    """The template's own file, or else the tokenizer configuration's field: text or named templates."""
+    """The template's own file, in either of its forms, or else the tokenizer configuration's field."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"the chat template is not UTF-8 ({error.reason})", where=str(path)) from None
-    source = config.get("chat_template")
+    source = read_json(directory / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")

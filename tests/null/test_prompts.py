@@ -82,6 +82,9 @@ def test_a_template_in_the_tokenizer_config(bundle: Path) -> None:
         (bundle / "tokenizer_config.json").write_text('{"chat_template": %s}' % source)  # noqa: UP031
         processor = open_processor(bundle)
         assert text_of(processor, processor.encode("hi")) == "<s>T###"
+    (bundle / "chat_template.json").write_text('{"chat_template": "J<image>"}')
+    processor = open_processor(bundle)
+    assert text_of(processor, processor.encode("hi")) == "<s>J###"
 
 
 def test_a_batch_is_padded_on_the_right(tiny: ModuleType, tmp_path: Path, image: Image.Image) -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from secateur.compiler.bundle import Target, copy_processor_files, make_manifest
+from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.program import ProgramSet
+from secateur.compiler.output import check_output, whole_directory
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.recipe import Recipe, plan_recipe
-from secateur.compiler.trace import Traced
+from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
+from secateur.exporters.lint import lint_graph, refuse
+from secateur.exporters.onnx import Exported, export_programs, save_model
+from secateur.exporters.weights import WEIGHTS_FILE, Checkpoint, plan_weights, write_weights
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.fold_rms_norm import fold_rms_norm
@@ -18,9 +29,18 @@ from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
 from secateur.passes.insert_vision_stages import insert_vision_stages
 from secateur.passes.join_phases import join_decode, join_prefill
+from secateur.passes.recipe_file import load_recipe
+from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.stage import stage_function
 from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import write_manifest
+
+TARGETS = ("onnxruntime", "plain", "tensorrt", "tensorrt-rtx")
+Progress = Callable[[str, int, int], None]
+"""Told (what, done, total) during long phases."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +131,10 @@ PASSES: tuple[Pass, ...] = (
 
 def plan_job(traced: Traced, recipe: Recipe, keep: float | None) -> Job:
     """Fix every number of a recipe for the traced model and resolve its functions."""
+    if not recipe.stages and keep not in (None, 1.0):
+        raise UserError(
+            f"recipe {recipe.name} keeps every token", where=f"--keep {keep:g}", fix="leave --keep out or choose a recipe"
+        )
     source = traced.source
     plan = plan_recipe(
         recipe,
@@ -130,18 +154,14 @@ def prune(
     *,
     dump_dir: Path | None = None,
     stop_after: str | None = None,
-    on_pass: Callable[[str], None] = lambda name: None,
 ) -> Pruned:
     """Run the pass list. ``dump_dir`` gets the programs' text after each pass, ``stop_after`` names the last one to run."""
-    names = [p.name for p in PASSES]
-    if stop_after is not None and stop_after not in names:
-        raise UserError(f"no pass {stop_after!r}", where="--stop-after", available=names)
+    check_pass(stop_after)
     job, programs = plan_job(traced, recipe, keep), traced.programs
     if dump_dir is not None:
         dump_dir.mkdir(parents=True, exist_ok=True)
         (dump_dir / "00_trace.txt").write_text(f"{programs}\n")
     for index, step in enumerate(PASSES, 1):
-        on_pass(step.name)
         programs = step.run(programs, job)
         if dump_dir is not None:
             (dump_dir / f"{index:02}_{step.name}.txt").write_text(f"{programs}\n")
@@ -150,4 +170,133 @@ def prune(
     return Pruned(job, programs)
 
 
-__all__ = ["PASSES", "Geometry", "Pass", "plan_job", "prune"]
+def export(pruned: Pruned, dialect: str) -> Exported:
+    """Lower pruned programs to ONNX models; weights are laid out, not read."""
+    used: dict[str, Tensor] = {}
+    for program in pruned.programs.programs.values():
+        used |= {k: v for k, v in program.weights().items() if k not in used}
+    traced = pruned.job.traced
+    layout = plan_weights(used, traced.model, DTYPES[traced.dtype])
+    return export_programs(pruned.programs.programs, dialect, layout)
+
+
+def build(
+    pruned: Pruned, exported: Exported, target: Target, out: Path, *, force: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest."""
+    source, model = pruned.job.source, pruned.job.traced.model
+    tell = progress or (lambda what, done, total: None)
+    with whole_directory(out, force) as work:
+        copy_processor_files(source.path, work)
+        for name, graph in exported.models.items():
+            refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
+            save_model(graph, work / f"{name}.onnx")
+        with _phase("weights"):
+            digest = write_weights(
+                exported.layout, Checkpoint(source.path, model), work / WEIGHTS_FILE,
+                lambda done, total: tell("weights", done, total),
+            )  # fmt: skip
+        engines = _build_engines(exported, target, work, tell)
+        unpruned = count_unpruned(pruned)
+        write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, digest, engines))
+    return out
+
+
+def compile(
+    model_dir: Path | str,
+    out: Path | str,
+    *,
+    recipe: Recipe | str = "none",
+    keep: float | None = None,
+    geometry: Geometry | None = None,
+    target: str = "onnxruntime",
+    dtype: str | None = None,
+    sm: int | None = None,
+    force: bool = False,
+    dump_dir: Path | None = None,
+    stop_after: str | None = None,
+    progress: Progress | None = None,
+) -> Path | Pruned:
+    """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
+
+    ``recipe`` is a table name, a YAML file or a :class:`Recipe`; ``keep`` the fraction of visual tokens left after the last
+    stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` fp32, fp16 or bf16 (fp32 for ONNX
+    Runtime and plain, fp16 for TensorRT); ``sm`` the GPU architecture for tensorrt-rtx. Returns ``out``; with
+    ``stop_after`` nothing is written and the programs as that pass left them are returned.
+    Raises UserError for bad input, before anything long starts where that is possible.
+    """
+    out, geometry = Path(out), geometry or Geometry()
+    goal = check_target(target, dtype, sm)
+    check_pass(stop_after)
+    row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
+    if stop_after is None:
+        check_output(out, force)
+    source = read_source(Path(model_dir))
+    with _phase("trace"):
+        traced = trace_model(source, geometry, goal.dtype)
+    with _phase("prune"):
+        pruned = prune(traced, row, keep, dump_dir=dump_dir, stop_after=stop_after)
+    if stop_after is not None:
+        return pruned
+    with _phase("export"):
+        exported = export(pruned, goal.dialect)
+    if dump_dir is not None:
+        (dump_dir / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported}\n")
+    return build(pruned, exported, goal, out, force=force, progress=progress)
+
+
+def check_target(target: str, dtype: str | None, sm: int | None) -> Target:
+    """Resolve defaults and refuse what no backend runs; TensorRT's library must be there."""
+    if target not in TARGETS:
+        raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
+    if target.startswith("tensorrt"):
+        from secateur.exporters import tensorrt
+
+        dtype = dtype or "fp16"
+        sm = tensorrt.check_target(target, dtype=dtype, sm=sm)
+        tensorrt.load_library(target)
+        return Target(target, dtype, sm)
+    if sm is not None:
+        raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
+    return Target(target, dtype or "fp32", None)
+
+
+def check_pass(name: str | None) -> None:
+    names = [p.name for p in PASSES]
+    if name is not None and name not in names:
+        raise UserError(f"no pass {name!r}", where="--stop-after", available=names)
+
+
+def count_unpruned(pruned: Pruned) -> Mapping[str, int]:
+    """FLOPs per program of the same model and geometry without the recipe."""
+    whole = pruned if not pruned.job.stages else prune(pruned.job.traced, RECIPES["none"])
+    return {name: count_flops(p) for name, p in whole.programs.programs.items()}
+
+
+def _build_engines(exported: Exported, target: Target, work: Path, tell: Progress) -> dict[str, str]:
+    if target.dialect != "tensorrt":
+        return {}
+    from secateur.exporters.tensorrt import build_engine
+
+    made = {}
+    for name in exported.models:
+        with _phase(f"engine {name}"):
+            build_engine(
+                work / f"{name}.onnx", work / f"{name}.engine", flavour=target.name, sm=target.sm,
+                progress=lambda what, done, total, name=name: tell(f"engine {name}: {what}", done, total),  # type: ignore[misc]
+            )  # fmt: skip
+        made[name] = f"{name}.engine"
+    return made
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[None]:
+    """Say how long a phase took, once it is over."""
+    start = time.perf_counter()
+    yield
+    _log.info("%-16s %6.1f s", name, time.perf_counter() - start)
+
+
+__all__ = ["PASSES", "TARGETS", "Geometry", "Pass", "Source", "build", "compile", "export", "plan_job", "prune"]

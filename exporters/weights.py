@@ -6,6 +6,7 @@ memory, and the model is never held in memory while compiling.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -43,6 +44,11 @@ class WeightLayout:
     header: bytes
     aliases: Mapping[str, str]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return max((p.offset + p.length for p in self.tensors.values()), default=len(self.header))
+
     def find(self, name: str) -> Placed:
         return self.tensors[self.aliases.get(name, name)]
 
@@ -77,15 +83,26 @@ def plan_weights(used: Mapping[str, Tensor], model: nn.Module, dtype: torch.dtyp
 
 
 def write_weights(
-    layout: WeightLayout, checkpoint: Checkpoint, path: Path, on_bytes: Callable[[int], None] = lambda n: None
-) -> None:
-    """Stream the tensors out of the checkpoint, cast one by one. ``on_bytes`` is told of each write."""
+    layout: WeightLayout,
+    checkpoint: Checkpoint,
+    path: Path,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Stream the tensors out of the checkpoint, cast one by one; returns the SHA-256 of the file.
+
+    ``on_bytes`` is told after each tensor how many bytes of how many are written.
+    """
+    digest = hashlib.sha256(layout.header)
     with path.open("wb") as file, checkpoint:
+        checkpoint.require(layout.tensors)
         file.write(layout.header)
         for name, place in layout.tensors.items():
             data = checkpoint.read(name, place.shape).to(place.dtype).contiguous()
-            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-            on_bytes(place.length)
+            raw = data.reshape(-1).view(torch.uint8).numpy().data
+            file.write(raw)
+            digest.update(raw)
+            on_bytes(place.offset + place.length, layout.size)
+    return digest.hexdigest()
 
 
 class Checkpoint:

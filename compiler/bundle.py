@@ -1,0 +1,210 @@
+"""Put a bundle together: graphs, weights, processor files, engines, and last the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import secateur
+from secateur.compiler.flops import count_flops
+from secateur.compiler.program import ProgramSet
+from secateur.compiler.pruned import Job, Pruned
+from secateur.exporters.onnx import Exported, port_name
+from secateur.exporters.weights import WEIGHTS_FILE
+from secateur.runtime import manifest as m
+from secateur.runtime.errors import UserError
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_KINDS = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
+_PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+_TOOLS = ("torch", "transformers", "onnx-ir")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a bundle is built for. ``provider`` is the ONNX Runtime provider its precision needs."""
+
+    name: str
+    dtype: str
+    sm: int | None
+
+    @property
+    def dialect(self) -> str:
+        return "tensorrt" if self.name.startswith("tensorrt") else self.name
+
+    @property
+    def provider(self) -> str | None:
+        if self.name.startswith("tensorrt"):
+            return None
+        return "CPUExecutionProvider" if self.dtype == "fp32" else "CUDAExecutionProvider"
+
+
+def copy_processor_files(source: Path, work: Path) -> None:
+    """Tokenizer, chat template, image processor and generation defaults travel with the bundle."""
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(
+            "no tokenizer.json", where=str(source),
+            fix="save the processor with transformers (AutoProcessor.save_pretrained) into the model directory",
+        )  # fmt: skip
+    for name in _PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, work / name)
+
+
+def make_manifest(
+    pruned: Pruned,
+    exported: Exported,
+    target: Target,
+    work: Path,
+    unpruned: Mapping[str, int],
+    weights_sha256: str,
+    engines: Mapping[str, str],
+) -> m.Manifest:
+    """The manifest of everything that lies in ``work``; the weights' digest was made while they were written."""
+    job = pruned.job
+    files = {p.name: m.file_entry(p) for p in sorted(work.iterdir()) if p.name != WEIGHTS_FILE}
+    files[WEIGHTS_FILE] = m.FileEntry(sha256=weights_sha256, bytes=(work / WEIGHTS_FILE).stat().st_size)
+    versions = {"secateur": secateur.__version__, **{t: importlib.metadata.version(t) for t in _TOOLS}}
+    if target.name.startswith("tensorrt"):
+        from secateur.exporters.tensorrt import load_library
+
+        versions[target.name] = load_library(target.name).version
+    return m.Manifest(
+        secateur=secateur.__version__,
+        model=_model(job, weights_sha256),
+        recipe=_recipe(job),
+        geometry=_geometry(job),
+        target=target.name,  # type: ignore[arg-type]
+        dialect=exported.dialect,
+        dtype=target.dtype,  # type: ignore[arg-type]
+        opset=exported.opset,
+        provider=target.provider,
+        sm=target.sm,
+        programs=_programs(pruned.programs, unpruned, engines),
+        segments=[m.Segment(**vars(s)) for s in pruned.programs.segments],
+        position_offset=job.position_offset,
+        versions=versions,
+        weights=WEIGHTS_FILE,
+        files=files,
+    )
+
+
+def _programs(
+    programs: ProgramSet, unpruned: Mapping[str, int], engines: Mapping[str, str]
+) -> dict[str, m.Program]:
+    made = {}
+    for name, program in programs.programs.items():
+        inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+        made[name] = m.Program(
+            graph=f"{name}.onnx",
+            engine=engines.get(name),
+            inputs=[_port(port_name(n.name), n.meta["val"]) for n in inputs],
+            outputs=[_port(o, r.meta["val"]) for o, r in zip(program.outputs, program.results, strict=True)],
+            flops=count_flops(program),
+            unpruned_flops=unpruned[name],
+        )
+    return made
+
+
+def _port(name: str, value: Tensor) -> m.Port:
+    return m.Port(name=name, dtype=_KINDS[value.dtype], shape=[int(n) for n in value.shape])  # type: ignore[arg-type]
+
+
+def _model(job: Job, weights_sha256: str) -> m.Model:
+    source, text = job.source, job.source.text
+    heads = text.num_attention_heads
+    token = int(source.config.image_token_id)
+    return m.Model(
+        family=source.family.name,
+        model_type=source.config.model_type,
+        architecture=(source.config.architectures or ["?"])[0],
+        source=source.path.resolve().name,
+        license=_license(source.path),
+        config_sha256=m.hash_file(source.path / "config.json"),
+        weights_sha256=weights_sha256,
+        layers=source.decoder_layers,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        image_token=_token_text(source.path, token),
+        image_token_id=token,
+        bos_token_id=getattr(text, "bos_token_id", None),
+        eos_token_ids=_stop_tokens(source.path, source.config),
+        pad_token_id=source.pad_token,
+    )
+
+
+def _recipe(job: Job) -> m.Recipe:
+    recipe = job.plan.recipe
+    stages = [
+        m.Stage(
+            name=s.name, site=str(s.site), score=str(s.score) if s.score else None, select=str(s.select),
+            merge=str(s.merge) if s.merge else None, scope=s.scope, groups=s.groups,
+            length_in=s.length_in, length_out=s.length_out,
+        )
+        for s in job.plan.stages
+    ]  # fmt: skip
+    return m.Recipe(
+        name=recipe.name, title=recipe.title, link=recipe.link, keep=float(job.plan.keep), positions=recipe.positions,
+        sha256=hashlib.sha256(str(job.plan).encode()).hexdigest(), notes=recipe.notes, stages=stages,
+    )  # fmt: skip
+
+
+def _geometry(job: Job) -> m.GeometrySizes:
+    geometry, vision = job.geometry, job.source.vision
+    return m.GeometrySizes(
+        batch=geometry.batch, images=geometry.images, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
+        image_height=vision.image_size[0], image_width=vision.image_size[1], tokens_per_image=vision.tokens_per_image,
+        features_per_image=job.kept_per_image, sequence=job.sequence,
+    )  # fmt: skip
+
+
+def _stop_tokens(path: Path, config: Any) -> list[int]:
+    """End-of-sequence ids: of the generation defaults, else of the configuration."""
+    defaults = path / "generation_config.json"
+    found = json.loads(defaults.read_text()).get("eos_token_id") if defaults.is_file() else None
+    for holder in (config, config.text_config):
+        found = getattr(holder, "eos_token_id", None) if found is None else found
+    if found is None:
+        raise UserError("no eos_token_id", where=str(path), fix="set it in generation_config.json")
+    return sorted({found} if isinstance(found, int) else set(found))
+
+
+def _token_text(path: Path, token: int) -> str:
+    from tokenizers import Tokenizer
+
+    text = Tokenizer.from_file(str(path / "tokenizer.json")).id_to_token(token)
+    if text is None:
+        raise UserError(
+            f"image token {token} is not in the tokenizer", where=str(path / "tokenizer.json"),
+            fix="use the tokenizer that belongs to this checkpoint",
+        )  # fmt: skip
+    return str(text)
+
+
+def _license(path: Path) -> str | None:
+    """The ``license:`` field of the model card's front matter."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(errors="replace"), re.S | re.M)
+    return found[1] if found else None

@@ -1,0 +1,71 @@
+"""Floating-point operations of a program: 2 per multiply-accumulate, matrix products and attention only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from secateur.compiler import ops
+from secateur.compiler.program import Program
+
+aten = torch.ops.aten
+
+
+def count_flops(program: Program) -> int:
+    """FLOPs of one run at the program's static shapes, whole batch, scoring and selection included.
+
+    Causal attention over S fresh rows counts half of ``S x S``. A decode step counts attention over the whole
+    capacity of the cache: that is what the fullest step costs. Element-wise work is left out, as is usual.
+    """
+    return _count(program.module)
+
+
+def _count(module: fx.GraphModule) -> int:
+    total = 0
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.higher_order.scan:
+            body, _, steps = node.args[:3]
+            total += _count(getattr(module, body.target)) * _shape(steps[0])[0]
+        elif (cost := _COSTS.get(node.target)) is not None:
+            total += cost(node)
+    return total
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _linear(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * _shape(node.args[0])[-1]
+
+
+def _conv(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * math.prod(_shape(node.args[1])[1:])
+
+
+def _attention(node: fx.Node) -> int:
+    batch, heads, queries, width = _shape(node.args[0])
+    pairs = queries * _shape(node.args[1])[2]
+    return 4 * batch * heads * width * pairs // (2 if node.args[4] else 1)
+
+
+def _cached_attention(node: fx.Node) -> int:
+    batch, heads, queries, width = _shape(node.args[0])
+    if node.args[6]:
+        return 4 * batch * heads * width * queries * queries // 2
+    return 4 * batch * heads * width * queries * _shape(node.args[3])[2]
+
+
+_COSTS = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _linear,
+    aten.bmm.default: _linear,
+    aten.conv2d.default: _conv,
+    ops.attention: _attention,
+    ops.cached_attention: _cached_attention,
+}

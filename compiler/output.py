@@ -1,0 +1,67 @@
+"""An output directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import MANIFEST
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Refuse an output that is there already; ``force`` allows a bundle or an empty directory to be replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise UserError("is a file", where=str(out), fix="name a directory for the bundle")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise UserError("exists already", where=str(out), fix="choose another directory, or replace it with --force")
+    if not (out / MANIFEST).is_file():
+        raise UserError(
+            "exists and is not a bundle", where=str(out), fix="--force replaces bundles only; choose another directory"
+        )
+
+
+@contextmanager
+def whole_directory(out: Path, force: bool) -> Iterator[Path]:
+    """Yield a temporary directory beside ``out`` that becomes ``out`` when the block ends well.
+
+    On any failure, an interrupt included, the temporary directory is removed and ``out`` stays as it was.
+    """
+    check_output(out, force)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+            raise UserError(f"cannot be written ({error.strerror})", where=str(out), fix="choose another place") from None
+        raise
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        _put_in_place(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    if not out.exists():
+        os.replace(work, out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    os.replace(out, aside)
+    try:
+        os.replace(work, out)
+    except BaseException:
+        os.replace(aside, out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

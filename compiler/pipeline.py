@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from secateur.compiler.output import check_output, whole_directory
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.recipe import Recipe, plan_recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
+from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.weights import WEIGHTS_FILE, Checkpoint, plan_weights, write_weights
@@ -129,22 +131,21 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def plan_job(traced: Traced, recipe: Recipe, keep: float | None) -> Job:
-    """Fix every number of a recipe for the traced model and resolve its functions."""
+def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> Job:
+    """Fix every number of a recipe for a model and geometry and resolve its functions."""
     if not recipe.stages and keep not in (None, 1.0):
         raise UserError(
             f"recipe {recipe.name} keeps every token", where=f"--keep {keep:g}", fix="leave --keep out or choose a recipe"
         )
-    source = traced.source
     plan = plan_recipe(
         recipe,
         keep=keep,
-        images=traced.geometry.images,
+        images=geometry.images,
         tokens_per_image=source.vision.tokens_per_image,
         vision_layers=source.vision.layers,
         decoder_layers=source.decoder_layers,
     )
-    return Job(traced, plan, tuple(stage_function(s) for s in plan.stages))
+    return Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
 
 
 def prune(
@@ -157,7 +158,7 @@ def prune(
 ) -> Pruned:
     """Run the pass list. ``dump_dir`` gets the programs' text after each pass, ``stop_after`` names the last one to run."""
     check_pass(stop_after)
-    job, programs = plan_job(traced, recipe, keep), traced.programs
+    job, programs = plan_job(traced.source, traced.geometry, recipe, keep), traced.programs
     if dump_dir is not None:
         dump_dir.mkdir(parents=True, exist_ok=True)
         (dump_dir / "00_trace.txt").write_text(f"{programs}\n")
@@ -167,7 +168,7 @@ def prune(
             (dump_dir / f"{index:02}_{step.name}.txt").write_text(f"{programs}\n")
         if step.name == stop_after:
             break
-    return Pruned(job, programs)
+    return Pruned(job, traced, programs)
 
 
 def export(pruned: Pruned, dialect: str) -> Exported:
@@ -175,8 +176,7 @@ def export(pruned: Pruned, dialect: str) -> Exported:
     used: dict[str, Tensor] = {}
     for program in pruned.programs.programs.values():
         used |= {k: v for k, v in program.weights().items() if k not in used}
-    traced = pruned.job.traced
-    layout = plan_weights(used, traced.model, DTYPES[traced.dtype])
+    layout = plan_weights(used, pruned.traced.model, DTYPES[pruned.traced.dtype])
     return export_programs(pruned.programs.programs, dialect, layout)
 
 
@@ -184,7 +184,7 @@ def build(
     pruned: Pruned, exported: Exported, target: Target, out: Path, *, force: bool = False, progress: Progress | None = None
 ) -> Path:
     """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest."""
-    source, model = pruned.job.source, pruned.job.traced.model
+    source, model = pruned.job.source, pruned.traced.model
     tell = progress or (lambda what, done, total: None)
     with whole_directory(out, force) as work:
         copy_processor_files(source.path, work)
@@ -245,6 +245,11 @@ def compile(
     return build(pruned, exported, goal, out, force=force, progress=progress)
 
 
+def verify(bundle: Path | str, model_dir: Path | str | None = None, **how: Any) -> Verification:
+    """Check a bundle's files by hash and, given the model, its results against Hugging Face; see ``verify_bundle``."""
+    return verify_bundle(Path(bundle), None if model_dir is None else Path(model_dir), plan_job, **how)
+
+
 def check_target(target: str, dtype: str | None, sm: int | None) -> Target:
     """Resolve defaults and refuse what no backend runs; TensorRT's library must be there."""
     if target not in TARGETS:
@@ -271,7 +276,7 @@ def check_pass(name: str | None) -> None:
 
 def count_unpruned(pruned: Pruned) -> Mapping[str, int]:
     """FLOPs per program of the same model and geometry without the recipe."""
-    whole = pruned if not pruned.job.stages else prune(pruned.job.traced, RECIPES["none"])
+    whole = pruned if not pruned.job.stages else prune(pruned.traced, RECIPES["none"])
     return {name: count_flops(p) for name, p in whole.programs.programs.items()}
 
 
@@ -299,4 +304,4 @@ def _phase(name: str) -> Iterator[None]:
     _log.info("%-16s %6.1f s", name, time.perf_counter() - start)
 
 
-__all__ = ["PASSES", "TARGETS", "Geometry", "Pass", "Source", "build", "compile", "export", "plan_job", "prune"]
+__all__ = ["PASSES", "TARGETS", "Geometry", "Pass", "Source", "build", "compile", "export", "plan_job", "prune", "verify"]

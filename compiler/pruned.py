@@ -14,20 +14,13 @@ from secateur.compiler.trace import Source, Traced
 
 @dataclass(frozen=True)
 class Job:
-    """What every pass may read: the traced model, the planned recipe and its stage functions."""
+    """What every pass may read: the model's facts, the geometry, the planned recipe and its stage functions."""
 
-    traced: Traced
+    source: Source
+    geometry: Geometry
     plan: PlannedRecipe
     stages: tuple[Any, ...]
     """``passes.stage.StageFunction`` per stage, in order."""
-
-    @property
-    def source(self) -> Source:
-        return self.traced.source
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.traced.geometry
 
     @cached_property
     def vision_stages(self) -> tuple[Any, ...]:
@@ -71,6 +64,7 @@ class Pruned:
     """Static programs ``vision``, ``prefill`` and ``decode`` with the recipe's stages inside."""
 
     job: Job
+    traced: Traced
     programs: ProgramSet
 
     def __str__(self) -> str:

@@ -235,7 +235,7 @@ def _splice_stage(
 
     traced = trace_function(stage.planned.name, run, feed, ("rows", "kept", "hidden", "prunable"))
     rows, kept, new_hidden, new_prunable = splice(module, traced, ports)
-    new_hidden.meta["rows"] = True
+    new_hidden.meta |= {"rows": True, "exposes": f"hidden.{stage.planned.name}"}
     return rows, kept, new_hidden, new_prunable
 
 

@@ -36,12 +36,13 @@ def reduce_sequence(
     last: Tensor,
     taps: Mapping[str, tuple[Tensor, Tensor, float]],
     forced: Tensor | None = None,
+    scored: list[Tensor] | None = None,
 ) -> Reduced:
     """Run a stage before a decoder layer.
 
     ``hidden [B,L,D]``, ``prunable [B,L]`` bool with ``groups * length_in`` true entries a row, ``last [B]`` slot of the last
     real token; ``taps`` gives, per attention signal, query row ``[B,H,1,d]``, keys ``[B,Hkv,L,d]`` and scale.
-    ``forced [B,K]`` replaces the choice (not the merge), for comparison.
+    ``forced [B,K]`` replaces the choice (not the merge) and ``scored`` collects the score ``[G,N]``, for comparison.
     """
     planned = stage.planned
     batch, length = prunable.shape
@@ -54,6 +55,8 @@ def reduce_sequence(
     for name, (query, key, scale) in taps.items():
         attention = take_columns(attend_from_row(query, key, scale, last), columns)
         signals[name] = _split_groups(attention.transpose(1, 2), planned).transpose(1, 2)
+    if scored is not None and stage.bound.score is not None:
+        scored.append(stage.score(signals))
     chosen = _choose(stage, signals, None if forced is None else _to_groups(forced, planned))
     kept = _to_row(chosen.keep, planned)
     stays = torch.zeros(batch, length, dtype=torch.int64).scatter(1, ops.take_rows(columns, kept), 1) > 0
@@ -74,15 +77,22 @@ def reduce_features(
     forced: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a stage after the tower: ``tokens [M,N,D]`` -> ``[M,K,D]`` and the kept indices ``[M,K]``, per image."""
+    chosen = _choose(stage, collect_vision_signals(stage, tokens, taps), forced)
+    if chosen.mix is None:
+        return ops.take_rows(tokens, chosen.keep), chosen.keep
+    return (chosen.mix @ tokens.float()).to(tokens.dtype), chosen.keep
+
+
+def collect_vision_signals(
+    stage: StageFunction, tokens: Tensor, taps: Mapping[str, tuple[Tensor, Tensor, float]]
+) -> dict[str, Tensor]:
+    """The signals a stage after the tower asks for, from the tower's queries and keys ``[M,H,1+N,d]``."""
     signals: dict[str, Tensor] = {}
     if "tokens" in stage.signals:
         signals["tokens"] = tokens.float()
     for name, (query, key, scale) in taps.items():
         signals[name] = attend_from_cls(query, key, scale) if name == "cls_attention" else key[:, :, 1:].float()
-    chosen = _choose(stage, signals, forced)
-    if chosen.mix is None:
-        return ops.take_rows(tokens, chosen.keep), chosen.keep
-    return (chosen.mix @ tokens.float()).to(tokens.dtype), chosen.keep
+    return signals
 
 
 def _choose(stage: StageFunction, signals: Mapping[str, Tensor], forced: Tensor | None) -> TokenMap:

@@ -51,6 +51,12 @@ class StageFunction:
         assert mix.shape == (keep.shape[0], k, count), f"{self.planned}: mix has shape {tuple(mix.shape)}"
         return TokenMap(keep, mix)
 
+    def score(self, signals: Mapping[str, Tensor]) -> Tensor:
+        """The score ``[G,N]`` alone, for a stage that has one."""
+        assert self.bound.score is not None, f"{self.planned} has no score"
+        result: Tensor = _apply(self.bound.score, signals, {"k": self.planned.length_out})
+        return result
+
     def with_keep(self, signals: Mapping[str, Tensor], keep: Tensor) -> TokenMap:
         """The map this stage makes when told to keep ``keep [G,K]``: for comparing runs that chose differently.
 

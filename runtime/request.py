@@ -108,6 +108,10 @@ class Request:
         ports = self._ports["decode"]
         return {name: ports[name].read() for name in cache_shapes(self.manifest)}
 
+    def read(self, program: str, port: str) -> NDArray[Any]:
+        """A copy of what a program's input or output holds now, for comparing runs."""
+        return self._ports[program][port].read()
+
     def _bind(self, program: str, shared: dict[str, Buffer]) -> Any:
         declared = self.manifest.programs[program]
         groups: list[dict[str, Buffer]] = []

@@ -1,0 +1,74 @@
+"""`secateur verify`: hashes, then parity with Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A directory that `secateur compile` made.")],
+    model_dir: Annotated[
+        Path | None, typer.Argument(help="The model it was compiled from; compares results with it.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="NAME|FILE.yaml")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Random rows to compare.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the random rows.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> dict[str, Any]:
+    """Check that a bundle is whole and computes what the model computes.
+
+    Every file is hashed in full. With MODEL_DIR, random rows run through the bundle and through the unmodified Hugging Face
+    model with the recipe's stages under hooks: first which tokens each stage kept (ties told apart), then, with the
+    choice held equal, features, caches and logits. Exit code 1 when they differ.
+
+    \b
+      secateur verify BUNDLE
+      secateur verify BUNDLE MODEL_DIR --rows 32
+    """
+    from secateur.runtime.manifest import check_files, read_manifest
+    from secateur.tools.console import notes, results
+
+    if model_dir is None:
+        manifest = read_manifest(bundle)
+        check_files(bundle, manifest, "full")
+        size = sum(f.bytes for f in manifest.files.values())
+        facts: dict[str, Any] = {"bundle": str(bundle), "files": len(manifest.files), "bytes": size}
+        facts |= {"passed": True, "parity": None}
+    else:
+        from rich.progress import Progress
+
+        from secateur.compiler.pipeline import verify as check
+
+        with Progress(console=notes, transient=True) as bar:
+            task = bar.add_task("comparing rows", total=rows)
+            facts = check(
+                bundle, model_dir, recipe=recipe, rows=rows, seed=seed, threads=threads,
+                progress=lambda done, total: bar.update(task, completed=done),
+            ).as_json()  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        results.print(f"files    {facts['files']} whole, {facts['bytes'] / 2**20:.1f} MiB")
+        if facts["parity"] is not None:
+            results.print(_draw(facts["parity"]), soft_wrap=True)
+    if not facts["passed"]:
+        raise typer.Exit(1)
+    return facts
+
+
+def _draw(parity: dict[str, Any]) -> str:
+    lines = [
+        f"choices  {parity['rows']} rows: {parity['chose_equally']} equal, {parity['tied']} tied, "
+        f"{parity['chose_differently']} different",
+        "results  largest difference: "
+        + ", ".join(f"{name} {parity[name]:.1e}" for name in ("features", "hidden", "cache", "logits")),
+        "verdict  " + ("equal to the model" if parity["passed"] else "NOT equal to the model"),
+    ]
+    return "\n".join(lines)

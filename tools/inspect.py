@@ -81,9 +81,11 @@ def flops_text(count: float) -> str:
 
 
 def _table(*columns: str, title: str) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    # Long names fold: what is cut off cannot be copied.
+    folded = [Column(name, overflow="fold") for name in columns]
+    return Table(*folded, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
 def _overview(m: Manifest, facts: dict[str, Any]) -> Table:

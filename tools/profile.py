@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,6 +74,7 @@ def profile_bundles(
     memory: bool = True,
 ) -> dict[str, Any]:
     """The report as plain data: seconds, bytes, FLOPs; ``ratios`` are the second bundle over the first."""
+    from secateur.runtime.backends.cores import available_cores
     from secateur.runtime.kv import cache_bytes
     from secateur.runtime.session import Session
     from secateur.tools import measure
@@ -107,7 +107,7 @@ def profile_bundles(
         "repeat": repeat,
         "warmup": warmup,
         "new_tokens": workloads[0].new_tokens,
-        "threads": threads or os.cpu_count(),
+        "threads": threads or available_cores(),
         "onnxruntime": _version("onnxruntime"),
         "bundles": described,
     }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from secateur.exporters.lint_rules import GRAPH_RULES, NODE_RULES, Subject
+from secateur.exporters.lint_rules import GRAPH_RULES, NODE_RULES
+from secateur.exporters.lint_subject import Subject
 from secateur.runtime.errors import UserError
 
 __all__ = ["Finding", "lint_graph", "refuse"]

@@ -136,6 +136,7 @@ def listening() -> Iterator[Speech]:
     speech = Speech()
     ear = _Ear(speech)
     talker.use_python_logging_system, talker.colors = True, False
+    talker.once_logged = set()  # Polygraphy says a warning once per process; each build has its own
     python_logger.propagate = False
     python_logger.setLevel(logging.WARNING)
     python_logger.addHandler(ear)

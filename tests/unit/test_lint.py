@@ -27,6 +27,10 @@ BROKEN = {
         "float[1,4,8,64] q, float[1,2,8,64] k, float[1,2,8,64] v", "float[1,4,8,64] y",
         "y = Attention <is_causal=1> (q, k, v)",
     ),
+    "attention_has_a_kernel": (
+        "float16[1,3,1,64] q, float16[1,1,8,64] k, float16[1,1,8,64] v, bool[1,1,1,8] m", "float16[1,3,1,64] y",
+        "y = Attention (q, k, v, m)",
+    ),
     "attention_has_one_output": (
         ATTENTION, Y + ", float16[1,2,8,64] pk", "y, pk = Attention <is_causal=1> (q, k, v)",
     ),
@@ -67,6 +71,9 @@ BROKEN = {
     "scatter_does_not_reduce": (
         "float[2,8] x, int64[2,3] i, float[2,3] u", "float[2,8] y",
         'y = ScatterElements <axis=1, reduction="add"> (x, i, u)',
+    ),
+    "scatter_fits_its_data": (
+        "int64[2,3] x, int64[2,8] i, int64[2,8] u", "int64[2,3] y", "y = ScatterElements <axis=1> (x, i, u)",
     ),
     "scan_has_an_input": (
         "float[2,8] x", "float[2,8] y",
@@ -111,6 +118,32 @@ def test_the_tensorrt_dialect_passes() -> None:
     )
     assert lint_graph(model, "tensorrt-rtx", "fp16", 89) == []
     assert lint_graph(model, "tensorrt", "bf16") == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "rows", "keys", "size", "masked", "builds"),
+    [
+        (1, 3, 1, 260, 64, True, False),
+        (2, 3, 1, 260, 64, True, True),
+        (1, 4, 1, 260, 64, True, True),
+        (1, 3, 2, 260, 64, True, True),
+        (1, 1, 8, 8, 64, False, False),
+        (1, 4, 1, 40000, 64, True, False),
+        (1, 4, 2, 40000, 64, True, True),
+        (1, 4, 1, 260, 8, True, True),
+        (1, 4, 1, 260, 100, True, False),
+        (1, 4, 64, 64, 8, False, False),
+        (1, 4, 64, 64, 100, False, True),
+        (1, 4, 64, 64, 100, True, False),
+        (1, 4, 64, 64, 256, True, True),
+        (1, 4, 64, 64, 264, False, False),
+    ],
+)
+def test_attention_shapes(batch: int, heads: int, rows: int, keys: int, size: int, masked: bool, builds: bool) -> None:
+    inputs = f"float16[{batch},{heads},{rows},{size}] q, float16[{batch},1,{keys},{size}] k, bool[1,1,1,{keys}] m"
+    body = "y = Attention (q, k, k, m)" if masked else "y = Attention (q, k, k)"
+    model = graph(inputs, f"float16[{batch},{heads},{rows},{size}] y", body)
+    assert rules(model) == ([] if builds else ["attention_has_a_kernel"])
 
 
 def test_half_precision_norms() -> None:

@@ -13,6 +13,12 @@ from torch import Tensor, fx, nn
 from secateur.compiler.program import Program
 from secateur.runtime.errors import SecateurError
 
+aten = torch.ops.aten
+_CONVERSIONS = (
+    aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
+)  # fmt: skip
+"""Written as one operator; those that convert nothing are left out."""
+
 
 class _Call(nn.Module):
     """``function`` as a module that owns what it may use, so that the exporter lifts those parameters and no others."""
@@ -62,7 +68,10 @@ def trace_function(
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 _Call(function, owned or {}), tuple(feed.values()), dynamic_shapes=shapes, strict=False
-            ).run_decompositions({})
+            )
+            if _mutates(exported.graph_module):
+                # Costs as much again as the export itself, so it is done only where something is written in place.
+                exported = exported.run_decompositions({})
     except SecateurError:
         raise
     except Exception as error:
@@ -72,6 +81,15 @@ def trace_function(
             fix="scores, selectors and merges must have shapes that do not depend on data",
         ) from error
     return _to_program(name, exported, tuple(feed), tuple(outputs), _Names(owned or ()), constants or {})
+
+
+def _mutates(module: fx.GraphModule) -> bool:
+    """Whether any node, in the bodies of loops as well, writes to a tensor it reads."""
+    for inner in module.modules():
+        for node in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                return True
+    return False
 
 
 def _to_program(
@@ -97,10 +115,17 @@ def _to_program(
             values[node] = _lift(graph, root, node, exported, names, constants)
         elif node.op == "output":
             graph.output(tuple(values[n] for n in node.args[0]))
+        elif node.target in _CONVERSIONS and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
+            values[node] = values[node.args[0]]
         else:
             if node.op == "get_attr":
                 setattr(root, node.target, getattr(module, node.target))
-            values[node] = graph.node_copy(node, lambda n: values[n])
+            if node.target in _CONVERSIONS:
+                values[node] = graph.call_function(
+                    aten._to_copy.default, (values[node.args[0]],), {"dtype": node.meta["val"].dtype}
+                )
+            else:
+                values[node] = graph.node_copy(node, lambda n: values[n])
             values[node].meta = {"val": node.meta.get("val")}
             if layer := _module_path(node, names):
                 values[node].meta["layer"] = layer

@@ -20,6 +20,7 @@ from secateur.exporters.builder import Builder, shape_of, type_of
 from secateur.exporters.lowering import Lower, aten, output, read, slice_value
 
 MICROSOFT = "com.microsoft"
+_LONG_CACHE = 32768
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def _visible(b: Builder, start: ir.Value, capacity: int) -> ir.Value:
 
 def _cached(
     write: Callable[[Builder, ir.Value, ir.Value, ir.Value, bool], ir.Value],
+    attend: Callable[..., ir.Value],
 ) -> Callable[[Builder, fx.Node], list[ir.Value]]:
     def lower(b: Builder, node: fx.Node) -> list[ir.Value]:
         q, k, v, past_k, past_v, start = (read(b, a) for a in node.args[:6])
@@ -189,9 +191,21 @@ def _cached(
         if fresh:  # attend to the fresh rows: causal over equal lengths needs no mask
             return [_attend(b, q, k, v, None, scale, True), *present]
         mask = _visible(b, start, shape_of(past_k)[2])
-        return [_attend(b, q, *present, mask, scale, False), *present]
+        return [attend(b, q, *present, mask, scale, False), *present]
 
     return lower
+
+
+def _attend_twice(
+    b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float, causal: bool
+) -> ir.Value:
+    """Decode for TensorRT, which has no fused kernel for one query row when ``B*H < 4`` or the cache is very long:
+    the row is sent twice and the second answer dropped."""
+    batch, heads, length, width = shape_of(q)
+    if length > 1 or (batch * heads >= 4 and shape_of(k)[2] < _LONG_CACHE):
+        return _attend(b, q, k, v, mask, scale, causal)
+    twice = b.op("Concat", q, q, dtype=type_of(q), shape=[batch, heads, 2, width], attributes={"axis": 2})
+    return slice_value(b, _attend(b, twice, k, v, mask, scale, causal), 2, 0, 1)
 
 
 def _write_plain(b: Builder, past: ir.Value, new: ir.Value, start: ir.Value, fresh: bool) -> ir.Value:
@@ -235,7 +249,7 @@ DIALECTS: dict[str, Dialect] = {
             "plain", 23,
             {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
-                ops.cached_attention: _cached(_write_plain),
+                ops.cached_attention: _cached(_write_plain, _attend),
             },
             {},
         ),
@@ -243,7 +257,7 @@ DIALECTS: dict[str, Dialect] = {
             "tensorrt", 24,
             {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
-                ops.cached_attention: _cached(_write_scatter),
+                ops.cached_attention: _cached(_write_scatter, _attend_twice),
             },
             {},
         ),

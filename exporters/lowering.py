@@ -117,6 +117,17 @@ def _rsub(b: Builder, node: fx.Node) -> ir.Value:
     return _emit(b, node, "Sub", read(b, node.args[1], dtype), read(b, node.args[0], dtype))
 
 
+@lowers(aten.floor_divide.default)
+def _floor_divide(b: Builder, node: fx.Node) -> ir.Value:
+    """ONNX divides integers towards zero; taking the modulus (of the divisor's sign) off first rounds down."""
+    dtype, shape = output(node)
+    x, y = read(b, node.args[0], dtype), read(b, node.args[1], dtype)
+    if dtype.is_floating_point:
+        return _emit(b, node, "Floor", b.op("Div", x, y, dtype=dtype, shape=shape))
+    rest = b.op("Mod", x, y, dtype=dtype, shape=shape)
+    return _emit(b, node, "Div", b.op("Sub", x, rest, dtype=dtype, shape=shape), y)
+
+
 @lowers(aten.rsqrt.default)
 def _rsqrt(b: Builder, node: fx.Node) -> ir.Value:
     dtype, shape = output(node)

@@ -38,6 +38,15 @@ class Crossing:
     """Readers at or after the site."""
 
 
+def _applies_again(stages: Sequence[StageFunction], planned: PlannedStage) -> bool:
+    """Whether a stage before the next layer re-applies the projections of the layer ``planned`` stands before."""
+    return any(
+        s.planned.site.layer == (planned.site.layer or 0) + 1
+        and any(options.get("projections") == "own" for options in s.signal_options.values())
+        for s in stages
+    )
+
+
 def split_segments(stages: Sequence[PlannedStage], layers: int, sequence: int, new_tokens: int) -> tuple[Segment, ...]:
     """The runs of decoder layers of one length: ``[0,k0) [k0,k1) … [kn,L)``; a site at layer 0 leaves no first run."""
     found: list[Segment] = []
@@ -90,7 +99,9 @@ def insert_decoder_stages(
                     carried[table].meta["table"] = table.meta.get("table", table)
             else:
                 carried |= _renumber(graph, crossing.tables, batch, length)
-            if reusable is not None and planned.merge is None:
+            # A merge changes the rows the keys follow from; a later stage that applies this layer's projections
+            # again needs them to follow from the layer's input.
+            if reusable is not None and planned.merge is None and not _applies_again(stages, planned):
                 projected, twin = reusable
                 crossing.users[projected] = tuple(projected.users)
                 carried[projected] = _take(graph, twin, rows, length)
@@ -110,7 +121,10 @@ def find_crossing(graph: fx.Graph, layers: str, layer: int, where: str) -> Cross
     for node in graph.nodes:
         if node is first:
             break
-        later = tuple(u for u in node.users if order[u] >= order[first] and u.op != "output")
+        # Stages read what layers do not: only the model's own nodes tell what crosses.
+        later = tuple(
+            u for u in node.users if order[u] >= order[first] and "layer" in u.meta and not u.meta.get("before_site")
+        )
         if later and node.op != "get_attr":
             users[node] = later
     hidden_input = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "hidden")

@@ -11,6 +11,7 @@ from secateur.compiler.families.family import Family, VisionFacts
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, splice
 from secateur.passes.edit import Node, aten, ancestors, is_call, layer_index, shape_of
+from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.sites import reduce_features
 from secateur.passes.stage import StageFunction
 from secateur.runtime.errors import UserError
@@ -23,47 +24,60 @@ def insert_vision_stages(
 
     ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``.
     """
+    kept: list[str] = []
+    batch = shape_of(program.results[0])[0] // images
+    program = program.with_module(program.edit(), ("features",))
+    program.graph.output_node().args = ((program.results[0],),)
+    for stage in stages:
+        # Shapes anew after each stage: the next one is traced at what this one leaves.
+        program = refresh_shapes(_insert_stage(program, stage, family, facts, batch))
+        kept.append(f"kept.{stage.planned.name}")
+    module = program.edit()
+    output = module.graph.output_node()
+    features, *rest = output.args[0]
+    width = shape_of(features)[-1]
+    count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
+    with module.graph.inserting_before(output):
+        joined = module.graph.call_function(aten.reshape.default, (features, [batch, count, width]))
+    joined.meta["val"] = features.meta["val"].new_empty((batch, count, width))
+    output.args = ((joined, *rest),)
+    return program.with_module(module, ("features", *kept))
+
+
+def _insert_stage(program: Program, stage: StageFunction, family: Family, facts: VisionFacts, batch: int) -> Program:
     module = program.edit()
     graph = module.graph
+    value = _site_value(graph, stage, family)
+    taps = _taps(graph, stage, family, facts)
+    after = [n for n in value.users if n.op == "output" or _leads_to_features(n)]
+    feed = {"tokens": _zeros_like(value)} | {
+        f"{name}_{role}": _zeros_like(node)
+        for name, attention in taps.items()
+        for role, node in zip(("query", "key"), attention.args[:2], strict=True)
+    }
+    scales = {name: float(attention.args[3]) for name, attention in taps.items()}
+
+    def run(*values: torch.Tensor) -> object:
+        pairs = {n: (values[1 + 2 * i], values[2 + 2 * i], s) for i, (n, s) in enumerate(scales.items())}
+        tokens, keep = reduce_features(stage, values[0], pairs)
+        offset = torch.arange(keep.shape[0] // batch)[:, None] * stage.planned.length_in
+        return tokens, (keep.reshape(batch, -1, keep.shape[1]) + offset).reshape(batch, -1)
+
+    traced = trace_function(stage.planned.name, run, feed, ("tokens", "kept"))
+    with graph.inserting_before(_first_after(graph, [value, *taps.values()])):
+        ports = dict(zip(feed, [value, *(n for a in taps.values() for n in a.args[:2])], strict=True))
+        tokens, row = splice(module, traced, ports)
+    tokens.meta["layer"] = value.meta.get("layer")
+    for user in after:
+        user.replace_input_with(value, tokens)
     output = graph.output_node()
-    features = output.args[0][0]
-    batch = shape_of(features)[0] // images
-    kept: dict[str, Node] = {}
-    for stage in stages:
-        value = _site_value(graph, stage, family)
-        taps = _taps(graph, stage, family, facts)
-        after = [n for n in value.users if _later(graph, value, n)]
-        shape, left = shape_of(value), stage.planned.length_out
-        feed = {"tokens": torch.zeros(shape)} | {
-            f"{name}_{role}": torch.zeros(shape_of(node))
-            for name, attention in taps.items()
-            for role, node in zip(("query", "key"), attention.args[:2], strict=True)
-        }
-        scales = {name: float(attention.args[3]) for name, attention in taps.items()}
+    output.args = ((*output.args[0], row),)
+    return program.with_module(module, (*program.outputs, f"kept.{stage.planned.name}"))
 
-        def run(*values: torch.Tensor, stage: StageFunction = stage, scales: dict[str, float] = scales) -> object:
-            pairs = {n: (values[1 + 2 * i], values[2 + 2 * i], s) for i, (n, s) in enumerate(scales.items())}
-            tokens, keep = reduce_features(stage, values[0], pairs)
-            offset = torch.arange(images)[:, None] * stage.planned.length_in
-            row = (keep.reshape(batch, images, left) + offset).reshape(batch, images * left)
-            return tokens, row
 
-        traced = trace_function(stage.planned.name, run, feed, ("tokens", "kept"))
-        with graph.inserting_before(_first_after(graph, [value, *taps.values()])):
-            ports = dict(zip(feed, [value, *(n for a in taps.values() for n in a.args[:2])], strict=True))
-            tokens, row = splice(module, traced, ports)
-        tokens.meta = {"val": value.meta["val"].new_empty((shape[0], left, shape[2])), "layer": value.meta.get("layer")}
-        for user in after:
-            user.replace_input_with(value, tokens)
-        kept[stage.planned.name] = row
-        features = output.args[0][0]
-    with graph.inserting_before(output):
-        count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
-        width = shape_of(features)[-1]
-        joined = graph.call_function(aten.reshape.default, (features, [batch, count, width]))
-        joined.meta["val"] = features.meta["val"].new_empty((batch, count, width))
-    output.args = ((joined, *kept.values()),)
-    return program.with_module(module, ("features", *(f"kept.{name}" for name in kept)))
+def _zeros_like(node: Node) -> torch.Tensor:
+    """What the stage is traced with: the site's own dtype, so that its casts to float32 stay in the graph."""
+    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype)
 
 
 def _site_value(graph: torch.fx.Graph, stage: StageFunction, family: Family) -> Node:
@@ -103,8 +117,9 @@ def _taps(graph: torch.fx.Graph, stage: StageFunction, family: Family, facts: Vi
     return {name: found[0] for name in wanted}
 
 
-def _later(graph: torch.fx.Graph, value: Node, user: Node) -> bool:
-    return user.op == "output" or value in ancestors([user])
+def _leads_to_features(user: Node) -> bool:
+    """Whether ``user`` stands on the way to the features: what else reads it keeps the whole."""
+    return user in ancestors([user.graph.output_node().args[0][0]])
 
 
 def _first_after(graph: torch.fx.Graph, nodes: Sequence[Node]) -> Node:

@@ -40,7 +40,8 @@ def find_prunable(prunable: Tensor, count: int) -> Tensor:
     batch, length = prunable.shape
     rank = torch.cumsum(prunable.to(torch.int64), 1) - 1
     slot = torch.where(prunable, rank, count)
-    spare = torch.zeros(batch, count + 1, dtype=torch.int64)
+    # Longer than needed: TensorRT wants the scattered data at least as long as the indices.
+    spare = torch.zeros(batch, length + 1, dtype=torch.int64)
     source = torch.arange(length).expand(batch, length)
     return spare.scatter(1, slot, source)[:, :count]
 

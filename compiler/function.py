@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -157,16 +158,16 @@ def _module_path(node: fx.Node, names: _Names) -> str:
     return names.restore(path)
 
 
-class _quiet_export:
+@contextmanager
+def _quiet_export() -> Iterator[None]:
     """torch.export reports through loggers what the raised error already says."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("torch")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:

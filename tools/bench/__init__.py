@@ -1,0 +1,1 @@
+"""What pruning costs and what it buys, measured: accuracy against keep ratio, and time against FLOPs."""

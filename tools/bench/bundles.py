@@ -1,0 +1,79 @@
+"""Many bundles of one model: it is traced once, every recipe is compiled from that trace."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from secateur.compiler.pipeline import (
+    RECIPES,
+    Geometry,
+    Recipe,
+    build,
+    check_target,
+    export,
+    plan_recipe,
+    prune,
+    read_source,
+    trace_model,
+)
+from secateur.runtime.errors import UserError
+
+TARGET = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Compiles recipes of ``model`` for one geometry into folders below ``work``."""
+
+    model: Path
+    geometry: Geometry
+    work: Path
+
+    @cached_property
+    def source(self) -> Any:
+        return read_source(self.model)
+
+    @cached_property
+    def traced(self) -> Any:
+        return trace_model(self.source, self.geometry, "fp32")
+
+    def plan(self, recipe: Recipe, keep: float) -> Any:
+        """Layers and token counts, without tracing."""
+        vision = self.source.vision
+        return plan_recipe(
+            recipe,
+            keep=_keep(recipe, keep),
+            images=self.geometry.images,
+            tokens_per_image=vision.tokens_per_image,
+            vision_layers=vision.layers,
+            decoder_layers=self.source.decoder_layers,
+        )
+
+    def compile(self, recipe: Recipe, keep: float, out: Path, expose: bool = False) -> Path:
+        pruned = prune(self.traced, recipe, _keep(recipe, keep), expose=expose)
+        return build(pruned, export(pruned, TARGET), check_target(TARGET, "fp32", None), out, force=True)
+
+    @contextmanager
+    def borrow(self, recipe: Recipe, keep: float, expose: bool = False) -> Iterator[Path]:
+        """A bundle that is deleted afterwards; ``expose`` adds the hidden rows at sites to its outputs."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="bundle-", dir=self.work) as folder:
+            yield self.compile(recipe, keep, Path(folder) / recipe.name, expose)
+
+
+def choose_recipes(names: list[str] | None) -> list[Recipe]:
+    """Rows of the table by name, in the table's order, without ``none``; all of them for None."""
+    for name in names or ():
+        if name not in RECIPES:
+            raise UserError(f"no recipe {name!r}", where="--recipes", available=sorted(RECIPES))
+    return [row for name, row in RECIPES.items() if row.stages and (names is None or name in names)]
+
+
+def _keep(recipe: Recipe, keep: float) -> float | None:
+    return keep if recipe.stages else None

@@ -26,6 +26,7 @@ from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.weights import WEIGHTS_FILE, Checkpoint, plan_weights, write_weights
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
+from secateur.passes.expose_sites import expose_sites
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
@@ -155,8 +156,12 @@ def prune(
     *,
     dump_dir: Path | None = None,
     stop_after: str | None = None,
+    expose: bool = False,
 ) -> Pruned:
-    """Run the pass list. ``dump_dir`` gets the programs' text after each pass, ``stop_after`` names the last one to run."""
+    """Run the pass list. ``dump_dir`` gets the programs' text after each pass, ``stop_after`` names the last one to run.
+
+    ``expose`` adds the hidden rows every decoder stage leaves to prefill's outputs, for comparing runs.
+    """
     check_pass(stop_after)
     job, programs = plan_job(traced.source, traced.geometry, recipe, keep), traced.programs
     if dump_dir is not None:
@@ -168,6 +173,8 @@ def prune(
             (dump_dir / f"{index:02}_{step.name}.txt").write_text(f"{programs}\n")
         if step.name == stop_after:
             break
+    if expose and stop_after is None:
+        programs = programs.update(expose_sites(programs["prefill"]))
     return Pruned(job, traced, programs)
 
 

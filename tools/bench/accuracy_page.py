@@ -43,7 +43,10 @@ def draw(records: Sequence[Record]) -> Table:
     header, *lines = table_rows(records)
     count = records[0]["questions"]
     title = f"Accuracy in % on {count} held-out questions, by share of visual tokens kept"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False,
+        min_width=len(title),  # a title is wrapped to its table
+    )  # fmt: skip
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for line in lines:

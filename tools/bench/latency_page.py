@@ -38,7 +38,10 @@ def table_rows(model: dict[str, Any]) -> list[list[str]]:
 def draw(model: dict[str, Any]) -> Table:
     header, *lines = table_rows(model)
     title = f"{model['name']} model ({model['kind']}), medians of {model['repeat']} runs"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False,
+        min_width=len(title),  # a title is wrapped to its table
+    )  # fmt: skip
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for line in lines:

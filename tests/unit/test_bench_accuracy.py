@@ -1,0 +1,154 @@
+"""The accuracy table: its cells, its rows, its verdict; and the ceiling's road through prefill."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from secateur.compiler.pipeline import RECIPES, Geometry
+from secateur.runtime.backends import open_backend
+from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import read_manifest
+from secateur.runtime.session import Session
+from secateur.tools.bench import accuracy
+from secateur.tools.bench.accuracy_page import draw, judge_ceiling, markdown, table_rows, write
+from secateur.tools.bench.answer import Asked, GivenSurvivors, choose_patches
+from secateur.tools.bench.bundles import Bundles, choose_recipes
+from secateur.tools.bench.grid import KEEPS, ORACLE, ORACLE_COMPACT, Cell, list_cells, oracle_recipe
+
+from .tiny_model import BOS, IMAGE, write_model
+
+KINDS = ("count", "exists")
+
+
+def record(row: str, keep: float, score: float, **changes: Any) -> dict[str, Any]:
+    programs = {"vision": 100, "prefill": 1000, "decode": 10}
+    return {
+        "row": row, "keep": keep, "accuracy": score, "questions": 1000, "kinds": dict.fromkeys(KINDS, score),
+        "segments": [[1, 196], [7, round(196 * keep)]], "flops": programs, "unpruned_flops": programs, **changes,
+    }  # fmt: skip
+
+
+RECORDS = [
+    record("none", 1.0, 0.96),
+    record("fastv", 1.0, 0.96),
+    record("fastv", 0.25, 0.5),
+    record(ORACLE, 0.5, 0.955),
+]
+
+
+def test_grid_has_every_recipe_at_every_ratio_and_none_once() -> None:
+    cells = list_cells(choose_recipes(None), KEEPS)
+    pruning = [name for name in RECIPES if name != "none"]
+    assert len(cells) == 1 + (len(pruning) + 2) * len(KEEPS)
+    assert {cell.row for cell in cells} == {"none", *pruning, ORACLE, ORACLE_COMPACT}
+    assert len({cell.file_name for cell in cells}) == len(cells)
+    assert [cell.row for cell in cells if cell.by_oracle] == [ORACLE] * 5 + [ORACLE_COMPACT] * 5
+    with pytest.raises(UserError, match="no recipe 'fast'"):
+        choose_recipes(["fast"])
+
+
+def test_table_leaves_out_what_was_not_measured() -> None:
+    assert table_rows(RECORDS) == [
+        ["recipe", "1", "0.5", "0.25"],
+        ["none", "96.0", "", ""],
+        ["fastv", "96.0", "", "50.0"],
+        [ORACLE, "", "95.5", ""],
+    ]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(draw(RECORDS))
+    assert "1000 held-out questions" in console.file.getvalue()
+    assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_ceiling_is_judged_against_the_unpruned_accuracy() -> None:
+    assert "reaches 99.5 % of the unpruned accuracy (at least 99.0 % wanted): as required" in judge_ceiling(RECORDS)
+    assert "TOO LITTLE" in judge_ceiling([record("none", 1.0, 0.96), record(ORACLE, 0.5, 0.94)])
+    assert "not compared" in judge_ceiling(RECORDS[:2])
+
+
+def test_page_says_what_each_cell_costs() -> None:
+    fewer = record("fastv", 0.25, 0.5, flops={"vision": 100, "prefill": 400, "decode": 10})
+    page = write({"model": "ab" * 32, "questions": 1000, "geometry": {"text_tokens": 24}, "cells": [RECORDS[0], fewer]})
+    assert "| fastv | 0.25 | 1 × 196, 7 × 49 | 100 (1.00×) | 400 (2.50×) | 10 (1.00×) | 50.0 |" in page
+    assert "| fastv | 50.0 | 50.0 |" in page
+    assert "`abababababababab…`" in page
+
+
+def test_summary_counts_by_kind() -> None:
+    blank = np.zeros((1, 1, 3), np.uint8)
+    asked = [Asked(KINDS[i % 2], blank, "?", "1", np.arange(4)) for i in range(4)]
+    found = accuracy.summarize(asked, [True, False, True, True])
+    assert found == {"questions": 4, "accuracy": 0.75, "kinds": {"count": 1.0, "exists": 0.5}, "right": "1011"}
+
+
+def test_oracle_takes_the_best_patches_in_image_order() -> None:
+    assert choose_patches(np.array([7, 2, 9, 0]), 3).tolist() == [2, 7, 9]
+
+
+def test_finished_cells_are_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def measure(self: accuracy.Bench, cell: Cell, *rest: Any) -> dict[str, Any]:
+        measured.append(cell.row)
+        return {"key": self.key(cell), "row": cell.row}
+
+    monkeypatch.setattr(accuracy.Bench, "_measure", measure)
+    monkeypatch.setattr(accuracy, "UnprunedVision", lambda *rest: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(Bundles, "plan", lambda self, recipe, keep: f"{recipe.name} {keep}")
+    monkeypatch.setattr(Bundles, "compile", lambda self, recipe, keep, out, *rest: out)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"early")
+    cells = list_cells(choose_recipes(["fastv"]), [0.5], oracle=False)
+
+    def run() -> None:
+        bundles = Bundles(model, Geometry(), tmp_path / "work")
+        accuracy.Bench(bundles, 0, threads=1, fresh=False).run(cells)
+
+    run()
+    assert measured == ["none", "fastv"]
+    run()
+    assert measured == ["none", "fastv"], "both hold"
+    (model / "model.safetensors").write_bytes(b"trained")
+    run()
+    assert measured == ["none", "fastv"] * 2, "new weights make every cell stale"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("row", [ORACLE, ORACLE_COMPACT])
+def test_oracle_features_enter_prefill_and_decode_as_in_the_eager_model(row: str, tmp_path: Path) -> None:
+    """The chosen features' logits equal those of the Hugging Face decoder on the same rows and positions."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    pytest.importorskip("onnxruntime")
+    directory = write_model(tmp_path / "model")
+    bundles = Bundles(directory, Geometry(batch=1, images=1, text_tokens=10, new_tokens=4), tmp_path / "work")
+    kept, text = np.array([1, 2, 7, 12]), [40, 41, 42, 43]
+    with bundles.borrow(oracle_recipe(row), 0.25) as bundle:
+        backend = open_backend(None, bundle, read_manifest(bundle), threads=1)
+        with Session(bundle, backend=backend) as session:
+            request = GivenSurvivors(backend, session.manifest)
+            pixels = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
+            model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+            with torch.no_grad():
+                features = model.model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output[0]
+            ids = np.zeros((1, session.manifest.geometry.sequence), np.int64)
+            ids[0, :9] = [BOS, *[IMAGE] * len(kept), *text]
+            request.survivors_are(kept[None])
+            first = session.prefill(request, ids, np.array([9]), features=features[kept][None].numpy())
+            second = session.decode(request, np.array([50]))
+    places = [0, *(1 + kept), *range(17, 21), 21] if row == ORACLE else list(range(10))
+    words = model.get_input_embeddings()(torch.tensor([BOS, *text, 50]))
+    rows = torch.cat([words[:1], features[kept], words[1:]])[None]
+    with torch.no_grad():
+        hidden = model.model.language_model(inputs_embeds=rows, position_ids=torch.tensor([places])).last_hidden_state
+        wanted = model.lm_head(hidden[0, -2:]).numpy()
+    assert np.abs(first[0] - wanted[0]).max() < 1e-4
+    assert np.abs(second[0] - wanted[1]).max() < 1e-4

@@ -107,9 +107,7 @@ def make_manifest(
     )
 
 
-def _programs(
-    programs: ProgramSet, unpruned: Mapping[str, int], engines: Mapping[str, str]
-) -> dict[str, m.Program]:
+def _programs(programs: ProgramSet, unpruned: Mapping[str, int], engines: Mapping[str, str]) -> dict[str, m.Program]:
     made = {}
     for name, program in programs.programs.items():
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from secateur.compiler import ops
-from secateur.compiler.program import Program
+from secateur.compiler.program import Program, args_of
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def _count(module: fx.GraphModule) -> int:
         if node.op != "call_function":
             continue
         if node.target is torch.ops.higher_order.scan:
-            body, _, steps = node.args[:3]
+            body, _, steps = args_of(node)[:3]
             total += _count(getattr(module, body.target)) * _shape(steps[0])[0]
         elif (cost := _COSTS.get(node.target)) is not None:
             total += cost(node)
@@ -41,24 +41,24 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 def _linear(node: fx.Node) -> int:
-    return 2 * math.prod(_shape(node)) * _shape(node.args[0])[-1]
+    return 2 * math.prod(_shape(node)) * _shape(args_of(node)[0])[-1]
 
 
 def _conv(node: fx.Node) -> int:
-    return 2 * math.prod(_shape(node)) * math.prod(_shape(node.args[1])[1:])
+    return 2 * math.prod(_shape(node)) * math.prod(_shape(args_of(node)[1])[1:])
 
 
 def _attention(node: fx.Node) -> int:
-    batch, heads, queries, width = _shape(node.args[0])
-    pairs = queries * _shape(node.args[1])[2]
-    return 4 * batch * heads * width * pairs // (2 if node.args[4] else 1)
+    batch, heads, queries, width = _shape(args_of(node)[0])
+    pairs = queries * _shape(args_of(node)[1])[2]
+    return 4 * batch * heads * width * pairs // (2 if args_of(node)[4] else 1)
 
 
 def _cached_attention(node: fx.Node) -> int:
-    batch, heads, queries, width = _shape(node.args[0])
-    if node.args[6]:
+    batch, heads, queries, width = _shape(args_of(node)[0])
+    if args_of(node)[6]:
         return 4 * batch * heads * width * queries * queries // 2
-    return 4 * batch * heads * width * queries * _shape(node.args[3])[2]
+    return 4 * batch * heads * width * queries * _shape(args_of(node)[3])[2]
 
 
 _COSTS = {

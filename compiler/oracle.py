@@ -51,9 +51,9 @@ class Oracle:
         self.job = job
         self.model = load_recording_model(job.source) if model is None else model
         family = job.source.family
-        self.decoder = self.model.get_submodule(family.decoder)
-        self.layers = list(self.model.get_submodule(family.decoder_layers))
-        self.tower = list(self.model.get_submodule(family.vision_layers))
+        self.decoder: Any = self.model.get_submodule(family.decoder)
+        self.layers = list(self.model.get_submodule(family.decoder_layers).children())
+        self.tower = list(self.model.get_submodule(family.vision_layers).children())
         self.head = self.model.get_submodule(family.head)
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
@@ -66,9 +66,10 @@ class Oracle:
         forced_tokens: Sequence[int] = (),
         forced_kept: Mapping[str, Tensor] | None = None,
     ) -> RowRun:
-        """One row. ``input_ids`` as prefill receives it (P placeholders per image, no padding), ``pixel_values [n,3,H,W]``.
+        """One row. ``input_ids`` as prefill receives it (P placeholders per image, no padding); pixels ``[n,3,H,W]``.
 
-        ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of stages, ``[groups*K]`` each.
+        ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of
+        stages, ``[groups*K]`` each.
         """
         row = RowRun()
         forced = forced_kept or {}
@@ -81,7 +82,7 @@ class Oracle:
             positions = self._positions(prunable[0], row)[None]
             from transformers import DynamicCache
 
-            cache = DynamicCache(config=self.decoder.config)
+            cache: Any = DynamicCache(config=self.decoder.config)
             walk = _Walk(self, row, record, forced, prunable)
             with walk.hooked():
                 out = self.decoder(
@@ -94,7 +95,10 @@ class Oracle:
                 step_positions = torch.tensor([[at + self.job.position_offset]])
                 with self._decode_positions(removed, at):
                     out = self.decoder(
-                        input_ids=torch.tensor([[token]]), position_ids=step_positions, past_key_values=cache, use_cache=True
+                        input_ids=torch.tensor([[token]]),
+                        position_ids=step_positions,
+                        past_key_values=cache,
+                        use_cache=True,
                     ).last_hidden_state
                 row.logits.append(self.head(out[0, -1]).float())
         row.keys = [layer.keys[0] for layer in cache.layers]
@@ -105,8 +109,8 @@ class Oracle:
         facts = self.job.source.vision
 
         def reduce(stage: StageFunction, tokens: Tensor) -> Tensor:
-            attention = self.tower[facts.feature_layer].self_attn
-            taps = {s: record.taken[attention] for s in stage.signals if s != "tokens"}
+            tower: Any = self.tower[facts.feature_layer]
+            taps = {s: record.taken[tower.self_attn] for s in stage.signals if s != "tokens"}
             name, left = stage.planned.name, stage.planned.length_out
             given = None
             if name in forced:
@@ -214,7 +218,7 @@ class _Walk:
         taps = {}
         for name in (s for s in stage.signals if s != "tokens"):
             source = stage.signal_options[name]["projections"]
-            layer = self.oracle.layers[index if source == "next" else index - 1]
+            layer: Any = self.oracle.layers[index if source == "next" else index - 1]
             if source != "previous":
                 # Run the layer's own attention on these rows for its projections; the output is dropped.
                 layer.self_attn(
@@ -277,11 +281,12 @@ def _recording(model: nn.Module) -> Iterator[_Record]:
 _active: _Record | None = None
 
 
-def _attend_and_record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
+def _attend_and_record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
+) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if _active is not None:
         scale = kw.get("scaling")
         _active.taken[module] = query, key, float(query.shape[-1] ** -0.5 if scale is None else scale)
     return sdpa_attention_forward(module, query, key, value, mask, **kw)
-

@@ -42,7 +42,9 @@ def whole_directory(out: Path, force: bool) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
         if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
-            raise UserError(f"cannot be written ({error.strerror})", where=str(out), fix="choose another place") from None
+            raise UserError(
+                f"cannot be written ({error.strerror})", where=str(out), fix="choose another place"
+            ) from None
         raise
     try:
         yield work

@@ -62,7 +62,9 @@ class RowInput:
     forced_tokens: Sequence[int]
 
 
-def compare_batch(session: Any, oracle: Oracle, batch: Sequence[RowInput], into: Parity, cache: dict[Any, RowRun]) -> None:
+def compare_batch(
+    session: Any, oracle: Oracle, batch: Sequence[RowInput], into: Parity, cache: dict[Any, RowRun]
+) -> None:
     """Run one batch through a session's programs and each row through the oracle; add to ``into``.
 
     ``cache`` keeps the oracle's free runs by (row identity), so that several bundles can be compared with one run.
@@ -143,7 +145,9 @@ def batches(items: Sequence[RowInput], size: int) -> Iterable[list[RowInput]]:
         yield chunk + list(items[: size - len(chunk)])
 
 
-def generate_reference(model: Any, input_ids: Sequence[int], pixel_values: Tensor, new_tokens: int) -> Mapping[str, Any]:
+def generate_reference(
+    model: Any, input_ids: Sequence[int], pixel_values: Tensor, new_tokens: int
+) -> Mapping[str, Any]:
     """Hugging Face's own greedy ``generate`` on one unpadded row: tokens, and logits per step ``[T,vocab]``."""
     ids = torch.tensor([list(input_ids)])
     with torch.no_grad():

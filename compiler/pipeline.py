@@ -15,8 +15,8 @@ from torch import Tensor
 from secateur.compiler.bundle import Target, copy_processor_files, make_manifest
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
-from secateur.compiler.program import ProgramSet
 from secateur.compiler.output import check_output, whole_directory
+from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.recipe import Recipe, plan_recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
@@ -54,8 +54,8 @@ class Pass:
     run: Callable[[ProgramSet, Job], ProgramSet]
 
 
-def _each(function: Callable[..., object]) -> Callable[[ProgramSet, Job], ProgramSet]:
-    return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))  # type: ignore[misc]
+def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+    return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))
 
 
 def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -136,7 +136,9 @@ def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
     """Fix every number of a recipe for a model and geometry and resolve its functions."""
     if not recipe.stages and keep not in (None, 1.0):
         raise UserError(
-            f"recipe {recipe.name} keeps every token", where=f"--keep {keep:g}", fix="leave --keep out or choose a recipe"
+            f"recipe {recipe.name} keeps every token",
+            where=f"--keep {keep:g}",
+            fix="leave --keep out or choose a recipe",
         )
     plan = plan_recipe(
         recipe,
@@ -158,9 +160,10 @@ def prune(
     stop_after: str | None = None,
     expose: bool = False,
 ) -> Pruned:
-    """Run the pass list. ``dump_dir`` gets the programs' text after each pass, ``stop_after`` names the last one to run.
+    """Run the pass list.
 
-    ``expose`` adds the hidden rows every decoder stage leaves to prefill's outputs, for comparing runs.
+    ``dump_dir`` gets the programs' text after each pass, ``stop_after`` names the last one to run; ``expose``
+    adds the hidden rows every decoder stage leaves to prefill's outputs, for comparing runs.
     """
     check_pass(stop_after)
     job, programs = plan_job(traced.source, traced.geometry, recipe, keep), traced.programs
@@ -188,7 +191,13 @@ def export(pruned: Pruned, dialect: str) -> Exported:
 
 
 def build(
-    pruned: Pruned, exported: Exported, target: Target, out: Path, *, force: bool = False, progress: Progress | None = None
+    pruned: Pruned,
+    exported: Exported,
+    target: Target,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest."""
     source, model = pruned.job.source, pruned.traced.model
@@ -226,9 +235,9 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is a table name, a YAML file or a :class:`Recipe`; ``keep`` the fraction of visual tokens left after the last
-    stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` fp32, fp16 or bf16 (fp32 for ONNX
-    Runtime and plain, fp16 for TensorRT); ``sm`` the GPU architecture for tensorrt-rtx. Returns ``out``; with
+    ``recipe`` is a table name, a YAML file or a :class:`Recipe`; ``keep`` the fraction of visual tokens left after the
+    last stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` fp32, fp16 or bf16 (fp32 for
+    ONNX Runtime and plain, fp16 for TensorRT); ``sm`` the GPU architecture for tensorrt-rtx. Returns ``out``; with
     ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
@@ -311,4 +320,16 @@ def _phase(name: str) -> Iterator[None]:
     _log.info("%-16s %6.1f s", name, time.perf_counter() - start)
 
 
-__all__ = ["PASSES", "TARGETS", "Geometry", "Pass", "Source", "build", "compile", "export", "plan_job", "prune", "verify"]
+__all__ = [
+    "PASSES",
+    "TARGETS",
+    "Geometry",
+    "Pass",
+    "Source",
+    "build",
+    "compile",
+    "export",
+    "plan_job",
+    "prune",
+    "verify",
+]

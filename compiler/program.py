@@ -116,6 +116,11 @@ class ProgramSet:
         return "\n\n".join([*map(str, self.programs.values()), "\n".join(map(str, self.segments))]).rstrip()
 
 
+def args_of(node: Node) -> tuple[Any, ...]:
+    """A node's positional arguments. FX types them as a union of a dozen kinds; who reads them looked at the target."""
+    return node.args
+
+
 def splice(target: fx.GraphModule, source: Program, feed: Mapping[str, Any]) -> list[Node]:
     """Copy ``source``'s nodes to the insertion point of ``target``; ``feed`` maps its inputs to nodes.
 

@@ -17,8 +17,8 @@ TIE_FACTOR = 256.0
 def is_tied(stage: StageFunction, score: Tensor | None, tokens: Tensor) -> bool:
     """Whether a choice of this stage was decided by less than the tolerance.
 
-    ``score [G,N]`` for selectors that rank, ``tokens [G,N,D]`` for greedy ones, whose steps are replayed one by one with
-    the choices made so far held fixed.
+    ``score [G,N]`` for selectors that rank, ``tokens [G,N,D]`` for greedy ones, whose steps are replayed one by one
+    with the choices made so far held fixed.
     """
     if score is not None:
         return any(_has_close_cut(row, cut) for row in score for cut in _cuts(stage))

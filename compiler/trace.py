@@ -121,7 +121,8 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
-    ``position_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` -> float32 logits.
+    ``position_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``.
+    ``head``: ``[B,D]`` -> float32 logits.
     """
     model = build_meta_model(source, dtype)
     batch, facts = geometry.batch, source.vision

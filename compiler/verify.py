@@ -72,7 +72,8 @@ def verify_bundle(
     from secateur.runtime.session import Session
 
     job = recover_job(manifest, read_source(model_dir), plan, recipe)
-    parity, seen = Parity(), {}
+    parity = Parity()
+    seen: dict[Any, Any] = {}
     batch = manifest.geometry.batch
     with Session(bundle, threads=threads) as session:
         oracle = Oracle(job)
@@ -118,7 +119,5 @@ def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> li
             ids = ids + image + text[start:end]
         shape = (sizes.images, 3, sizes.image_height, sizes.image_width)
         steps = min(new_tokens, sizes.new_tokens)
-        items.append(
-            RowInput(ids, rng.standard_normal(shape).astype(np.float32), rng.choice(words, steps).tolist())
-        )
+        items.append(RowInput(ids, rng.standard_normal(shape).astype(np.float32), rng.choice(words, steps).tolist()))
     return items

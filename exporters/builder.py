@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,15 +33,23 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
+Lower = Callable[["Builder", fx.Node], Any]
+"""Turns one FX node into ONNX nodes; returns its value, or a list for several outputs."""
+
+
 class Builder:
     """Collects the nodes of one ONNX graph while FX nodes are lowered one after the other.
 
     ``values`` holds what each FX node became. Constants of equal content are shared. ``layer`` is the module path
     of the FX node being lowered; it goes into the names, so that a profile of the graph reads like the model.
+    ``module`` owns the subgraphs of scans; a scan's body is built with its surroundings as ``parent``.
+    ``lowerings`` holds a function per FX target.
     """
 
-    def __init__(self, parent: Builder | None = None, prefix: str = "") -> None:
-        self.parent = parent
+    def __init__(
+        self, module: fx.GraphModule, lowerings: Mapping[Any, Lower], parent: Builder | None = None, prefix: str = ""
+    ) -> None:
+        self.module, self.lowerings = module, lowerings
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = [] if parent is None else parent.initializers
         self.values: dict[fx.Node, Any] = {}
@@ -119,6 +128,14 @@ class Builder:
         make = lambda: self.op("Reshape", value, self.ints(*shape), dtype=type_of(value), shape=shape)  # noqa: E731
         return self.remember(("reshape", value, tuple(shape)), make)
 
+    def slice(self, value: ir.Value, axis: int, start: int, end: int, step: int = 1) -> ir.Value:
+        shape = shape_of(value)
+        axis %= len(shape)
+        shape[axis] = math.ceil((end - start) / step)
+        bounds = [self.ints(n) for n in (start, end, axis, step)]
+        make = lambda: self.op("Slice", value, *bounds, dtype=type_of(value), shape=shape)  # noqa: E731
+        return self.remember(("slice", value, axis, start, end, step), make)
+
     def swap(self, value: ir.Value) -> ir.Value:
         """``transpose(1, 2)`` of a 4-D value; undoing one gives back what was there."""
         if value in self.swapped:
@@ -140,6 +157,21 @@ class Builder:
             return value
         make = lambda: self.op("Cast", value, dtype=kind, shape=shape_of(value), attributes={"to": int(kind)})  # noqa: E731
         return self.remember(("cast", value, kind), make)
+
+    def lower(self, graph: fx.Graph) -> None:
+        """Lower the calls of a graph in order; placeholders and attributes must have values already."""
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            self.layer = str(node.meta.get("layer") or "")
+            if (lower := self.lowerings.get(node.target)) is None:
+                raise SecateurError(
+                    f"no ONNX lowering for {node.target}",
+                    where=f"export: node {node.name} in {self.layer or 'a stage'}",
+                    fix="write it with operators that exporters/lowering*.py knows, or add a lowering there",
+                )
+            self.values[node] = lower(self, node)
+        self.layer = ""
 
     def _name(self, op: str) -> str:
         base = f"{self.prefix}{self.layer}/{op}" if self.layer else f"{self.prefix}{op}"

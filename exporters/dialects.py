@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from secateur.compiler import ops
-from secateur.exporters.builder import Builder, shape_of, type_of
-from secateur.exporters.lowering import Lower, aten, output, read, slice_value
+from secateur.compiler.program import args_of
+from secateur.exporters.builder import Builder, Lower, shape_of, type_of
+from secateur.exporters.lowering import aten, output, read
 
 MICROSOFT = "com.microsoft"
 _LONG_CACHE = 32768
@@ -34,7 +35,7 @@ class Dialect:
 
 
 def _attention_arguments(node: fx.Node, positions: tuple[int, ...]) -> list[Any]:
-    return [node.args[i] if i < len(node.args) else None for i in positions]
+    return [args_of(node)[i] if i < len(args_of(node)) else None for i in positions]
 
 
 def _as_rows(b: Builder, value: ir.Value) -> ir.Value:
@@ -51,7 +52,7 @@ def _as_heads(b: Builder, value: ir.Value, heads: int) -> ir.Value:
 
 def _halves(b: Builder, table: ir.Value) -> ir.Value:
     """The first half of a rotary table ``[B,S,d]``: both halves are equal, ONNX wants one."""
-    return slice_value(b, table, 2, 0, shape_of(table)[2] // 2)
+    return b.slice(table, 2, 0, shape_of(table)[2] // 2)
 
 
 # -- the same for every backend ---------------------------------------------------------------------------
@@ -60,8 +61,8 @@ def _halves(b: Builder, table: ir.Value) -> ir.Value:
 def _rms_norm(b: Builder, node: fx.Node) -> ir.Value:
     # stash_type 1: the reduction runs in float32 whatever the type of x.
     dtype, shape = output(node)
-    x, weight, eps = node.args
-    attributes = {"axis": -1, "epsilon": float(eps), "stash_type": 1}  # type: ignore[arg-type]
+    x, weight, eps = args_of(node)
+    attributes = {"axis": -1, "epsilon": float(eps), "stash_type": 1}
     return b.op("RMSNormalization", read(b, x), read(b, weight), dtype=dtype, shape=shape, attributes=attributes)
 
 
@@ -69,7 +70,7 @@ def _layer_norm(b: Builder, node: fx.Node) -> ir.Value:
     """In float32 between explicit casts when the model runs in half precision."""
     dtype, shape = output(node)
     x, _, weight, bias = _attention_arguments(node, (0, 1, 2, 3))
-    eps = float(node.args[4]) if len(node.args) > 4 else 1e-5  # type: ignore[arg-type]
+    eps = float(args_of(node)[4]) if len(args_of(node)) > 4 else 1e-5
     inputs = [read(b, v, torch.float32) for v in (x, weight, bias) if v is not None]
     made = b.op(
         "LayerNormalization", *inputs, dtype=torch.float32, shape=shape, attributes={"axis": -1, "epsilon": eps}
@@ -80,7 +81,7 @@ def _layer_norm(b: Builder, node: fx.Node) -> ir.Value:
 def _take_rows(b: Builder, node: fx.Node) -> ir.Value:
     """A ``Gather`` over rows of all batch entries laid end to end."""
     dtype, shape = output(node)
-    x, index = read(b, node.args[0]), read(b, node.args[1])
+    x, index = read(b, args_of(node)[0]), read(b, args_of(node)[1])
     batch, length, *rest = shape_of(x)
     count = shape_of(index)[1]
     if batch == 1:
@@ -104,7 +105,7 @@ def _take_rows(b: Builder, node: fx.Node) -> ir.Value:
 def _rotary_rows(b: Builder, node: fx.Node) -> ir.Value:
     """Rotary on ``[B,S,H*d]``: the form the projections leave and attention reads, without a transpose."""
     dtype, (batch, heads, length, width) = output(node)
-    x, cos, sin = (read(b, a) for a in node.args)
+    x, cos, sin = (read(b, a) for a in args_of(node))
     attributes = {"num_heads": heads}
     made = b.op(
         "RotaryEmbedding", _as_rows(b, x), _halves(b, cos), _halves(b, sin),
@@ -115,18 +116,18 @@ def _rotary_rows(b: Builder, node: fx.Node) -> ir.Value:
 
 def _multi_head(b: Builder, node: fx.Node) -> ir.Value:
     dtype, (batch, heads, length, width) = output(node)
-    q, k, v, scale, causal = node.args[:5]
+    q, k, v, scale, causal = args_of(node)[:5]
     rows = [_as_rows(b, read(b, a)) for a in (q, k, v)]
     made = b.op(
         "MultiHeadAttention", *rows, domain=MICROSOFT, dtype=dtype, shape=[batch, length, heads * width],
-        attributes={"num_heads": heads, "scale": float(scale), "unidirectional": int(bool(causal))},  # type: ignore[arg-type]
+        attributes={"num_heads": heads, "scale": float(scale), "unidirectional": int(bool(causal))},
     )  # fmt: skip
     return _as_heads(b, made, heads)
 
 
 def _group_query(b: Builder, node: fx.Node) -> list[ir.Value]:
-    q, k, v, past_k, past_v, start = (read(b, a) for a in node.args[:6])
-    fresh, scale = bool(node.args[6]), float(node.args[7])  # type: ignore[arg-type]
+    q, k, v, past_k, past_v, start = (read(b, a) for a in args_of(node)[:6])
+    fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
     (softcap,) = _attention_arguments(node, (9,))
     batch, heads, length, width = shape_of(q)
     cache = shape_of(past_k)
@@ -150,7 +151,7 @@ def _group_query(b: Builder, node: fx.Node) -> list[ir.Value]:
 
 def _rotary_heads(b: Builder, node: fx.Node) -> ir.Value:
     dtype, shape = output(node)
-    x, cos, sin = (read(b, a) for a in node.args)
+    x, cos, sin = (read(b, a) for a in args_of(node))
     return b.op("RotaryEmbedding", x, _halves(b, cos), _halves(b, sin), dtype=dtype, shape=shape)
 
 
@@ -164,8 +165,8 @@ def _attend(
 
 
 def _tower_attention(b: Builder, node: fx.Node) -> ir.Value:
-    q, k, v = (read(b, a) for a in node.args[:3])
-    return _attend(b, q, k, v, None, float(node.args[3]), bool(node.args[4]))  # type: ignore[arg-type]
+    q, k, v = (read(b, a) for a in args_of(node)[:3])
+    return _attend(b, q, k, v, None, float(args_of(node)[3]), bool(args_of(node)[4]))
 
 
 def _visible(b: Builder, start: ir.Value, capacity: int) -> ir.Value:
@@ -185,8 +186,8 @@ def _cached(
     attend: Callable[..., ir.Value],
 ) -> Callable[[Builder, fx.Node], list[ir.Value]]:
     def lower(b: Builder, node: fx.Node) -> list[ir.Value]:
-        q, k, v, past_k, past_v, start = (read(b, a) for a in node.args[:6])
-        fresh, scale = bool(node.args[6]), float(node.args[7])  # type: ignore[arg-type]
+        q, k, v, past_k, past_v, start = (read(b, a) for a in args_of(node)[:6])
+        fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
         present = [write(b, past, new, start, fresh) for past, new in ((past_k, k), (past_v, v))]
         if fresh:  # attend to the fresh rows: causal over equal lengths needs no mask
             return [_attend(b, q, k, v, None, scale, True), *present]
@@ -205,13 +206,13 @@ def _attend_twice(
     if length > 1 or (batch * heads >= 4 and shape_of(k)[2] < _LONG_CACHE):
         return _attend(b, q, k, v, mask, scale, causal)
     twice = b.op("Concat", q, q, dtype=type_of(q), shape=[batch, heads, 2, width], attributes={"axis": 2})
-    return slice_value(b, _attend(b, twice, k, v, mask, scale, causal), 2, 0, 1)
+    return b.slice(_attend(b, twice, k, v, mask, scale, causal), 2, 0, 1)
 
 
 def _write_plain(b: Builder, past: ir.Value, new: ir.Value, start: ir.Value, fresh: bool) -> ir.Value:
     capacity, length = shape_of(past)[2], shape_of(new)[2]
     if fresh:
-        rest = slice_value(b, past, 2, length, capacity)
+        rest = b.slice(past, 2, length, capacity)
         return b.op("Concat", new, rest, dtype=type_of(past), shape=shape_of(past), attributes={"axis": 2})
 
     def make() -> ir.Value:

@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from secateur.compiler.program import Program
 from secateur.exporters.builder import TYPES, Builder
 from secateur.exporters.dialects import DIALECTS, Dialect
-from secateur.exporters.lowering import LOWERINGS
+from secateur.exporters.lowering_shapes import LOWERINGS
 from secateur.exporters.weights import WEIGHTS_FILE, WeightLayout
-from secateur.runtime.errors import SecateurError, UserError
+from secateur.runtime.errors import UserError
 
 IR_VERSION = 10
 
@@ -55,8 +55,7 @@ def export_programs(programs: Mapping[str, Program], dialect: str, layout: Weigh
 
 def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> ir.Model:
     """Lower one program. Ports keep their names; ``past_key_3`` becomes ``past_key.3``."""
-    builder = Builder()
-    builder.module = program.module  # type: ignore[attr-defined]
+    builder = Builder(program.module, {**LOWERINGS, **dialect.lowerings})
     inputs: list[ir.Value] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -68,7 +67,7 @@ def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> 
             inputs.append(made)
         elif node.op == "get_attr":
             builder.values[node] = _tensor(builder, node, program, layout)
-    lower_nodes(builder, program.graph, dialect)
+    builder.lower(program.graph)
     outputs = _name_outputs(builder, program)
     graph = ir.Graph(
         inputs, outputs, nodes=builder.nodes, initializers=builder.initializers, name=program.name,
@@ -77,22 +76,6 @@ def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> 
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="secateur")
     RemoveUnusedNodesPass()(model)
     return model
-
-
-def lower_nodes(builder: Builder, graph: fx.Graph, dialect: Dialect | None = None) -> None:
-    """Lower the calls of a graph in order; placeholders and attributes must have values already."""
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        builder.layer = str(node.meta.get("layer") or "")
-        lower = (dialect.lowerings.get(node.target) if dialect else None) or LOWERINGS.get(node.target)
-        if lower is None:
-            raise SecateurError(
-                f"no ONNX lowering for {node.target}", where=f"export: node {node.name} in {builder.layer or 'a stage'}",
-                fix="write it with operators listed in exporters/lowering.py, or add a lowering there",
-            )  # fmt: skip
-        builder.values[node] = lower(builder, node)
-    builder.layer = ""
 
 
 def port_name(name: str) -> str:

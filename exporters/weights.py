@@ -176,7 +176,9 @@ class Checkpoint:
             absent = sorted(f for f in files if not (self.directory / f).is_file())
             if absent:
                 raise UserError(
-                    f"missing shards: {', '.join(absent)}", where=str(self.directory), fix="download the whole checkpoint"
+                    f"missing shards: {', '.join(absent)}",
+                    where=str(self.directory),
+                    fix="download the whole checkpoint",
                 )
             return files
         if not single.is_file():
@@ -188,7 +190,9 @@ class Checkpoint:
             with safe_open(str(single), framework="pt") as opened:
                 return {single.name: list(opened.keys())}
         except SafetensorError as error:
-            raise UserError(f"not a valid safetensors file ({error})", where=str(single), fix="download it again") from None
+            raise UserError(
+                f"not a valid safetensors file ({error})", where=str(single), fix="download it again"
+            ) from None
 
 
 def _renamer(model: nn.Module) -> Callable[[str], str]:

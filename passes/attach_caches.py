@@ -8,7 +8,7 @@ from operator import getitem
 import torch
 
 from secateur.compiler import ops
-from secateur.compiler.program import Program, Segment
+from secateur.compiler.program import Program, Segment, args_of
 from secateur.passes.edit import Node, aten, is_call, layer_index
 from secateur.passes.insert_decoder_stages import find_crossing, recompute_tables
 from secateur.runtime.errors import SecateurError
@@ -18,7 +18,8 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
     """Turn attention into cached attention.
 
     New inputs per layer i: ``past_key_i``, ``past_value_i`` ``[B,Hkv,C,d]`` with C its segment's capacity; new outputs
-    ``present_key.i``, ``present_value.i``. In prefill (``fresh``) rows go to slots 0…; in decode to the input ``slot_<segment> [B]``.
+    ``present_key.i``, ``present_value.i``. In prefill (``fresh``) rows go to slots 0…; in decode to the input
+    ``slot_<segment> [B]``.
     """
     module = program.edit()
     graph = module.graph
@@ -31,11 +32,11 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
     for node in found:
         layer = layer_index(node, layers)
         segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
-        q, k, v, scale, _, *rest = node.args
+        q, k, v, scale, _, *rest = args_of(node)
         window = rest[0] if rest else None
         if window is not None and window < segment.capacity + segment.removed:
             raise SecateurError(
-                f"layer {layer} attends through a window of {window}, shorter than the {segment.capacity} slots of a row",
+                f"layer {layer} attends through a window of {window}, shorter than a row of {segment.capacity} slots",
                 where="attach_caches",
                 fix="choose fewer text and new tokens; windows inside the sequence are not supported yet",
             )
@@ -56,7 +57,7 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         presents += present
         names += [f"present_key.{layer}", f"present_value.{layer}"]
     output = graph.output_node()
-    output.args = ((*output.args[0], *presents),)
+    output.args = ((*args_of(output)[0], *presents),)
     return program.with_module(module, (*program.outputs, *names))
 
 
@@ -106,4 +107,3 @@ def _last(nodes: Sequence[Node]) -> Node:
     order = {n: i for i, n in enumerate(nodes[0].graph.nodes)}
     last: Node = max(nodes, key=order.__getitem__).next
     return last
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from secateur.compiler.program import Program
+from secateur.compiler.program import Program, args_of
 from secateur.passes.edit import Node, aten, erase_dead, is_call, replace_node
 
 
@@ -14,16 +14,16 @@ def drop_noops(program: Program) -> Program:
         if is_call(node, aten._assert_tensor_metadata.default):
             module.graph.erase_node(node)
         elif is_call(node, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default):
-            replace_node(node, node.args[0])
+            replace_node(node, args_of(node)[0])
         elif is_call(node, aten.view.default, aten._unsafe_view.default):
             # Strides are a matter of the backend; without the copies a view may no longer exist.
             node.target = aten.reshape.default
-        elif is_call(node, aten.dropout.default) and not node.args[2]:
-            replace_node(node, node.args[0])
-        elif is_call(node, aten.mul.Tensor) and isinstance(node.args[1], float) and node.args[1] == 1.0:
-            replace_node(node, node.args[0])
-        elif is_call(node, aten._to_copy.default) and _same_dtype(node):
-            replace_node(node, node.args[0])
+        elif (
+            (is_call(node, aten.dropout.default) and not args_of(node)[2])
+            or (is_call(node, aten.mul.Tensor) and isinstance(args_of(node)[1], float) and args_of(node)[1] == 1.0)
+            or (is_call(node, aten._to_copy.default) and _same_dtype(node))
+        ):
+            replace_node(node, args_of(node)[0])
         elif is_call(node, aten.stack.default) and (whole := _restacked(node)) is not None:
             replace_node(node, whole)
     erase_dead(module)
@@ -31,18 +31,20 @@ def drop_noops(program: Program) -> Program:
 
 
 def _same_dtype(node: Node) -> bool:
-    source = node.args[0]
+    source = args_of(node)[0]
     return isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype
 
 
 def _restacked(node: Node) -> Node | None:
     """``x`` when the node is ``stack(unbind(x, 0), 0)``."""
-    items = node.args[0]
-    if not isinstance(items, (list, tuple)) or len(node.args) > 1 and node.args[1] != 0:
+    items = args_of(node)[0]
+    if not isinstance(items, (list, tuple)) or (len(args_of(node)) > 1 and args_of(node)[1] != 0):
         return None
-    source = items[0].args[0] if is_call(items[0], operator.getitem) else None
-    if not is_call(source, aten.unbind.int) or len(source.args) > 1 and source.args[1] != 0:
+    if not is_call(items[0], operator.getitem):
         return None
-    whole = source.args[0]
-    in_order = all(is_call(n, operator.getitem) and n.args == (source, i) for i, n in enumerate(items))
+    source = args_of(items[0])[0]
+    if not is_call(source, aten.unbind.int) or (len(args_of(source)) > 1 and args_of(source)[1] != 0):
+        return None
+    whole = args_of(source)[0]
+    in_order = all(is_call(n, operator.getitem) and args_of(n) == (source, i) for i, n in enumerate(items))
     return whole if in_order and len(items) == whole.meta["val"].shape[0] else None

@@ -51,8 +51,9 @@ def clone_slice(
 ) -> list[Any]:
     """Copy what ``targets`` read, back to the nodes in ``feed``, which are replaced by their values.
 
-    The copies go to the graph's insertion point and carry ``meta`` besides their own; placeholders and ``get_attr`` nodes
-    are shared, and so is what does not depend on ``feed``. ``everything`` copies also where a value is fed to itself.
+    The copies go to the graph's insertion point and carry ``meta`` besides their own; placeholders and ``get_attr``
+    nodes are shared, and so is what does not depend on ``feed``. ``everything`` copies also where a value
+    is fed to itself.
     """
     targets = list(targets)
     graph = targets[0].graph

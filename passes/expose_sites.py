@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.compiler.program import Program
+from secateur.compiler.program import Program, args_of
 
 
 def expose_sites(program: Program) -> Program:
@@ -10,5 +10,5 @@ def expose_sites(program: Program) -> Program:
     module = program.edit()
     found = {str(n.meta["exposes"]): n for n in module.graph.nodes if "exposes" in n.meta}
     output = module.graph.output_node()
-    output.args = ((*output.args[0], *found.values()),)
+    output.args = ((*args_of(output)[0], *found.values()),)
     return program.with_module(module, (*program.outputs, *found))

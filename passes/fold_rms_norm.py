@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.compiler import ops
-from secateur.compiler.program import Program
+from secateur.compiler.program import Program, args_of
 from secateur.passes.edit import Node, aten, erase_dead, is_call, replace_node
 
 
@@ -28,21 +28,21 @@ def fold_rms_norm(program: Program) -> Program:
 def _match(node: Node) -> tuple[Node, Node, float] | None:
     if not is_call(node, aten.mul.Tensor):
         return None
-    for weight, normed in (node.args[:2], node.args[1::-1]):
+    for weight, normed in (args_of(node)[:2], args_of(node)[1::-1]):
         if not (isinstance(weight, Node) and weight.op == "get_attr"):
             continue
         scaled = _uncast(normed)
-        if not is_call(scaled, aten.mul.Tensor) or not is_call(scaled.args[1], aten.rsqrt.default):
+        if not is_call(scaled, aten.mul.Tensor) or not is_call(args_of(scaled)[1], aten.rsqrt.default):
             continue
-        wide, biased = scaled.args[0], scaled.args[1].args[0]
-        if not is_call(biased, aten.add.Tensor) or not is_call(biased.args[0], aten.mean.dim):
+        wide, biased = args_of(scaled)[0], args_of(args_of(scaled)[1])[0]
+        if not is_call(biased, aten.add.Tensor) or not is_call(args_of(biased)[0], aten.mean.dim):
             continue
-        mean, eps = biased.args[:2]
-        power = mean.args[0]
-        if mean.args[1:] == ([-1], True) and is_call(power, aten.pow.Tensor_Scalar) and power.args == (wide, 2):
+        mean, eps = args_of(biased)[:2]
+        power = args_of(mean)[0]
+        if args_of(mean)[1:] == ([-1], True) and is_call(power, aten.pow.Tensor_Scalar) and args_of(power) == (wide, 2):
             return _uncast(wide), weight, float(eps)
     return None
 
 
 def _uncast(value: Node) -> Node:
-    return value.args[0] if is_call(value, aten._to_copy.default) else value  # type: ignore[return-value]
+    return args_of(value)[0] if is_call(value, aten._to_copy.default) else value  # type: ignore[return-value]

@@ -6,13 +6,15 @@ well, which an optimiser that looks for cos/sin computed in place does not find 
 
 from __future__ import annotations
 
+from typing import Any
+
 from secateur.compiler import ops
-from secateur.compiler.program import Program
+from secateur.compiler.program import Program, args_of
 from secateur.passes.edit import Node, aten, erase_dead, is_call, replace_node, shape_of
 
 
 def fold_rotary(program: Program) -> Program:
-    """``x * cos.unsqueeze(1) + cat(-x[h:], x[:h]) * sin.unsqueeze(1)`` with ``h = d/2``, ``x [B,H,S,d]``, ``cos [B,S,d]``."""
+    """``x * cos[:, None] + cat(-x[h:], x[:h]) * sin[:, None]``, ``h = d/2``, ``x [B,H,S,d]``, ``cos [B,S,d]``."""
     module = program.edit()
     for node in list(module.graph.nodes):
         if (found := _match(node)) is None:
@@ -28,29 +30,29 @@ def fold_rotary(program: Program) -> Program:
 def _match(node: Node) -> tuple[Node, Node, Node] | None:
     if not is_call(node, aten.add.Tensor):
         return None
-    straight, turned = node.args[:2]
+    straight, turned = args_of(node)[:2]
     if not is_call(straight, aten.mul.Tensor) or not is_call(turned, aten.mul.Tensor):
         return None
-    (x, cos), (rotated, sin) = straight.args[:2], turned.args[:2]  # type: ignore[union-attr]
+    (x, cos), (rotated, sin) = args_of(straight)[:2], args_of(turned)[:2]
     if not (_unsqueezed(cos) and _unsqueezed(sin) and is_call(rotated, aten.cat.default)):
         return None
     half = shape_of(x)[-1] // 2
-    parts, axis = rotated.args[0], rotated.args[1]
+    parts, axis = args_of(rotated)[0], args_of(rotated)[1]
     if axis != -1 or len(parts) != 2 or not is_call(parts[0], aten.neg.default):
         return None
-    upper, lower = parts[0].args[0], parts[1]
+    upper, lower = args_of(parts[0])[0], parts[1]
     if _slice(upper) == (x, half, 2 * half) and _slice(lower) == (x, 0, half):
-        return x, cos.args[0], sin.args[0]
+        return x, args_of(cos)[0], args_of(sin)[0]
     return None
 
 
-def _unsqueezed(value: object) -> bool:
-    return is_call(value, aten.unsqueeze.default) and value.args[1] == 1  # type: ignore[attr-defined]
+def _unsqueezed(value: Any) -> bool:
+    return is_call(value, aten.unsqueeze.default) and args_of(value)[1] == 1
 
 
-def _slice(value: object) -> tuple[Node, int, int] | None:
+def _slice(value: Any) -> tuple[Node, int, int] | None:
     """(source, start, end) of a slice of the last of four dimensions."""
     if not is_call(value, aten.slice.Tensor):
         return None
-    source, axis, start, end = value.args[:4]  # type: ignore[attr-defined]
+    source, axis, start, end = args_of(value)[:4]
     return (source, start, min(end, shape_of(source)[3])) if axis in (3, -1) else None

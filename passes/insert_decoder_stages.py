@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from secateur.compiler import ops
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, Segment, splice
+from secateur.compiler.program import Program, Segment, args_of, splice
 from secateur.compiler.recipe import PlannedStage
 from secateur.passes.edit import Node, ancestors, aten, clone_slice, is_call, layer_index
 from secateur.passes.sites import reduce_sequence
@@ -66,8 +65,8 @@ def insert_decoder_stages(
 ) -> Program:
     """The decoder with its stages, for prefill.
 
-    New inputs: ``prunable [B,N]`` bool, ``last [B]`` int64 slot of the last real token. New outputs: ``last`` as seen by the
-    last segment, and ``kept.stage<i> [B,K]``.
+    New inputs: ``prunable [B,N]`` bool, ``last [B]`` int64 slot of the last real token. New outputs:
+    ``last`` as seen by the last segment, and ``kept.stage<i> [B,K]``.
     """
     module = program.edit()
     graph = module.graph
@@ -109,7 +108,7 @@ def insert_decoder_stages(
             for user in crossing.users[old]:
                 user.replace_input_with(old, new)
     output = graph.output_node()
-    output.args = ((*output.args[0], last, *kept.values()),)
+    output.args = ((*args_of(output)[0], last, *kept.values()),)
     return program.with_module(module, (*program.outputs, "last", *(f"kept.{name}" for name in kept)))
 
 
@@ -129,7 +128,10 @@ def find_crossing(graph: fx.Graph, layers: str, layer: int, where: str) -> Cross
             users[node] = later
     hidden_input = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "hidden")
     flows = {n for n in users if hidden_input in ancestors([n]) and isinstance(n.meta["val"], Tensor)}
-    tables, carried, lengths, streams = [], [], [], []
+    tables: list[Node] = []
+    carried: list[Node] = []
+    lengths: list[Node] = []
+    streams: list[Node] = []
     for node in users:
         value = node.meta["val"]
         if not isinstance(value, Tensor):
@@ -187,10 +189,10 @@ def _tap(
         attention = _attention_of(graph, layers, site if source == "next" else site - 1)
         index = graph.call_function(aten.unsqueeze.default, (last, 1))
         if source == "previous":
-            query, key = attention.args[0], attention.args[1]
+            query, key = args_of(attention)[0], args_of(attention)[1]
             turned = graph.call_function(aten.transpose.int, (query, 1, 2))
             row = graph.call_function(ops.take_rows, (turned, index))
-            taps[name] = graph.call_function(aten.transpose.int, (row, 1, 2)), key, attention.args[3]
+            taps[name] = graph.call_function(aten.transpose.int, (row, 1, 2)), key, args_of(attention)[3]
             continue
         entered = crossing if source == "next" else find_crossing(graph, layers, site - 1, stage.planned.name)
         streams = {entered.hidden: crossing.hidden}
@@ -199,13 +201,13 @@ def _tap(
             old: graph.call_function(ops.take_rows, (new, index))
             for old, new in {**streams, **{n: n for n in (*entered.tables, *entered.carried)}}.items()
         }
-        (query,) = clone_slice([attention.args[0]], {**last_row, **one}, before_site=True)
-        projection = _projection(attention.args[1])
+        (query,) = clone_slice([args_of(attention)[0]], {**last_row, **one}, before_site=True)
+        projection = _projection(args_of(attention)[1])
         # A value fed to itself marks where the copy ends.
         same = {**streams, **{n: n for n in (*entered.tables, *entered.carried, *entered.lengths)}}
-        wanted = [attention.args[1], *([projection] if projection else [])]
+        wanted = [args_of(attention)[1], *([projection] if projection else [])]
         copies = clone_slice(wanted, same, everything=True, before_site=True)
-        taps[name] = query, copies[0], attention.args[3]
+        taps[name] = query, copies[0], args_of(attention)[3]
         if source == "next" and projection is not None:
             reusable = projection, copies[1]
     return taps, reusable
@@ -215,7 +217,7 @@ def _projection(key: Node) -> Node | None:
     """The linear projection ``[B,s,Hkv*d]`` the keys come from, through rotary, norm, transpose and view."""
     node = key
     while is_call(node, ops.rotary, ops.rms_norm, aten.transpose.int, aten.reshape.default):
-        node = node.args[0]
+        node = args_of(node)[0]
     return node if is_call(node, aten.linear.default) else None
 
 
@@ -256,7 +258,7 @@ def _splice_stage(
 def _head_shape(node: Node) -> tuple[int, int]:
     """(heads, width) of a ``[B,H,·,d]`` node; nodes made during this pass carry no value, their source does."""
     while "val" not in node.meta:
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     shape = node.meta["val"].shape
     return int(shape[1]), int(shape[-1])
 
@@ -285,4 +287,3 @@ def recompute_tables(graph: fx.Graph, tables: Sequence[Node], positions: Node, l
     for source, new in zip(sources, made, strict=True):
         new.meta = {**source.meta, "rows": True, "table": source}
     return dict(zip(tables, made, strict=True))
-

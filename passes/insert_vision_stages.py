@@ -9,8 +9,8 @@ import torch
 from secateur.compiler import ops
 from secateur.compiler.families.family import Family, VisionFacts
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, splice
-from secateur.passes.edit import Node, aten, ancestors, is_call, layer_index, shape_of
+from secateur.compiler.program import Program, args_of, splice
+from secateur.passes.edit import Node, ancestors, aten, is_call, layer_index, shape_of
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.sites import reduce_features
 from secateur.passes.stage import StageFunction
@@ -34,7 +34,7 @@ def insert_vision_stages(
         kept.append(f"kept.{stage.planned.name}")
     module = program.edit()
     output = module.graph.output_node()
-    features, *rest = output.args[0]
+    features, *rest = args_of(output)[0]
     width = shape_of(features)[-1]
     count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
     with module.graph.inserting_before(output):
@@ -53,9 +53,9 @@ def _insert_stage(program: Program, stage: StageFunction, family: Family, facts:
     feed = {"tokens": _zeros_like(value)} | {
         f"{name}_{role}": _zeros_like(node)
         for name, attention in taps.items()
-        for role, node in zip(("query", "key"), attention.args[:2], strict=True)
+        for role, node in zip(("query", "key"), args_of(attention)[:2], strict=True)
     }
-    scales = {name: float(attention.args[3]) for name, attention in taps.items()}
+    scales = {name: float(args_of(attention)[3]) for name, attention in taps.items()}
 
     def run(*values: torch.Tensor) -> object:
         pairs = {n: (values[1 + 2 * i], values[2 + 2 * i], s) for i, (n, s) in enumerate(scales.items())}
@@ -65,13 +65,13 @@ def _insert_stage(program: Program, stage: StageFunction, family: Family, facts:
 
     traced = trace_function(stage.planned.name, run, feed, ("tokens", "kept"))
     with graph.inserting_before(_first_after(graph, [value, *taps.values()])):
-        ports = dict(zip(feed, [value, *(n for a in taps.values() for n in a.args[:2])], strict=True))
+        ports = dict(zip(feed, [value, *(n for a in taps.values() for n in args_of(a)[:2])], strict=True))
         tokens, row = splice(module, traced, ports)
     tokens.meta["layer"] = value.meta.get("layer")
     for user in after:
         user.replace_input_with(value, tokens)
     output = graph.output_node()
-    output.args = ((*output.args[0], row),)
+    output.args = ((*args_of(output)[0], row),)
     return program.with_module(module, (*program.outputs, f"kept.{stage.planned.name}"))
 
 
@@ -84,7 +84,8 @@ def _site_value(graph: torch.fx.Graph, stage: StageFunction, family: Family) -> 
     """The tensor a stage reduces: what the projector reads, or what it returns."""
     kind = stage.planned.site.kind
     if kind == "projector.out":
-        return graph.output_node().args[0][0]  # type: ignore[return-value]
+        features: Node = args_of(graph.output_node())[0][0]
+        return features
     if kind == "vision.out":
         inside = {n for n in graph.nodes if str(n.meta.get("layer", "")).startswith(family.projector)}
         entering = {
@@ -114,12 +115,12 @@ def _taps(graph: torch.fx.Graph, stage: StageFunction, family: Family, facts: Vi
         if is_call(n, ops.attention) and layer_index(n, family.vision_layers) == facts.feature_layer
     ]  # fmt: skip
     assert len(found) == 1, "one attention node per tower layer"
-    return {name: found[0] for name in wanted}
+    return dict.fromkeys(wanted, found[0])
 
 
 def _leads_to_features(user: Node) -> bool:
     """Whether ``user`` stands on the way to the features: what else reads it keeps the whole."""
-    return user in ancestors([user.graph.output_node().args[0][0]])
+    return user in ancestors([args_of(user.graph.output_node())[0][0]])
 
 
 def _first_after(graph: torch.fx.Graph, nodes: Sequence[Node]) -> Node:

@@ -6,12 +6,14 @@ Embedding lookup and the merge of image features into the text stream happen ins
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
 from secateur.compiler import ops
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, splice
+from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
 
 
@@ -28,7 +30,7 @@ def join_prefill(
     kept_per_image: int,
     original_positions: bool,
 ) -> Program:
-    """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,F]``) -> ``logits`` and what the decoder yields.
+    """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,F]``) -> ``logits`` and more.
 
     ``original_positions`` numbers the features by the patches they came from: image j's tokens start after
     ``j * tokens_per_image`` image tokens, survivor p of it at ``kept``'s index, and text counts all patches.
@@ -70,7 +72,12 @@ def join_prefill(
     )
     text, prunable, rank, last = splice(module, entry, port)
     (embedded,) = splice(module, embedding, {"ids": text})
-    values = {"prunable": flags, "rank": rows, "features": features, "embedded": features.new_zeros(*ids.shape, features.shape[2])}
+    values = {
+        "prunable": flags,
+        "rank": rows,
+        "features": features,
+        "embedded": features.new_zeros(*ids.shape, features.shape[2]),
+    }
     (hidden,) = splice(
         module, trace_function("mix", mix, values, ("hidden",)),
         {"prunable": prunable, "rank": rank, "features": port["features"], "embedded": embedded},
@@ -121,7 +128,13 @@ def _fix_length(module: fx.GraphModule, sequence: int) -> None:
         if node.op == "call_function" and node.target is aten.sym_size.int:
             length = node.meta["val"] if isinstance(node.meta["val"], int) else sequence
             for user in list(node.users):
-                user.args = fx.map_arg(user.args, lambda n, node=node, length=length: length if n is node else n)
-                user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, length=length: length if n is node else n)
+                _put_number(user, node, length)
             module.graph.erase_node(node)
     erase_dead(module)
+
+
+def _put_number(user: Node, node: Node, number: int) -> None:
+    def swap(argument: Node) -> Any:
+        return number if argument is node else argument
+
+    user.args, user.kwargs = fx.map_arg(args_of(user), swap), fx.map_arg(user.kwargs, swap)

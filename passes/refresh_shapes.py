@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from secateur.compiler.program import Program
+from secateur.compiler.program import Program, args_of
 from secateur.passes.edit import erase_dead
 from secateur.runtime.errors import SecateurError
 
@@ -35,7 +35,7 @@ def refresh_shapes(program: Program) -> Program:
         elif node.op == "get_attr":
             values[node] = fake(getattr(module, str(node.target)))
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            args, kwargs = fx.map_arg((args_of(node), node.kwargs), lambda n: values[n])
             try:
                 with mode:
                     values[node] = node.target(*args, **kwargs)

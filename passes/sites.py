@@ -40,8 +40,8 @@ def reduce_sequence(
 ) -> Reduced:
     """Run a stage before a decoder layer.
 
-    ``hidden [B,L,D]``, ``prunable [B,L]`` bool with ``groups * length_in`` true entries a row, ``last [B]`` slot of the last
-    real token; ``taps`` gives, per attention signal, query row ``[B,H,1,d]``, keys ``[B,Hkv,L,d]`` and scale.
+    ``hidden [B,L,D]``, ``prunable [B,L]`` bool with ``groups * length_in`` true entries a row, ``last [B]`` slot of
+    the last real token; ``taps`` gives, per attention signal, query row ``[B,H,1,d]``, keys ``[B,Hkv,L,d]`` and scale.
     ``forced [B,K]`` replaces the choice (not the merge) and ``scored`` collects the score ``[G,N]``, for comparison.
     """
     planned = stage.planned

@@ -120,13 +120,13 @@ class Sweep:
         seen: dict[Any, Any] = {}
         for size in batch_sizes:
             parity = Parity()
-            with self.bundles(size).borrow(recipe, keep, expose=True) as path:
-                with Session(path, threads=self.threads) as session:
-                    items = items or [self._row(session, asked) for asked in self.asked]
-                    for chunk in batches(items, size):
-                        compare_batch(session, oracle, chunk, parity, seen)
-                        for _ in chunk:
-                            tick()
+            made = self.bundles(size).borrow(recipe, keep, expose=True)
+            with made as path, Session(path, threads=self.threads) as session:
+                items = items or [self._row(session, asked) for asked in self.asked]
+                for chunk in batches(items, size):
+                    compare_batch(session, oracle, chunk, parity, seen)
+                    for _ in chunk:
+                        tick()
             found[str(size)] = parity.as_json()
         return found
 
@@ -242,17 +242,17 @@ and with the choice held equal, absolute differences of at most {TOLERANCE:g}.
 
 ## Identity at keep 1
 
-Tokens against Hugging Face `generate` (greedy, the model's own processor), and the largest absolute difference of logits over
-all steps, teacher-forced.
+Tokens against Hugging Face `generate` (greedy, the model's own processor), and the largest absolute difference of
+logits over all steps, teacher-forced.
 
 {table(["recipe", "questions", "same tokens", "largest logit difference"], identity_rows(records))}
 
 ## Choices and numbers
 
 *equal*: every stage kept what the oracle kept. *tied*: it did not, and two scores met within
-256 units of float32 rounding of the largest score at the cut. *different*: anything else. The other columns are largest absolute
-differences over all rows: projected features, hidden rows each decoder stage leaves, keys and values of every
-layer, teacher-forced logits after the prompt and two decode steps. Batch 3 packs rows of different length.
+256 units of float32 rounding of the largest score at the cut. *different*: anything else. The other columns are
+largest absolute differences over all rows: projected features, hidden rows each decoder stage leaves, keys and
+values of every layer, teacher-forced logits after the prompt and two decode steps. Batch 3 packs rows of different length.
 
 {table(["recipe", "keep", "batch", "rows", "equal", "tied", "different", *KINDS], compared_rows(records))}
 """

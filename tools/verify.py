@@ -15,7 +15,8 @@ def verify(
         Path | None, typer.Argument(help="The model it was compiled from; compares results with it.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="NAME|FILE.yaml")
+        str | None,
+        typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="NAME|FILE.yaml"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Random rows to compare.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the random rows.")] = 0,
@@ -24,9 +25,9 @@ def verify(
 ) -> dict[str, Any]:
     """Check that a bundle is whole and computes what the model computes.
 
-    Every file is hashed in full. With MODEL_DIR, random rows run through the bundle and through the unmodified Hugging Face
-    model with the recipe's stages under hooks: first which tokens each stage kept (ties told apart), then, with the
-    choice held equal, features, caches and logits. Exit code 1 when they differ.
+    Every file is hashed in full. With MODEL_DIR, random rows run through the bundle and through the unmodified
+    Hugging Face model with the recipe's stages under hooks: first which tokens each stage kept (ties told
+    apart), then, with the choice held equal, features, caches and logits. Exit code 1 when they differ.
 
     \b
       secateur verify BUNDLE

@@ -28,7 +28,9 @@ def _read_vision(config: Any) -> VisionFacts:
     depth = vision.num_hidden_layers
     index = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= index <= depth:
-        raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {depth} layers", where="config.json")
+        raise UserError(
+            f"vision_feature_layer {layer} does not exist in a tower of {depth} layers", where="config.json"
+        )
     side = vision.image_size // vision.patch_size
     return VisionFacts(
         image_size=(vision.image_size, vision.image_size),

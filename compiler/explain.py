@@ -1,0 +1,164 @@
+"""What a recipe does to a model, in numbers, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.compiler.flops import count_flops
+from secateur.compiler.geometry import Geometry
+from secateur.compiler.program import ProgramSet
+from secateur.compiler.pruned import Pruned
+from secateur.passes.signal_table import SIGNALS
+from secateur.passes.stage import StageFunction
+
+
+@dataclass(frozen=True)
+class ExplainedStage:
+    """One stage: the functions it calls, the signals they read, and the tokens that come and go, per group."""
+
+    name: str
+    site: str
+    score: str | None
+    select: str
+    merge: str | None
+    signals: Mapping[str, Mapping[str, str]]
+    """Options by signal, defaults filled in."""
+    scope: str
+    groups: int
+    length_in: int
+    length_out: int
+
+    def __str__(self) -> str:
+        terms = [("score", self.score), ("select", self.select), ("merge", self.merge)]
+        lines = [f"{self.name} {self.site} scope {self.scope} tokens {self.groups}x{self.length_in} -> "
+                 f"{self.groups}x{self.length_out}"]  # fmt: skip
+        lines += [f"  {role} {term}" for role, term in terms if term is not None]
+        for name, options in self.signals.items():
+            chosen = "".join(f" {k}={v}" for k, v in sorted(options.items()))
+            lines.append(f"  signal {name}{chosen}: {SIGNALS[name].shape} {SIGNALS[name].doc}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A quantity of the unpruned model and of the pruned one."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """What is left: after / before."""
+        return self.after / self.before if self.before else 1.0
+
+    def __str__(self) -> str:
+        return f"{self.before} -> {self.after} ({self.ratio:.1%})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A recipe planned for a model and a geometry. ``str()`` is stable text, ``as_json()`` plain data."""
+
+    recipe: str
+    title: str
+    link: str
+    evidence: str
+    notes: str
+    positions: str
+    keep: float
+    model: str
+    dtype: str
+    geometry: Geometry
+    tokens_per_image: int
+    """Visual tokens of one image before pruning."""
+    stages: tuple[ExplainedStage, ...]
+    visual_tokens: tuple[int, ...]
+    """Visual tokens of one row at each decoder layer; ``geometry.text_tokens`` slots of text come on top."""
+    flops: Mapping[str, Change]
+    """By program, one run of the whole batch; see docs/flops.md."""
+    kv_bytes: Change
+    """Caches of one request: every layer, whole batch, at the capacity the runtime allocates."""
+
+    @property
+    def mean_keep(self) -> float:
+        """Visual tokens averaged over the decoder's layers, as a fraction of the unpruned ones."""
+        whole = self.tokens_per_image * self.geometry.images * len(self.visual_tokens)
+        return sum(self.visual_tokens) / whole
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Runs of layers of one length: (first, last inclusive, visual tokens)."""
+        runs: list[tuple[int, int, int]] = []
+        for layer, count in enumerate(self.visual_tokens):
+            if runs and runs[-1][2] == count:
+                runs[-1] = (runs[-1][0], layer, count)
+            else:
+                runs.append((layer, layer, count))
+        return runs
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; every change carries its ratio, every layer its length."""
+        text = self.geometry.text_tokens
+        changes = {name: asdict(c) | {"ratio": c.ratio} for name, c in (*self.flops.items(), ("kv", self.kv_bytes))}
+        kv_bytes = changes.pop("kv")
+        layers = [{"layer": i, "visual": n, "text": text, "length": n + text} for i, n in enumerate(self.visual_tokens)]
+        return asdict(self) | {
+            "flops": changes, "kv_bytes": kv_bytes, "layers": layers, "mean_keep": self.mean_keep,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        g = self.geometry
+        lines = [f"recipe {self.recipe} keep {self.keep:g} mean keep {self.mean_keep:.4g} positions {self.positions}"]
+        lines += [f"  {key} {value}" for key, value in self.paper() if value]
+        lines.append(
+            f"model {self.model} {self.dtype} batch {g.batch} images {g.images} of {self.tokens_per_image} tokens "
+            f"text tokens {g.text_tokens} new tokens {g.new_tokens}"
+        )
+        lines += map(str, self.stages)
+        for first, last, visual in self.segments():
+            lines.append(f"layers {first}-{last}: {visual} visual + {g.text_tokens} text")
+        lines += [f"flops {name} {change}" for name, change in self.flops.items()]
+        lines.append(f"kv bytes {self.kv_bytes}")
+        return "\n".join(lines)
+
+    def paper(self) -> list[tuple[str, str]]:
+        """Where the recipe comes from, as (what, text)."""
+        return [("title", self.title), ("link", self.link), ("evidence", self.evidence), ("notes", self.notes)]
+
+
+def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
+    """Read everything off the pruned programs and those of the same model and geometry without the recipe."""
+    job = pruned.job
+    recipe, source = job.plan.recipe, job.source
+    text = job.geometry.text_tokens
+    visual = [s.length - text for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
+    programs, whole = pruned.programs, unpruned.programs
+    return Explanation(
+        recipe=recipe.name, title=recipe.title, link=recipe.link, evidence=recipe.evidence, notes=recipe.notes,
+        positions=recipe.positions, keep=float(job.plan.keep),
+        model=f"{source.path.resolve().name} ({source.config.model_type}, {source.text.model_type} decoder of "
+              f"{source.decoder_layers} layers)",
+        dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=source.vision.tokens_per_image,
+        stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(visual),
+        flops={
+            name: Change(count_flops(whole[name]), count_flops(program)) for name, program in programs.programs.items()
+        },
+        kv_bytes=Change(_cache_bytes(whole), _cache_bytes(programs)),
+    )  # fmt: skip
+
+
+def _describe_stage(stage: StageFunction) -> ExplainedStage:
+    planned = stage.planned
+    return ExplainedStage(
+        name=planned.name, site=str(planned.site), score=str(planned.score) if planned.score else None,
+        select=str(planned.select), merge=str(planned.merge) if planned.merge else None,
+        signals={name: dict(stage.signal_options[name]) for name in stage.signals}, scope=planned.scope,
+        groups=planned.groups, length_in=planned.length_in, length_out=planned.length_out,
+    )  # fmt: skip
+
+
+def _cache_bytes(programs: ProgramSet) -> int:
+    decode = programs["decode"].graph
+    caches = [n.meta["val"] for n in decode.nodes if n.op == "placeholder" and n.name.startswith("past_")]
+    return sum(c.numel() * c.element_size() for c in caches)

@@ -1,0 +1,220 @@
+"""Lowering of what moves rows about: shapes, slices, gathers, sorting, and the scan of greedy selectors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from secateur.compiler.program import args_of
+from secateur.exporters.builder import TYPES, Builder, shape_of, type_of
+from secateur.exporters.lowering import LOWERINGS, aten, emit, fill, lowers, output, read
+
+__all__ = ["LOWERINGS"]  # with the functions below registered
+
+
+@lowers(aten._to_copy.default, aten.to.dtype)
+def _cast(b: Builder, node: fx.Node) -> ir.Value:
+    return b.cast(read(b, args_of(node)[0]), output(node)[0])
+
+
+@lowers(
+    aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default
+)
+def _same(b: Builder, node: fx.Node) -> ir.Value:
+    return read(b, args_of(node)[0])
+
+
+@lowers(
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.flatten.using_ints,
+)  # fmt: skip
+def _reshape(b: Builder, node: fx.Node) -> ir.Value:
+    return b.reshape(read(b, args_of(node)[0]), output(node)[1])
+
+
+@lowers(aten.transpose.int)
+def _transpose(b: Builder, node: fx.Node) -> ir.Value:
+    x = read(b, args_of(node)[0])
+    rank = len(shape_of(x))
+    i, j = sorted(int(a) % rank for a in args_of(node)[1:3])
+    if (rank, i, j) == (4, 1, 2):
+        return b.swap(x)
+    perm = list(range(rank))
+    perm[i], perm[j] = j, i
+    return emit(b, node, "Transpose", x, perm=perm)
+
+
+@lowers(aten.permute.default)
+def _permute(b: Builder, node: fx.Node) -> ir.Value:
+    rank = len(output(node)[1])
+    return emit(b, node, "Transpose", read(b, args_of(node)[0]), perm=[int(a) % rank for a in args_of(node)[1]])
+
+
+@lowers(aten.expand.default)
+def _expand(b: Builder, node: fx.Node) -> ir.Value:
+    x, shape = read(b, args_of(node)[0]), output(node)[1]
+    return x if tuple(shape_of(x)) == shape else emit(b, node, "Expand", x, b.ints(*shape))
+
+
+@lowers(aten.cat.default)
+def _cat(b: Builder, node: fx.Node) -> ir.Value:
+    dtype, _ = output(node)
+    axis = int(args_of(node)[1]) if len(args_of(node)) > 1 else 0
+    return emit(b, node, "Concat", *(read(b, part, dtype) for part in args_of(node)[0]), axis=axis)
+
+
+@lowers(aten.stack.default)
+def _stack(b: Builder, node: fx.Node) -> ir.Value:
+    dtype, shape = output(node)
+    axis = (int(args_of(node)[1]) if len(args_of(node)) > 1 else 0) % len(shape)
+    single = [1 if i == axis else n for i, n in enumerate(shape)]
+    return emit(b, node, "Concat", *(b.reshape(read(b, p, dtype), single) for p in args_of(node)[0]), axis=axis)
+
+
+@lowers(aten.slice.Tensor)
+def _slice(b: Builder, node: fx.Node) -> ir.Value:
+    x = read(b, args_of(node)[0])
+    axis, start, end, step = fill(args_of(node)[1:], (0, 0, None, 1))
+    size = shape_of(x)[int(axis)]
+    start, end = (0 if start is None else start), (size if end is None else end)
+    # The true end: INT64_MAX makes some parsers compute the length at run time.
+    bounds = [min(max(n + size if n < 0 else n, 0), size) for n in (start, end)]
+    if bounds == [0, size] and step == 1:
+        return x
+    return b.slice(x, int(axis), bounds[0], bounds[1], int(step))
+
+
+@lowers(aten.select.int)
+def _select(b: Builder, node: fx.Node) -> ir.Value:
+    x, axis, index = read(b, args_of(node)[0]), int(args_of(node)[1]), int(args_of(node)[2])
+    index %= shape_of(x)[axis]
+    return b.reshape(b.slice(x, axis, index, index + 1), output(node)[1])
+
+
+@lowers(aten.gather.default)
+def _gather(b: Builder, node: fx.Node) -> ir.Value:
+    x, axis, index = args_of(node)[:3]
+    return emit(b, node, "GatherElements", read(b, x), read(b, index), axis=int(axis))
+
+
+@lowers(aten.index_select.default)
+def _index_select(b: Builder, node: fx.Node) -> ir.Value:
+    x, axis, index = args_of(node)
+    return emit(b, node, "Gather", read(b, x), read(b, index), axis=int(axis))
+
+
+@lowers(aten.embedding.default)
+def _embedding(b: Builder, node: fx.Node) -> ir.Value:
+    return emit(b, node, "Gather", read(b, args_of(node)[0]), read(b, args_of(node)[1]), axis=0)
+
+
+@lowers(aten.scatter.src)
+def _scatter(b: Builder, node: fx.Node) -> ir.Value:
+    x, axis, index, source = args_of(node)
+    updates = read(b, source, output(node)[0])
+    if shape_of(updates) != (wanted := shape_of(read(b, index))):
+        for i, n in enumerate(wanted):
+            updates = b.slice(updates, i, 0, n)
+    return emit(b, node, "ScatterElements", read(b, x), read(b, index), updates, axis=int(axis))
+
+
+@lowers(aten.scatter.value)
+def _scatter_value(b: Builder, node: fx.Node) -> ir.Value:
+    x, axis, index, number = args_of(node)
+    dtype, at = output(node)[0], read(b, index)
+    updates = b.op("Expand", b.constant(number, dtype), b.ints(*shape_of(at)), dtype=dtype, shape=shape_of(at))
+    return emit(b, node, "ScatterElements", read(b, x), at, updates, axis=int(axis))
+
+
+@lowers(aten.topk.default)
+def _topk(b: Builder, node: fx.Node) -> list[ir.Value]:
+    axis, largest = fill(args_of(node)[2:4], (-1, True))
+    return _top(b, node, read(b, args_of(node)[0]), int(args_of(node)[1]), int(axis), bool(largest))
+
+
+@lowers(aten.sort.default, aten.sort.stable)
+def _sort(b: Builder, node: fx.Node) -> list[ir.Value]:
+    axis, descending = _direction(node, aten.sort.default)
+    x = read(b, args_of(node)[0])
+    return _top(b, node, x, shape_of(x)[axis], axis, descending)
+
+
+@lowers(aten.argsort.default, aten.argsort.stable)
+def _argsort(b: Builder, node: fx.Node) -> ir.Value:
+    axis, descending = _direction(node, aten.argsort.default)
+    x = read(b, args_of(node)[0])
+    k = b.ints(shape_of(x)[axis])
+    types: list[tuple[Any, list[int]]] = [(type_of(x), shape_of(x)), (torch.int64, shape_of(x))]
+    return b.ops("TopK", x, k, types=types, attributes={"axis": axis, "largest": descending, "sorted": 1})[1]
+
+
+def _direction(node: fx.Node, plain: Any) -> tuple[int, bool]:
+    """Axis and whether to descend; the stable overload takes both by name only."""
+    axis, descending = fill(args_of(node)[1:] if node.target is plain else (), (-1, False))
+    return int(node.kwargs.get("dim", axis)), bool(node.kwargs.get("descending", descending))  # type: ignore[arg-type]
+
+
+def _top(b: Builder, node: fx.Node, x: ir.Value, k: int, axis: int, largest: bool) -> list[ir.Value]:
+    types = [(v.dtype, tuple(v.shape)) for v in node.meta["val"]]
+    return b.ops("TopK", x, b.ints(k), types=types, attributes={"axis": axis, "largest": largest, "sorted": 1})
+
+
+@lowers(aten.argmax.default)
+def _argmax(b: Builder, node: fx.Node) -> ir.Value:
+    keep = bool(args_of(node)[2]) if len(args_of(node)) > 2 else False
+    return emit(b, node, "ArgMax", read(b, args_of(node)[0]), axis=int(args_of(node)[1]), keepdims=keep)
+
+
+@lowers(aten.cumsum.default)
+def _cumsum(b: Builder, node: fx.Node) -> ir.Value:
+    return emit(b, node, "CumSum", read(b, args_of(node)[0], output(node)[0]), b.ints(int(args_of(node)[1])))
+
+
+@lowers(operator.getitem)
+def _item(b: Builder, node: fx.Node) -> ir.Value:
+    found: ir.Value = b.values[args_of(node)[0]][args_of(node)[1]]
+    return found
+
+
+@lowers(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.zeros.default, aten.ones.default,
+        aten.full.default, aten.scalar_tensor.default)  # fmt: skip
+def _constant(b: Builder, node: fx.Node) -> ir.Value:
+    dtype, _ = output(node)
+    make: Any = node.target
+    made: Tensor = make(*args_of(node), **{**node.kwargs, "device": "cpu", "pin_memory": False})
+    return b.constant(made, dtype)
+
+
+@lowers(torch.ops.higher_order.scan)
+def _scan(b: Builder, node: fx.Node) -> list[ir.Value]:
+    """One ONNX ``Scan``; what the body reads besides state and step is captured from the graph around it."""
+    combine, initial, steps, captured = args_of(node)
+    body: fx.GraphModule = getattr(b.module, str(combine.target))
+    inner = Builder(body, b.lowerings, b, prefix=f"{b.layer or 'stage'}/scan/")
+    inputs: list[ir.Value] = []
+    ports = [n for n in body.graph.nodes if n.op == "placeholder"]
+    for index, port in enumerate(ports):
+        if index >= len(initial) + len(steps):
+            inner.values[port] = read(b, captured[index - len(initial) - len(steps)])
+            continue
+        dtype, shape = output(port)
+        name = f"{inner.prefix}{port.name}"
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(TYPES[dtype]))
+        inner.values[port] = value
+        inputs.append(value)
+    results: Sequence[fx.Node] = args_of(body.graph.output_node())[0]
+    inner.lower(body.graph)
+    outputs = []
+    for result in results:
+        dtype, shape = output(result)
+        # A graph output must be the body's own value and no other output's: pass it on by name.
+        outputs.append(inner.op("Identity", inner.values[result], dtype=dtype, shape=shape))
+    graph = ir.Graph(inputs, outputs, nodes=inner.nodes, name="step")
+    types = [(v.dtype, tuple(v.shape)) for v in node.meta["val"]]
+    feeds = [read(b, a) for a in (*initial, *steps)]
+    return b.ops("Scan", *feeds, types=types, attributes={"body": graph, "num_scan_inputs": len(steps)})

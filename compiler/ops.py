@@ -6,8 +6,8 @@ Every operator has an eager kernel, so that a graph runs in plain PyTorch after 
 
 ``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers,
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
-sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0. ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``,
-halves rotated.
+sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0.
+``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``take_rows``: ``x [B,L,...]``, ``index [B,K]`` -> ``[B,K,...]``.
 """
 

@@ -252,7 +252,8 @@ logits over all steps, teacher-forced.
 *equal*: every stage kept what the oracle kept. *tied*: it did not, and two scores met within
 256 units of float32 rounding of the largest score at the cut. *different*: anything else. The other columns are
 largest absolute differences over all rows: projected features, hidden rows each decoder stage leaves, keys and
-values of every layer, teacher-forced logits after the prompt and two decode steps. Batch 3 packs rows of different length.
+values of every layer, teacher-forced logits after the prompt and two decode steps. Batch 3 packs rows of different
+length.
 
 {table(["recipe", "keep", "batch", "rows", "equal", "tied", "different", *KINDS], compared_rows(records))}
 """

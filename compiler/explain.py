@@ -10,7 +10,6 @@ from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Pruned
-from secateur.passes.signal_table import SIGNALS
 from secateur.passes.stage import StageFunction
 
 
@@ -37,7 +36,7 @@ class ExplainedStage:
         lines += [f"  {role} {term}" for role, term in terms if term is not None]
         for name, options in self.signals.items():
             chosen = "".join(f" {k}={v}" for k, v in sorted(options.items()))
-            lines.append(f"  signal {name}{chosen}: {SIGNALS[name].shape} {SIGNALS[name].doc}")
+            lines.append(f"  signal {name}{chosen}")
         return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.compiler.bundle import Target, copy_processor_files, make_manifest
+from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.output import check_output, whole_directory
@@ -41,7 +42,7 @@ from secateur.runtime.manifest import write_manifest
 
 TARGETS = ("onnxruntime", "plain", "tensorrt", "tensorrt-rtx")
 Progress = Callable[[str, int, int], None]
-"""Told (what, done, total) during long phases."""
+"""Told (what, done, total) when a phase begins and during long ones; total 0 when nobody knows it yet."""
 
 _log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def build(
         for name, graph in exported.models.items():
             refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
             save_model(graph, work / f"{name}.onnx")
-        with _phase("weights"):
+        with _phase("weights", progress):
             digest = write_weights(
                 exported.layout, Checkpoint(source.path, model), work / WEIGHTS_FILE,
                 lambda done, total: tell("weights", done, total),
@@ -248,17 +249,45 @@ def compile(
     if stop_after is None:
         check_output(out, force)
     source = read_source(Path(model_dir))
-    with _phase("trace"):
+    plan_job(source, geometry, row, keep)  # what cannot work fails here, before the model is traced
+    with _phase("trace", progress):
         traced = trace_model(source, geometry, goal.dtype)
-    with _phase("prune"):
+    with _phase("prune", progress):
         pruned = prune(traced, row, keep, dump_dir=dump_dir, stop_after=stop_after)
     if stop_after is not None:
         return pruned
-    with _phase("export"):
+    with _phase("export", progress):
         exported = export(pruned, goal.dialect)
     if dump_dir is not None:
         (dump_dir / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported}\n")
     return build(pruned, exported, goal, out, force=force, progress=progress)
+
+
+def explain(
+    recipe: Recipe | str,
+    model_dir: Path | str,
+    *,
+    keep: float | None = None,
+    geometry: Geometry | None = None,
+    dtype: str = "fp32",
+    progress: Progress | None = None,
+) -> Explanation:
+    """What a recipe does to a model: stages, tokens per layer, FLOPs and cache bytes before and after.
+
+    Reads the configuration only; the arguments are those of :func:`compile`. Raises UserError as it does.
+    """
+    geometry = geometry or Geometry()
+    if dtype not in DTYPES:
+        raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
+    row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
+    source = read_source(Path(model_dir))
+    plan_job(source, geometry, row, keep)
+    with _phase("trace", progress):
+        traced = trace_model(source, geometry, dtype)
+    with _phase("prune", progress):
+        pruned = prune(traced, row, keep)
+        unpruned = prune(traced, RECIPES["none"]) if pruned.job.stages else pruned
+    return describe_pruned(pruned, unpruned)
 
 
 def verify(bundle: Path | str, model_dir: Path | str | None = None, **how: Any) -> Verification:
@@ -303,7 +332,7 @@ def _build_engines(exported: Exported, target: Target, work: Path, tell: Progres
 
     made = {}
     for name in exported.models:
-        with _phase(f"engine {name}"):
+        with _phase(f"engine {name}", tell):
             build_engine(
                 work / f"{name}.onnx", work / f"{name}.engine", flavour=target.name, sm=target.sm,
                 progress=lambda what, done, total, name=name: tell(f"engine {name}: {what}", done, total),  # type: ignore[misc]
@@ -313,9 +342,11 @@ def _build_engines(exported: Exported, target: Target, work: Path, tell: Progres
 
 
 @contextmanager
-def _phase(name: str) -> Iterator[None]:
-    """Say how long a phase took, once it is over."""
+def _phase(name: str, tell: Progress | None = None) -> Iterator[None]:
+    """Tell that a phase begins, and log how long it took once it is over."""
     start = time.perf_counter()
+    if tell is not None:
+        tell(name, 0, 0)
     yield
     _log.info("%-16s %6.1f s", name, time.perf_counter() - start)
 
@@ -328,6 +359,7 @@ __all__ = [
     "Source",
     "build",
     "compile",
+    "explain",
     "export",
     "plan_job",
     "prune",

@@ -39,8 +39,8 @@ def inspect(
         return facts
     from secateur.tools.console import results
 
-    for table in (_overview(manifest, facts), _stages(manifest), _segments(manifest, facts), _programs(manifest),
-                  _ports(manifest), _files(manifest)):  # fmt: skip
+    tables = [_overview(manifest, facts), _stages(manifest), draw_segments(manifest, facts), draw_programs(manifest)]
+    for table in (*tables, _ports(manifest), _files(manifest)):
         results.print(table)
         results.print()
     return facts
@@ -80,7 +80,8 @@ def flops_text(count: float) -> str:
     return f"{count:.3g} T"
 
 
-def _table(*columns: str, title: str) -> Table:
+def make_table(*columns: str, title: str) -> Table:
+    """The look of every table this command line prints."""
     from rich.table import Column, Table
 
     # Long names fold: what is cut off cannot be copied.
@@ -92,7 +93,7 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
     from rich.text import Text
 
     g = m.geometry
-    table = _table("what", "value", title=m.name or m.model.source)
+    table = make_table("what", "value", title=m.name or m.model.source)
     table.show_header = False
     for what, value in (
         ("model", f"{m.model.architecture} from {m.model.source}, licence {m.model.license or 'not stated'}"),
@@ -116,15 +117,16 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
 def _stages(m: Manifest) -> Table:
     from rich.text import Text
 
-    table = _table("stage", "site", "score", "select", "merge", "scope", "tokens", title="Stages")
+    table = make_table("stage", "site", "score", "select", "merge", "scope", "tokens", title="Stages")
     for s in m.recipe.stages:
         tokens = f"{s.groups}x{s.length_in} -> {s.groups}x{s.length_out}"
         table.add_row(*(Text(t or "-") for t in (s.name, s.site, s.score, s.select, s.merge, s.scope, tokens)))
     return table
 
 
-def _segments(m: Manifest, facts: dict[str, Any]) -> Table:
-    table = _table("segment", "layers", "tokens", "visual", "capacity", "caches", title="Segments")
+def draw_segments(m: Manifest, facts: dict[str, Any]) -> Table:
+    """Tokens and cache bytes per run of layers; ``facts`` as :func:`describe` gives them."""
+    table = make_table("segment", "layers", "tokens", "visual", "capacity", "caches", title="Segments")
     for s in m.segments:
         table.add_row(
             s.name, f"{s.first_layer}-{s.last_layer - 1}", str(s.length), str(s.length - m.geometry.text_tokens),
@@ -133,8 +135,9 @@ def _segments(m: Manifest, facts: dict[str, Any]) -> Table:
     return table
 
 
-def _programs(m: Manifest) -> Table:
-    table = _table("program", "file", "FLOPs", "unpruned", "left", title="Programs")
+def draw_programs(m: Manifest) -> Table:
+    """FLOPs per program, with and without the recipe."""
+    table = make_table("program", "file", "FLOPs", "unpruned", "left", title="Programs")
     for name in PROGRAMS:
         p = m.programs[name]
         left = f"{p.flops / p.unpruned_flops:.0%}" if p.unpruned_flops else "-"
@@ -143,7 +146,7 @@ def _programs(m: Manifest) -> Table:
 
 
 def _ports(m: Manifest) -> Table:
-    table = _table("program", "", "port", "type", "shape", title="Ports")
+    table = make_table("program", "", "port", "type", "shape", title="Ports")
     for name in PROGRAMS:
         program = m.programs[name]
         for kind, ports in (("in", program.inputs), ("out", program.outputs)):
@@ -168,7 +171,7 @@ def _fold_layers(ports: list[Port]) -> list[tuple[str, Port]]:
 
 
 def _files(m: Manifest) -> Table:
-    table = _table("file", "size", "SHA-256", title="Files")
+    table = make_table("file", "size", "SHA-256", title="Files")
     for path, entry in sorted(m.files.items()):
         table.add_row(path, size_text(entry.bytes), entry.sha256[:16] + "…")
     return table

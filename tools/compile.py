@@ -1,0 +1,123 @@
+"""`secateur compile`: a checkpoint and a recipe in, a bundle out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from secateur.runtime.schema import Manifest
+
+
+def compile_model(
+    model_dir: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors weights.")],
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for the bundle; appears whole or not at all.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="A name that `secateur recipes` lists, or a recipe file (.yaml).")
+    ] = "none",
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
+    images: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
+    target: Annotated[
+        str, typer.Option(help="onnxruntime, plain (standard ONNX), tensorrt or tensorrt-rtx.")
+    ] = "onnxruntime",
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; fp32 if not given, fp16 for TensorRT.")] = None,
+    sm: Annotated[
+        int | None, typer.Option(help="GPU architecture for tensorrt-rtx: 75, 80, 86, 89, 120, 121; 89 if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+    dump_dir: Annotated[Path | None, typer.Option(help="Write the graphs here as text after each pass.")] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Print the graphs as this pass leaves them; write no bundle.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> dict[str, Any]:
+    """Compile a model and a pruning recipe into a bundle of static-shape graphs or engines.
+
+    \b
+      secateur compile MODEL_DIR -o BUNDLE --recipe fastv --keep 0.25
+      secateur compile MODEL_DIR -o BUNDLE --recipe my_recipe.yaml --text-tokens 128
+      secateur compile MODEL_DIR -o ENGINES --recipe divprune --target tensorrt-rtx --sm 89
+      secateur compile MODEL_DIR --recipe fastv --stop-after insert_decoder_stages
+    """
+    if out is None and stop_after is None:
+        raise UserError("no place for the bundle", where="--output", fix="name a directory: -o BUNDLE")
+    from secateur.compiler import pipeline
+    from secateur.tools.progress import show_progress
+
+    geometry = pipeline.Geometry(batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens)
+    with show_progress() as tell:
+        made = pipeline.compile(
+            model_dir, out or Path(), recipe=recipe, keep=keep, geometry=geometry, target=target, dtype=dtype, sm=sm,
+            force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
+        )  # fmt: skip
+    if not isinstance(made, Path):
+        text = str(made)
+        typer.echo(json.dumps({"stopped_after": stop_after, "text": text}, indent=1) if as_json else text)
+        return {"stopped_after": stop_after, "text": text}
+    summary = summarize(made)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1, ensure_ascii=False))
+    else:
+        _print_summary(made, summary)
+    return summary
+
+
+def summarize(bundle: Path) -> dict[str, Any]:
+    """What was made, as plain data: place, bytes, tokens per segment, FLOPs per program, the next command."""
+    from secateur.runtime.manifest import read_manifest
+
+    m = read_manifest(bundle)
+    text = m.geometry.text_tokens
+    return {
+        "bundle": str(bundle),
+        "bytes": sum(entry.bytes for entry in m.files.values()),
+        "recipe": m.recipe.name,
+        "keep": m.recipe.keep,
+        "target": m.target,
+        "dtype": m.dtype,
+        "segments": [
+            {"layers": [s.first_layer, s.last_layer - 1], "visual": s.length - text, "text": text, "length": s.length}
+            for s in m.segments
+        ],
+        "flops": {name: {"before": p.unpruned_flops, "after": p.flops} for name, p in m.programs.items()},
+        "next": _next_command(bundle, m),
+    }
+
+
+def _next_command(bundle: Path, m: Manifest) -> str:
+    if m.target in ("tensorrt", "tensorrt-rtx"):
+        return f"secateur inspect {shlex.quote(str(bundle))}"
+    count = m.geometry.images * m.geometry.batch
+    shown = "".join(f" --image photo{i + 1 if count > 1 else ''}.png" for i in range(count))
+    asked = ' --prompt "What is in the picture?"' * m.geometry.batch
+    return f"secateur run {shlex.quote(str(bundle))}{shown}{asked}"
+
+
+def _print_summary(bundle: Path, summary: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from secateur.runtime.manifest import read_manifest
+    from secateur.tools.console import results
+    from secateur.tools.inspect import describe, draw_programs, draw_segments, size_text
+
+    m = read_manifest(bundle)
+    results.print(draw_segments(m, describe(m)))
+    results.print()
+    results.print(draw_programs(m))
+    results.print()
+    kind = f"{m.recipe.name}, keep {m.recipe.keep:g}, {m.target}, {m.dtype}"
+    results.print(Text(f"{bundle}: {kind}, {size_text(summary['bytes'])}"), soft_wrap=True)
+    results.print(Text(f"Next: {summary['next']}"), soft_wrap=True)

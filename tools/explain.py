@@ -1,0 +1,98 @@
+"""`secateur explain`: what a recipe does to a model, before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from secateur.compiler.explain import Explanation
+
+
+def explain(
+    recipe: Annotated[str, typer.Argument(help="A name that `secateur recipes` lists, or a recipe file (.yaml).")],
+    model_dir: Annotated[Path, typer.Argument(help="A Hugging Face directory; its config.json is enough.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
+    images: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; decides the bytes of the caches.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> Any:
+    """Show a recipe's stages, and for a model the tokens left per layer, FLOPs and cache bytes, before and after.
+
+    No weights are read, so a directory that holds only config.json will do.
+
+    \b
+      secateur explain fastv MODEL_DIR --keep 0.25
+      secateur explain my_recipe.yaml MODEL_DIR --images 2 --json
+    """
+    from secateur.compiler.pipeline import Geometry
+    from secateur.compiler.pipeline import explain as explain_recipe
+    from secateur.tools.progress import show_progress
+
+    geometry = Geometry(batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens)
+    with show_progress() as tell:
+        found = explain_recipe(recipe, model_dir, keep=keep, geometry=geometry, dtype=dtype, progress=tell)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=1, ensure_ascii=False))
+        return found
+    from secateur.tools.console import results
+
+    for table in draw(found):
+        results.print(table)
+        results.print()
+    return found
+
+
+def draw(found: Explanation) -> list[Table]:
+    """The explanation as tables."""
+    from rich.text import Text
+
+    from secateur.tools.inspect import flops_text, make_table, size_text
+
+    g = found.geometry
+    overview = make_table("what", "value", title=f"{found.recipe}, keep {found.keep:g}")
+    overview.show_header = False
+    rows: list[tuple[str, Any]] = [
+        *found.paper(),
+        ("positions", found.positions),
+        ("model", f"{found.model}, {found.dtype}"),
+        ("geometry", f"batch {g.batch}, {g.images} image(s) of {found.tokens_per_image} tokens per row, "
+                     f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
+        ("mean keep", f"{found.mean_keep:.3g} of the visual tokens, averaged over the decoder's layers"),
+    ]  # fmt: skip
+    for what, value in rows:
+        if value:
+            overview.add_row(what, Text(value))
+    stages = make_table("stage", "site", "", "function or signal", title="Stages")
+    for stage in found.stages:
+        lines = [("score", stage.score), ("select", stage.select), ("merge", stage.merge)]
+        lines += [
+            ("signal", name + "".join(f", {key} {value}" for key, value in options.items()))
+            for name, options in stage.signals.items()
+        ]
+        lines.append(("tokens", f"{stage.groups}x{stage.length_in} -> {stage.groups}x{stage.length_out}, "
+                                f"scope {stage.scope}"))  # fmt: skip
+        heads = [(stage.name, stage.site)]
+        for role, text in lines:
+            if text is not None:
+                name, site = heads.pop() if heads else ("", "")
+                stages.add_row(name, site, role, Text(text))
+    layers = make_table("layers", "visual", "text", "length", title="Tokens per row")
+    for first, last, visual in found.segments():
+        layers.add_row(f"{first}-{last}", str(visual), str(g.text_tokens), str(visual + g.text_tokens))
+    cost = make_table("cost", "unpruned", "pruned", "left", title="Costs of one batch (decode: one step)")
+    for name, change in found.flops.items():
+        cost.add_row(f"{name} FLOPs", flops_text(change.before), flops_text(change.after), f"{change.ratio:.1%}")
+    kv = found.kv_bytes
+    cost.add_row("KV caches", size_text(kv.before), size_text(kv.after), f"{kv.ratio:.1%}")
+    return [overview, stages, layers, cost] if found.stages else [overview, layers, cost]

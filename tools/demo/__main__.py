@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from secateur.runtime.errors import UserError
 from secateur.runtime.session import Session
 from secateur.tools.console import notes, results, set_up_logging
 from secateur.tools.demo import ask
@@ -92,13 +93,15 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 def compile_bundles(options: argparse.Namespace, progress: Progress) -> dict[str, Path]:
     """Label -> bundle, the unpruned one first."""
     task = progress.add_task("load the compiler", total=1 + len(options.recipes))
-    from secateur.compiler.pipeline import Geometry, compile
+    from secateur.compiler.pipeline import RECIPES, Geometry, compile, load_recipe
 
+    if not 0 < options.keep <= 1:
+        raise UserError(f"keep ratio {options.keep:g} is out of (0, 1]", where="--keep")
+    rows = {"none": RECIPES["none"], **{recipe: load_recipe(recipe) for recipe in options.recipes}}
     geometry = Geometry(batch=1, images=1, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
     made: dict[str, Path] = {}
-    for recipe in ("none", *options.recipes):
-        name = Path(recipe).stem
-        keep = None if recipe == "none" else options.keep
+    for name, recipe in ((Path(given).stem, row) for given, row in rows.items()):
+        keep = options.keep if recipe.stages else None
         progress.update(task, description=f"compile {name}")
         notes.print(f"compiling {options.model} with {name}")
         out = options.out / (name if keep is None else f"{name}-{keep:g}")

@@ -58,6 +58,7 @@ class Builder:
         self._constants: dict[Any, ir.Value] = {} if parent is None else parent._constants
         self._counts: dict[str, int] = {} if parent is None else parent._counts
         self._memo: dict[Any, ir.Value] = {}
+        self._reshaped: dict[ir.Value, ir.Value] = {}
         self.swapped: dict[ir.Value, ir.Value] = {}
         """4-D value -> the value it is the (1, 2) transpose of."""
 
@@ -122,11 +123,27 @@ class Builder:
         return self._memo[key]
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """``value`` in another shape; of a chain of reshapes only the last one is left."""
+        shape = [int(n) for n in shape]
+        value = self._reshaped.get(value, value)
+        if shape_of(value) == shape:
+            return value
+
+        def make() -> ir.Value:
+            made = self.op("Reshape", value, self.ints(*shape), dtype=type_of(value), shape=shape)
+            self._reshaped[made] = value
+            return made
+
+        return self.remember(("reshape", value, tuple(shape)), make)
+
+    def expand(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """``value`` broadcast to ``shape``; of a constant, a larger constant."""
         shape = [int(n) for n in shape]
         if shape_of(value) == shape:
             return value
-        make = lambda: self.op("Reshape", value, self.ints(*shape), dtype=type_of(value), shape=shape)  # noqa: E731
-        return self.remember(("reshape", value, tuple(shape)), make)
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
+            return self.constant(np.ascontiguousarray(np.broadcast_to(value.const_value.numpy(), shape)))
+        return self.op("Expand", value, self.ints(*shape), dtype=type_of(value), shape=shape)
 
     def slice(self, value: ir.Value, axis: int, start: int, end: int, step: int = 1) -> ir.Value:
         shape = shape_of(value)

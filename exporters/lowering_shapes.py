@@ -57,8 +57,7 @@ def _permute(b: Builder, node: fx.Node) -> ir.Value:
 
 @lowers(aten.expand.default)
 def _expand(b: Builder, node: fx.Node) -> ir.Value:
-    x, shape = read(b, args_of(node)[0]), output(node)[1]
-    return x if tuple(shape_of(x)) == shape else emit(b, node, "Expand", x, b.ints(*shape))
+    return b.expand(read(b, args_of(node)[0]), output(node)[1])
 
 
 @lowers(aten.cat.default)
@@ -127,7 +126,7 @@ def _scatter(b: Builder, node: fx.Node) -> ir.Value:
 def _scatter_value(b: Builder, node: fx.Node) -> ir.Value:
     x, axis, index, number = args_of(node)
     dtype, at = output(node)[0], read(b, index)
-    updates = b.op("Expand", b.constant(number, dtype), b.ints(*shape_of(at)), dtype=dtype, shape=shape_of(at))
+    updates = b.expand(b.constant(number, dtype), shape_of(at))
     return emit(b, node, "ScatterElements", read(b, x), at, updates, axis=int(axis))
 
 

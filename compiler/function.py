@@ -88,7 +88,8 @@ def _mutates(module: fx.GraphModule) -> bool:
     """Whether any node, in the bodies of loops as well, writes to a tensor it reads."""
     for inner in module.modules():
         for node in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+            if writes and node.target is not aten.detach_.default:
                 return True
     return False
 
@@ -116,7 +117,7 @@ def _to_program(
             values[node] = _lift(graph, root, node, exported, names, constants)
         elif node.op == "output":
             graph.output(tuple(values[n] for n in node.args[0]))
-        elif node.target in _CONVERSIONS and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
+        elif node.target is aten.detach_.default or _converts_nothing(node):
             values[node] = values[node.args[0]]
         else:
             if node.op == "get_attr":
@@ -131,6 +132,13 @@ def _to_program(
             if layer := _module_path(node, names):
                 values[node].meta["layer"] = layer
     return Program(name, fx.GraphModule(root, graph), outputs)
+
+
+def _converts_nothing(node: fx.Node) -> bool:
+    if node.target not in _CONVERSIONS:
+        return False
+    source: Any = node.args[0]
+    return bool(source.meta["val"].dtype == node.meta["val"].dtype)
 
 
 def _lift(

@@ -18,21 +18,26 @@ Tell = Callable[[str, int, int], None]
 def show_progress() -> Iterator[Tell]:
     """Yield a function that is told what is being done and how far it is.
 
-    Shown on a terminal only, and not under --quiet. The lines logged meanwhile appear above the bar; they are what
-    remains.
+    ``step: part`` stands for a part of a step; parts may nest, and each has its bar until it is done. Shown on a
+    terminal only, and not under --quiet. The lines logged meanwhile appear above the bars; they are what remains.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[share]}"), TimeElapsedColumn())
     quiet = not logging.getLogger("secateur").isEnabledFor(logging.INFO)
     with Progress(*columns, console=notes, transient=True, disable=quiet or not notes.is_terminal) as progress:
-        current: tuple[str, TaskID] | None = None
+        bars: dict[str, TaskID] = {}
 
         def tell(what: str, done: int, total: int) -> None:
-            nonlocal current
-            if current is None or current[0] != what:
-                if current is not None:
-                    progress.remove_task(current[1])
-                current = what, progress.add_task(what, share="")
-            share = f"{done / total:4.0%}" if total else ""
-            progress.update(current[1], total=total or None, completed=done, share=share)
+            step, _, part = what.partition(": ")
+            finished = [name for name in bars if name.partition(": ")[0] != step]
+            if part and 0 < total <= done:
+                finished.append(what)
+            else:
+                if what not in bars:
+                    bars[what] = progress.add_task(what, share="")
+                share = f"{done / total:4.0%}" if total else ""
+                progress.update(bars[what], total=total or None, completed=done, share=share)
+            for name in finished:
+                if name in bars:
+                    progress.remove_task(bars.pop(name))
 
         yield tell

@@ -20,6 +20,10 @@ def recipes(
     """List the published methods that can be compiled.
 
     Each row --json shows is the content of a recipe file (YAML reads JSON): save one, change it, compile with it.
+
+    \b
+      secateur recipes
+      secateur recipes --json
     """
     rows = [recipe_to_data(recipe) for recipe in RECIPES.values()]
     if as_json:

@@ -64,6 +64,7 @@ def trace_function(
     the exporter's first line when it cannot, for instance for a shape that depends on data.
     """
     shapes = (tuple(dynamic.get(k) for k in feed),) if dynamic else None
+    fix = "scores, selectors and merges must have shapes that do not depend on data"
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet_export():
             warnings.simplefilter("ignore")
@@ -76,11 +77,13 @@ def trace_function(
     except SecateurError:
         raise
     except Exception as error:
-        raise SecateurError(
-            f"cannot trace {name}: {first_line(error)}",
-            where="trace",
-            fix="scores, selectors and merges must have shapes that do not depend on data",
-        ) from error
+        raise SecateurError(f"cannot trace {name}: {first_line(error)}", where="trace", fix=fix) from error
+    if shapes is None:
+        for node in exported.graph.nodes:
+            if isinstance(value := node.meta.get("val"), Tensor) and not all(isinstance(n, int) for n in value.shape):
+                raise SecateurError(
+                    f"cannot trace {name}: the shape of {node.target} is dynamic", where="trace", fix=fix
+                )
     return _to_program(name, exported, tuple(feed), tuple(outputs), _Names(owned or ()), constants or {})
 
 

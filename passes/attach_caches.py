@@ -11,7 +11,7 @@ from secateur.compiler import ops
 from secateur.compiler.program import Program, Segment, args_of
 from secateur.passes.edit import Node, aten, is_call, layer_index
 from secateur.passes.insert_decoder_stages import find_crossing, recompute_tables
-from secateur.runtime.errors import SecateurError
+from secateur.runtime.errors import UserError
 
 
 def attach_caches(program: Program, layers: str, segments: Sequence[Segment], batch: int, *, fresh: bool) -> Program:
@@ -35,7 +35,7 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         q, k, v, scale, _, *rest = args_of(node)
         window = rest[0] if rest else None
         if window is not None and window < segment.capacity + segment.removed:
-            raise SecateurError(
+            raise UserError(
                 f"layer {layer} attends through a window of {window}, shorter than a row of {segment.capacity} slots",
                 where="attach_caches",
                 fix="choose fewer text and new tokens; windows inside the sequence are not supported yet",

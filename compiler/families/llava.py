@@ -11,16 +11,17 @@ from secateur.runtime.errors import UserError
 def _read_vision(config: Any) -> VisionFacts:
     vision, layer = config.vision_config, config.vision_feature_layer
     strategy = config.vision_feature_select_strategy
+    where = f"{config.name_or_path}/config.json"
     if not isinstance(layer, int):
         raise UserError(
             f"vision_feature_layer is {layer!r}",
-            where="config.json",
+            where=where,
             fix="only a single feature layer is supported; LLaVA-1.5 uses -2",
         )
     if strategy != "default":
         raise UserError(
             f"vision_feature_select_strategy is {strategy!r}",
-            where="config.json",
+            where=where,
             available=["default"],
             fix="the 'full' strategy sends the CLS row to the decoder, which no recipe here expects",
         )
@@ -28,9 +29,7 @@ def _read_vision(config: Any) -> VisionFacts:
     depth = vision.num_hidden_layers
     index = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= index <= depth:
-        raise UserError(
-            f"vision_feature_layer {layer} does not exist in a tower of {depth} layers", where="config.json"
-        )
+        raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {depth} layers", where=where)
     side = vision.image_size // vision.patch_size
     return VisionFacts(
         image_size=(vision.image_size, vision.image_size),

@@ -46,7 +46,9 @@ def make_random_model(directory: Path) -> Path:
         return directory
     import torch
     from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging as hf_logging
 
+    hf_logging.disable_progress_bar()
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".random-", dir=directory.parent))
     try:

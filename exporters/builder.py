@@ -180,7 +180,9 @@ class Builder:
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
-            self.layer = str(node.meta.get("layer") or "")
+            layer = str(node.meta.get("layer") or "")
+            # A copy of a layer's projections that only a stage's score reads is no part of the layer.
+            self.layer = f"score/{layer}" if node.meta.get("before_site") else layer
             if (lower := self.lowerings.get(node.target)) is None:
                 raise SecateurError(
                     f"no ONNX lowering for {node.target}",

@@ -138,8 +138,8 @@ def find_crossing(graph: fx.Graph, layers: str, layer: int, where: str) -> Cross
             lengths.append(node)
         elif not _has_token_axis(node):
             raise SecateurError(
-                f"value {node.name} {tuple(str(n) for n in value.shape)} crosses into layer {layer} and its token axis "
-                "is not dimension 1",
+                f"value {node.name} [{','.join(str(n) if isinstance(n, int) else 's' for n in value.shape)}] crosses into "
+                f"layer {layer} and its token axis is not dimension 1",
                 where=f"insert_decoder_stages: {where}",
                 fix="the pass must learn this kind of value before the family can be pruned inside the decoder",
             )

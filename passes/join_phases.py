@@ -109,8 +109,12 @@ def join_decode(decoder: Program, embedding: Program, head: Program, batch: int)
     port: dict[str, Node] = {name: graph.placeholder(name) for name in ("input_ids", "position")}
     port["input_ids"].meta["val"] = torch.zeros(batch, 1, dtype=torch.int64)
     port["position"].meta["val"] = torch.zeros(batch, dtype=torch.int64)
-    for node in sorted(decoder.graph.nodes, key=lambda n: not n.name.startswith("slot_")):
-        if node.op == "placeholder" and node.name not in ("hidden", "position_ids"):
+    inputs = [n for n in decoder.graph.nodes if n.op == "placeholder" and n.name not in ("hidden", "position_ids")]
+    slots = [n for n in inputs if n.name.startswith("slot_s")]
+    # Segments in order, whichever pass asked for its slot first.
+    slots.sort(key=lambda n: int(n.name.removeprefix("slot_s")))
+    for node in (*slots, *inputs):
+        if node.name not in port:
             port[node.name] = graph.placeholder(node.name)
             port[node.name].meta = dict(node.meta)
     (hidden,) = splice(module, embedding, {"ids": port["input_ids"]})

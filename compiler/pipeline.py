@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def build(
                 lambda done, total: tell("weights", done, total),
             )  # fmt: skip
         engines = _build_engines(exported, target, work, tell)
-        unpruned = count_unpruned(pruned)
+        unpruned = count_unpruned(pruned.traced)
         write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, digest, engines))
     return out
 
@@ -319,9 +320,10 @@ def check_pass(name: str | None) -> None:
         raise UserError(f"no pass {name!r}", where="--stop-after", available=names)
 
 
-def count_unpruned(pruned: Pruned) -> Mapping[str, int]:
-    """FLOPs per program of the same model and geometry without the recipe."""
-    whole = pruned if not pruned.job.stages else prune(pruned.traced, RECIPES["none"])
+@lru_cache(maxsize=4)
+def count_unpruned(traced: Traced) -> Mapping[str, int]:
+    """FLOPs per program of a traced model without any recipe; counted once per trace."""
+    whole = prune(traced, RECIPES["none"])
     return {name: count_flops(p) for name, p in whole.programs.programs.items()}
 
 

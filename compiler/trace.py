@@ -54,7 +54,7 @@ class Source:
         return int(self.text.num_hidden_layers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traced:
     """The traced model: ``vision`` at its static shape, ``decoder`` with a symbolic length ``s``."""
 

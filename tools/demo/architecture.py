@@ -5,6 +5,7 @@ two-layer GELU projector, Llama decoder. The shapes are frozen: tests are writte
 """
 
 from pathlib import Path
+from typing import Any
 
 from secateur.tools.demo.language import CHAT_TEMPLATE, build_tokenizer
 
@@ -17,7 +18,7 @@ PIXEL_MEAN = (0.32, 0.32, 0.32)
 PIXEL_STD = (0.22, 0.22, 0.22)
 
 
-def build_config():
+def build_config() -> Any:
     """The `LlavaConfig` of the demo model (4.1 million parameters)."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -60,7 +61,7 @@ def build_config():
     )
 
 
-def build_model(seed: int = 0):
+def build_model(seed: int = 0) -> Any:
     """A freshly initialised fp32 `LlavaForConditionalGeneration`, with greedy generation defaults."""
     import torch
     from transformers import GenerationConfig, LlavaForConditionalGeneration
@@ -79,7 +80,7 @@ def build_model(seed: int = 0):
     return model
 
 
-def build_processor():
+def build_processor() -> Any:
     """The matching `LlavaProcessor`; a 112x112 image passes through unchanged but for normalisation."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -100,7 +101,7 @@ def build_processor():
     )
 
 
-def save_directory(model, directory) -> None:
+def save_directory(model: Any, directory: Path) -> None:
     """Writes an ordinary HF directory: fp16 safetensors, config, generation defaults, processor, tokenizer."""
     import copy
 

@@ -7,13 +7,15 @@ answers, the attention of the last prompt token is led to the patches of the obj
 """
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from secateur.tools.demo.architecture import VISUAL_TOKENS
+from secateur.tools.demo.architecture import GRID, VISUAL_TOKENS
 from secateur.tools.demo.corpus import Corpus
 from secateur.tools.demo.language import COLOURS, DIGITS, KINDS, build_tokenizer
 from secateur.tools.demo.tower import encode_patches, normalise_pixels
@@ -23,11 +25,16 @@ BLOCK = 24  # longest question block in tokens; checked when blocks are built
 MOST_OBJECTS = 6
 # Seldom kinds are drawn more often, so that training sees all kinds about equally.
 KIND_WEIGHTS = {
-    "digit_of_colour": 0.6, "colour_of_digit": 0.6, "count": 1.0, "exists": 0.35, "left_of": 2.0, "right_of": 2.0,
+    "digit_of_colour": 0.4, "colour_of_digit": 0.4, "count": 2.0, "exists": 0.3, "left_of": 4.0, "right_of": 4.0,
 }  # fmt: skip
 # Which layers' attention is led where, and how strongly: everything drawn, what is mentioned, what answers.
 ATTENTION_TARGETS = ((0, "all", 0.05), (1, "mentioned", 0.15), (2, "mentioned", 0.15), (4, "source", 0.15))
-DEEP_LAYERS = (5, 6, 7)  # hidden states that must already tell the answer
+# What the loss of a question counts: the kinds that need more than one look learn last.
+LOSS_WEIGHTS = {
+    "digit_of_colour": 0.6, "colour_of_digit": 0.6, "count": 2.0, "exists": 1.4, "left_of": 3.0, "right_of": 3.0,
+}  # fmt: skip
+DEEP_LAYERS = (6, 7)  # hidden states that must already tell the answer
+NAMING_LAYER = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,8 @@ def build_blocks(corpus: Corpus) -> Blocks:
     """Tokenises every question of a corpus."""
     tokenizer = build_tokenizer()
     known: dict[str, list[int]] = {}
+    vocabulary = tokenizer.get_vocab()
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     columns: list[list] = [[] for _ in range(6)]
     for asked in corpus.asked:
         for question in asked:
@@ -55,19 +64,19 @@ def build_blocks(corpus: Corpus) -> Blocks:
                 text = f"{question.text} ASSISTANT:"
                 known[question.text] = tokenizer.encode(text, add_special_tokens=False)
             words = known[question.text]
-            answer = tokenizer.convert_tokens_to_ids(question.answer)
-            ids = [*words, answer, tokenizer.eos_token_id]
-            marks = np.zeros((2, MOST_OBJECTS), bool)
-            marks[0, list({*question.about, *question.source})] = True
-            marks[1, list(question.source)] = True
+            answer = vocabulary[question.answer]
+            ids = [*words, answer, end]
+            source = [number in question.source for number in range(MOST_OBJECTS)]
+            mentioned = [told or number in question.about for number, told in enumerate(source)]
             row = (
-                ids + [tokenizer.pad_token_id] * (BLOCK - len(ids)), len(words) - 1, answer, *marks,
+                ids + [pad] * (BLOCK - len(ids)), len(words) - 1, answer, mentioned, source,
                 KINDS.index(question.kind),
             )  # fmt: skip
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
     start = np.cumsum([0] + [len(asked) for asked in corpus.asked])
-    return Blocks(*(np.array(column) for column in columns), start)
+    rows, last, answers, about, sources, kinds = (np.array(column) for column in columns)
+    return Blocks(rows, last, answers, about, sources, kinds, start)
 
 
 def draw_questions(rng: np.random.Generator, blocks: Blocks, scene: int, count: int, longest: int) -> np.ndarray:
@@ -103,7 +112,7 @@ def mask_blocks(visual: int, questions: int, length: int) -> torch.Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
 
 
-def cache_features(tower, corpus: Corpus, batch: int = 64) -> torch.Tensor:
+def cache_features(tower: Any, corpus: Corpus, batch: int = 64) -> torch.Tensor:
     """The tower's patch features of every scene, float16 [S, 196, D]."""
     features = torch.empty(len(corpus), VISUAL_TOKENS, tower.config.hidden_size, dtype=torch.float16)
     with torch.no_grad():
@@ -113,9 +122,30 @@ def cache_features(tower, corpus: Corpus, batch: int = 64) -> torch.Tensor:
     return features
 
 
+def seed_matching(model: Any) -> None:
+    """Starts projector and decoder where 'find what looks like this word' is a small step away.
+
+    In the layers whose attention is led, queries start equal to keys (alike attends to alike), and what a head
+    reads it writes back unchanged (values times their transpose); embeddings and projector get like sizes.
+    """
+    decoder, projector = model.model.language_model, model.model.multi_modal_projector
+    width, head = model.config.text_config.hidden_size, model.config.text_config.head_dim
+    with torch.no_grad():
+        decoder.embed_tokens.weight.normal_(std=0.1)
+        projector.linear_1.weight.normal_(std=projector.linear_1.in_features**-0.5)
+        projector.linear_2.weight.normal_(std=0.5 * width**-0.5)
+        for number in sorted({layer for layer, *_ in ATTENTION_TARGETS}):
+            attention = decoder.layers[number].self_attn
+            heads = attention.o_proj.in_features // head
+            values = nn.init.orthogonal_(attention.v_proj.weight)
+            attention.o_proj.weight.copy_(0.15 * values.T.repeat(1, heads))
+            if number > 0:
+                keys = nn.init.orthogonal_(attention.k_proj.weight)
+                attention.q_proj.weight.copy_(keys.repeat(heads, 1))
+
+
 def measure_binding_loss(
-    model,
-    reader: nn.Linear,
+    model: Any,
     features: torch.Tensor,
     owner: torch.Tensor,
     labels: tuple[torch.Tensor, torch.Tensor],
@@ -126,7 +156,8 @@ def measure_binding_loss(
     """Loss on S images with Q questions each.
 
     `features` [S, V, D] of the shown patches, `owner` [S, V] and `labels` (digit, colour) of the same, `patches`
-    [S, V] their indices, `rows` [S, Q] into `blocks`. `reader` reads digit and colour off the projector's output.
+    [S, V] their indices, `rows` [S, Q] into `blocks`. The projector's output is also led towards the embeddings of the
+    words for what it shows, so that one match between question and picture serves all words.
     """
     decoder = model.model.language_model
     scenes, visual = patches.shape
@@ -152,14 +183,20 @@ def measure_binding_loss(
     which = torch.arange(scenes)[:, None]
     answer = torch.from_numpy(blocks.answer[flat]).reshape(scenes, count)
 
-    def read(hidden, where):
+    def read(hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return model.lm_head(hidden[which, where]).flatten(0, 1)
 
+    kinds = torch.from_numpy(blocks.kind[flat])
+    weights = torch.tensor([LOSS_WEIGHTS[kind] for kind in KINDS])[kinds]
+
+    def miss(logits: torch.Tensor) -> torch.Tensor:
+        return (weights * F.cross_entropy(logits, answer.flatten(), reduction="none")).sum() / weights.sum()
+
     logits = read(output.last_hidden_state, index)
-    losses = {"answer": F.cross_entropy(logits, answer.flatten())}
+    losses = {"answer": miss(logits)}
     end = ids.gather(2, last[..., None] + 2).flatten()
     losses["end"] = F.cross_entropy(read(output.last_hidden_state, index + 1), end)
-    deep = [F.cross_entropy(read(decoder.norm(output.hidden_states[k]), index), answer.flatten()) for k in DEEP_LAYERS]
+    deep = [miss(read(decoder.norm(output.hidden_states[k]), index)) for k in DEEP_LAYERS]
     losses["deep"] = torch.stack(deep).mean()
 
     total = losses["answer"] + 0.1 * losses["end"] + 0.5 * losses["deep"]
@@ -172,24 +209,56 @@ def measure_binding_loss(
             wanted = torch.einsum("svo,sqo->sqv", objects.float(), marks.float()) > 0
         attention = output.attentions[layer].mean(1)[which, index][..., PREFIX : PREFIX + visual]  # [S, Q, V]
         share = (attention * wanted).sum(-1) / attention.sum(-1).clamp(min=1e-9)
-        losses[f"attend{layer}"] = -(share.clamp(min=1e-4).log()).mean()
+        losses[f"attend{layer}"] = -(weights * share.flatten().clamp(min=1e-4).log()).sum() / weights.sum()
         total = total + weight * losses[f"attend{layer}"]
 
-    read_digit, read_colour = reader(seen).split([len(DIGITS), len(COLOURS)], -1)
+    names, tints, sides = word_ids()
+    words = F.normalize(seen, dim=-1) * seen.shape[-1] ** 0.5
     under = owner >= 0
-    losses["labels"] = F.cross_entropy(read_digit[under], labels[0][under]) + F.cross_entropy(
-        read_colour[under], labels[1][under]
+    losses["labels"] = F.cross_entropy((words @ embed(names).T)[under], labels[0][under]) + F.cross_entropy(
+        (words @ embed(tints).T)[under], labels[1][under]
     )
-    total = total + 0.2 * losses["labels"]
+    total = total + 0.3 * losses["labels"]
+    # The further left a patch lies, the more it resembles the word 'left'; 'left of' is then a match like the others.
+    left, right_word = embed(sides)
+    column = (patches % GRID) / ((GRID - 1) / 2) - 1  # [S, V] in -1..1
+    losses["place"] = F.mse_loss(words @ (left - right_word), -8 * column)
+    total = total + 0.03 * losses["place"]
+    # Half-way up, 'how many' names every colour in the picture alike, whatever the number of its patches.
+    present = torch.zeros(scenes, len(COLOURS)).scatter_add_(1, labels[1].clamp(min=0), under.float()) > 0
+    counting = kinds == KINDS.index("count")
+    if counting.any():
+        named = read(decoder.norm(output.hidden_states[NAMING_LAYER]), index)[counting][:, tints]
+        share = present.float().repeat_interleave(count, 0)[counting]
+        losses["naming"] = F.cross_entropy(named, share / share.sum(-1, keepdim=True))
+        total = total + 0.1 * losses["naming"]
+    # In the first layer one head looks at the words that say which object is meant, another at 'left' or 'right'.
+    columns = PREFIX + visual + torch.arange(count * length).reshape(count, length)
+    asked = torch.arange(length) < last[..., None]
+    for name, head, words_meant in (("reading", 0, torch.cat([names, tints])), ("side", 1, sides)):
+        telling = torch.isin(ids[..., :length], words_meant) & asked  # [S, Q, L]
+        attention = output.attentions[0][:, head][which[..., None], index[..., None], columns]  # [S, Q, L]
+        mass = (attention * telling).sum(-1)[telling.any(-1)]
+        if len(mass):
+            losses[name] = -(mass.clamp(min=1e-4).log()).mean()
+            total = total + 0.2 * losses[name]
     right = (logits.argmax(-1) == answer.flatten()).float().detach()
     figures = {name: float(value.detach()) for name, value in losses.items()} | {"accuracy": float(right.mean())}
-    kinds = blocks.kind[flat]
     for number, kind in enumerate(KINDS):
         if (kinds == number).any():
-            figures[kind] = float(right[torch.from_numpy(kinds == number)].mean())
+            figures[kind] = float(right[kinds == number].mean())
     return total, figures
 
 
+@cache
 def build_prefix() -> list[int]:
     """Ids before the image: <s> user ':'."""
     return build_tokenizer().encode("USER:")
+
+
+@cache
+def word_ids() -> tuple[torch.Tensor, ...]:
+    """Ids of the words for digits [10], for colours [6], and for left and right [2]."""
+    vocabulary = build_tokenizer().get_vocab()
+    groups = ([str(digit) for digit in DIGITS], COLOURS, ("left", "right"))
+    return tuple(torch.tensor([vocabulary[word] for word in words]) for words in groups)

@@ -53,7 +53,9 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     picture = base.astype(np.float32) + ramp
     for cells, strength in ((7, 9.0), (28, 7.0)):
         noise = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-        picture = picture + strength * np.asarray(noise.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))[..., None]
+        picture = (
+            picture + strength * np.asarray(noise.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))[..., None]
+        )
     for _ in range(rng.integers(2, 6)):
         left, top = rng.integers(-10, IMAGE_SIZE - 10, 2)
         width, height = rng.integers(3, 36, 2)
@@ -69,7 +71,7 @@ def draw_stroke(rng: np.random.Generator, instance: int, side: int) -> np.ndarra
     matrix = scale * np.array([[np.cos(angle), slant - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     offset = 5.0 - matrix @ np.full(2, side / 2)
     affine = (matrix[0, 0], matrix[0, 1], offset[0], matrix[1, 0], matrix[1, 1], offset[1])
-    stroke = source.transform((side, side), Image.AFFINE, affine, Image.BICUBIC)
+    stroke = source.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     contrast = rng.uniform(1.1, 1.7)
     return np.clip((np.asarray(stroke, np.float32) / 255 - 0.12) * contrast, 0, 1)
 

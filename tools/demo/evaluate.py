@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ def choose_patches(keep: str | None, scene: Scene, index: int) -> np.ndarray:
     return np.sort(ranked[:count])
 
 
-def answer_batch(model, processor, images: list, questions: list[str], kept: list[np.ndarray]) -> list[list[int]]:
+def answer_batch(
+    model: Any, processor: Any, images: list, questions: list[str], kept: list[np.ndarray]
+) -> list[list[int]]:
     """Greedy answer ids (up to `MOST_NEW_TOKENS`) with only `kept` patches before the decoder."""
     conversations = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
@@ -60,7 +63,9 @@ def answer_batch(model, processor, images: list, questions: list[str], kept: lis
 
 
 @torch.no_grad()
-def answer_pruned(model, ids: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, patches) -> list[int]:
+def answer_pruned(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, patches: np.ndarray
+) -> list[int]:
     """Greedy answer of one prompt (ids, mask [T]) from features [196, D] of which only `patches` are kept."""
     ids = ids[mask.bool()]
     visual = ids == model.config.image_token_id

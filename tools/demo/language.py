@@ -5,8 +5,9 @@ tokenizer covers every word a template can produce, and maps the rest to ``<unk>
 """
 
 import re
+from typing import Any
 
-DIGITS = tuple(range(10))
+DIGITS = tuple(range(10))  # all have a word and a class; scenes may draw fewer
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 KINDS = ("digit_of_colour", "colour_of_digit", "count", "exists", "left_of", "right_of")
 
@@ -88,7 +89,7 @@ def list_words() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """A `PreTrainedTokenizerFast`: lower-cases, splits words and punctuation, one id per word."""
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -5,6 +5,7 @@ patch; digits and colours present from CLS, so that CLS attention looks at digit
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def normalise_pixels(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def encode_patches(tower, pixels: torch.Tensor) -> torch.Tensor:
+def encode_patches(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
     """`hidden_states[-2]` of a CLIP tower, CLS first, float [B, 197, D], without running the last layer."""
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     for layer in tower.encoder.layers[:-1]:
@@ -29,7 +30,7 @@ def encode_patches(tower, pixels: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def seed_local_attention(tower, sharpness: float = 2.5) -> None:
+def seed_local_attention(tower: Any, sharpness: float = 2.5) -> None:
     """Starts the tower's heads looking at neighbouring patches (the idea of ConViT, arXiv:2103.10697).
 
     Positions enter as sines and cosines of row and column; a head whose query projection is the key
@@ -71,6 +72,17 @@ def seed_local_attention(tower, sharpness: float = 2.5) -> None:
             attention.out_proj.weight.normal_(std=0.05)
 
 
+def bend_pixels(pixels: torch.Tensor, generator: torch.Generator, strength: float = 1.6) -> torch.Tensor:
+    """Elastic distortion (Simard et al. 2003) of [B, 3, H, W] by about `strength` pixels, so that the tower learns
+    shapes and not the few hundred handwritten originals. Too little to move a digit off its patches."""
+    count, _, height, width = pixels.shape
+    field = torch.randn(count, 2, 8, 8, generator=generator) * strength
+    field = F.interpolate(field, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    grid = torch.stack([x, y], -1) + field * (2 / width)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+
+
 class PatchHeads(nn.Module):
     """Linear read-outs of the patch features and of CLS, used in training only."""
 
@@ -86,9 +98,14 @@ def split_patch_logits(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return digit, colour, ink.squeeze(-1), place
 
 
-def measure_tower_loss(tower, heads: PatchHeads, corpus: Corpus, rows) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss and read-out accuracies on the scenes `rows` of a corpus."""
-    features = encode_patches(tower, normalise_pixels(torch.from_numpy(corpus.images[rows])))
+def measure_tower_loss(
+    tower: Any, heads: PatchHeads, corpus: Corpus, rows: Any, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss and read-out accuracies on the scenes `rows` of a corpus, distorted where a generator is given."""
+    pixels = normalise_pixels(torch.from_numpy(corpus.images[rows]))
+    if generator is not None:
+        pixels = bend_pixels(pixels, generator)
+    features = encode_patches(tower, pixels)
     digit, colour, ink, place = split_patch_logits(heads.patch(features[:, 1:]))
     digits, colours = (torch.from_numpy(labels[rows]).long() for labels in (corpus.digit, corpus.colour))
     under = digits >= 0

@@ -40,7 +40,7 @@ _TOOLS = ("torch", "transformers", "onnx-ir")
 
 @dataclass(frozen=True)
 class Target:
-    """What a bundle is built for. ``provider`` is the ONNX Runtime provider its precision needs."""
+    """What a bundle is built for. ``provider`` is the ONNX Runtime provider that runs it, None if none does."""
 
     name: str
     dtype: str
@@ -52,21 +52,39 @@ class Target:
 
     @property
     def provider(self) -> str | None:
-        if self.name.startswith("tensorrt"):
+        if self.name.startswith("tensorrt") or self.dtype != "fp32":
             return None
-        return "CPUExecutionProvider" if self.dtype == "fp32" else "CUDAExecutionProvider"
+        return "CPUExecutionProvider"
 
 
-def copy_processor_files(source: Path, work: Path) -> None:
-    """Tokenizer, chat template, image processor and generation defaults travel with the bundle."""
+def check_processor_files(job: Job, directory: Path | None = None) -> None:
+    """Refuse processor files no bundle could be opened with, by opening them as the runtime will.
+
+    They lie in ``directory``: the model's own, or a bundle in the making. Errors name the model's file either way.
+    """
+    from secateur.runtime.processing import Processor
+
+    source = job.source.path
     if not (source / "tokenizer.json").is_file():
         raise UserError(
             "no tokenizer.json", where=str(source),
             fix="save the processor with transformers (AutoProcessor.save_pretrained) into the model directory",
         )  # fmt: skip
+    # What a manifest says of processing is known before anything is traced.
+    manifest = m.Manifest.model_construct(model=_model(job, weights_sha256=""), geometry=_geometry(job))
+    try:
+        Processor(directory or source, manifest)
+    except UserError as error:
+        raise _blame_source(source, str(error)) from None
+
+
+def copy_processor_files(job: Job, work: Path) -> None:
+    """Tokenizer, chat template, image processor and generation defaults travel with the bundle."""
+    source = job.source.path
     for name in _PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, work / name)
+    check_processor_files(job, work)
 
 
 def make_manifest(
@@ -179,24 +197,52 @@ def _geometry(job: Job) -> m.GeometrySizes:
 def _stop_tokens(path: Path, config: Any) -> list[int]:
     """End-of-sequence ids: of the generation defaults, else of the configuration."""
     defaults = path / "generation_config.json"
-    found = json.loads(defaults.read_text()).get("eos_token_id") if defaults.is_file() else None
+    found = None
+    if defaults.is_file():
+        try:
+            found = json.loads(defaults.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError("not a JSON object", where=str(defaults), fix="download the file again") from None
+    where = path / "config.json" if found is None else defaults
     for holder in (config, config.text_config):
         found = getattr(holder, "eos_token_id", None) if found is None else found
-    if found is None:
+    if found is None or found == []:
         raise UserError("no eos_token_id", where=str(path), fix="set it in generation_config.json")
-    return sorted({found} if isinstance(found, int) else set(found))
+    ids, size = found if isinstance(found, list) else [found], config.text_config.vocab_size
+    if not all(type(i) is int and 0 <= i < size for i in ids):
+        raise UserError(
+            f"eos_token_id {found!r} is none of the {size} tokens of the vocabulary", where=str(where),
+            fix="set it to the id of the token that ends an answer",
+        )  # fmt: skip
+    return sorted(set(ids))
 
 
 def _token_text(path: Path, token: int) -> str:
     from tokenizers import Tokenizer
 
-    text = Tokenizer.from_file(str(path / "tokenizer.json")).id_to_token(token)
+    file = str(path / "tokenizer.json")
+    try:
+        text = Tokenizer.from_file(file).id_to_token(token)
+    except Exception as error:  # the library has no class of its own
+        raise UserError(f"not a tokenizer ({error})", where=file, fix="download the file again") from None
     if text is None:
         raise UserError(
-            f"image token {token} is not in the tokenizer", where=str(path / "tokenizer.json"),
+            f"image token {token} is not in the tokenizer", where=file,
             fix="use the tokenizer that belongs to this checkpoint",
         )  # fmt: skip
     return str(text)
+
+
+def _blame_source(source: Path, text: str) -> UserError:
+    """The runtime's complaint about a processor file, under that file's name in the model directory."""
+    named = next((name for name in _PROCESSOR_FILES if f"{name}: " in text), None)
+    reason = text.partition(f"{named}: ")[2] if named else text
+    if named == "preprocessor_config.json" and not (source / named).is_file():
+        named = "processor_config.json"
+    return UserError(
+        reason.removesuffix("; compile the bundle again"), where=str(source / (named or "")),
+        fix="take the processor files that belong to this checkpoint",
+    )  # fmt: skip
 
 
 def _license(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.compiler.bundle import Target, copy_processor_files, make_manifest
+from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
@@ -23,9 +23,10 @@ from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.recipe import Recipe, plan_recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
+from secateur.exporters.checkpoint import Checkpoint, list_tensors, tied_names
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
-from secateur.exporters.weights import WEIGHTS_FILE, Checkpoint, plan_weights, write_weights
+from secateur.exporters.weights import WEIGHTS_FILE, plan_weights, write_weights
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
@@ -205,7 +206,7 @@ def build(
     source, model = pruned.job.source, pruned.traced.model
     tell = progress or (lambda what, done, total: None)
     with whole_directory(out, force) as work:
-        copy_processor_files(source.path, work)
+        copy_processor_files(pruned.job, work)
         for name, graph in exported.models.items():
             refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
             save_model(graph, work / f"{name}.onnx")
@@ -238,9 +239,9 @@ def compile(
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
     ``recipe`` is a table name, a YAML file or a :class:`Recipe`; ``keep`` the fraction of visual tokens left after the
-    last stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` fp32, fp16 or bf16 (fp32 for
-    ONNX Runtime and plain, fp16 for TensorRT); ``sm`` the GPU architecture for tensorrt-rtx. Returns ``out``; with
-    ``stop_after`` nothing is written and the programs as that pass left them are returned.
+    last stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime,
+    fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default; ``sm`` the GPU architecture for
+    tensorrt-rtx. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
@@ -249,10 +250,16 @@ def compile(
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     if stop_after is None:
         check_output(out, force)
+    # What cannot work fails here, before the model is traced.
     source = read_source(Path(model_dir))
-    plan_job(source, geometry, row, keep)  # what cannot work fails here, before the model is traced
+    job = plan_job(source, geometry, row, keep)
+    if stop_after is None:
+        check_processor_files(job)
+        list_tensors(source.path)
     with _phase("trace", progress):
         traced = trace_model(source, geometry, goal.dtype)
+    if stop_after is None:
+        check_weights(traced)
     with _phase("prune", progress):
         pruned = prune(traced, row, keep, dump_dir=dump_dir, stop_after=stop_after)
     if stop_after is not None:
@@ -311,7 +318,27 @@ def check_target(target: str, dtype: str | None, sm: int | None) -> Target:
         return Target(target, dtype, sm)
     if sm is not None:
         raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
-    return Target(target, dtype or "fp32", None)
+    goal = Target(target, dtype or "fp32", None)
+    if goal.provider is None:
+        if target == "onnxruntime":
+            raise UserError(
+                "ONNX Runtime on the CPU is fp32", where=f"--dtype {goal.dtype}",
+                fix="half precision is for the TensorRT targets",
+            )  # fmt: skip
+        _log.warning("this bundle is for other toolchains: Session runs fp32 only, not %s", goal.dtype)
+    return goal
+
+
+def check_weights(traced: Traced) -> None:
+    """Refuse a checkpoint that lacks a tensor of the programs or has it in another shape; reads headers only."""
+    aliases = tied_names(traced.model)
+    shapes = {
+        aliases.get(name, name): tuple(tensor.shape)
+        for program in traced.programs.programs.values()
+        for name, tensor in program.weights().items()
+    }
+    with Checkpoint(traced.source.path, traced.model) as checkpoint:
+        checkpoint.require(shapes)
 
 
 def check_pass(name: str | None) -> None:

@@ -13,10 +13,11 @@ import torch
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pipeline import export, prune
 from secateur.compiler.trace import Traced, read_source, trace_model
+from secateur.exporters.checkpoint import Checkpoint
 from secateur.exporters.lint import lint_graph
 from secateur.exporters.onnx import save_model
 from secateur.exporters.tensorrt import build_engine, parsed_layers
-from secateur.exporters.weights import WEIGHTS_FILE, Checkpoint, write_weights
+from secateur.exporters.weights import WEIGHTS_FILE, write_weights
 from secateur.passes.recipes import RECIPES
 
 from .tiny_model import write_model

@@ -14,8 +14,13 @@ from secateur.runtime.manifest import MANIFEST
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Refuse an output that is there already; ``force`` allows a bundle or an empty directory to be replaced."""
-    if not out.exists() and not out.is_symlink():
+    """Refuse an output that is there already; ``force`` allows a bundle or an empty directory to be replaced.
+
+    A link is always refused: replacing it would leave the bundle it points to where it is.
+    """
+    if out.is_symlink():
+        raise UserError("is a link", where=str(out), fix="name the directory it points to, or a new one")
+    if not out.exists():
         return
     if not out.is_dir():
         raise UserError("is a file", where=str(out), fix="name a directory for the bundle")
@@ -60,7 +65,11 @@ def _put_in_place(work: Path, out: Path) -> None:
         os.replace(work, out)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    os.replace(out, aside)
+    try:
+        os.replace(out, aside)
+    except BaseException:
+        aside.rmdir()
+        raise
     try:
         os.replace(work, out)
     except BaseException:

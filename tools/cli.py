@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, cast
 
@@ -20,7 +23,7 @@ from typer.core import TyperGroup
 import secateur
 from secateur.runtime.errors import UserError
 from secateur.tools.console import say_error, set_up_logging
-from secateur.tools.failures import USER_ERROR, describe_failure
+from secateur.tools.failures import USER_ERROR, Terminated, describe_failure
 
 # Verb -> its function in the module secateur.tools.<verb>, in the order `secateur --help` lists them.
 VERBS = {
@@ -88,7 +91,10 @@ class VerbGroup(TyperGroup):
         set_up_logging()
         extra["standalone_mode"] = False
         try:
-            code = super().main(arguments, **extra)
+            with _signals_raise():
+                code = super().main(arguments, **extra)
+        except Terminated as error:
+            code = fail(error)
         except _UsageError as error:
             complaint = " ".join(error.format_message().split()).rstrip(".")
             verb = next((f"{word} " for word in arguments if word in VERBS), "")
@@ -99,6 +105,32 @@ class VerbGroup(TyperGroup):
                 traceback.print_exception(error)
             code = fail(error)
         sys.exit(code or 0)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a verb as an interrupt does, so that half-written files are removed.
+
+    Only the first one counts: a second must not break into that removal. What the caller ignores
+    (`nohup`) or handles itself stays so.
+    """
+    signals = [signal.SIGTERM, signal.SIGHUP]
+    taken = [s for s in signals if signal.getsignal(s) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        taken = []
+
+    def end(number: int, frame: object) -> None:
+        for one in taken:
+            signal.signal(one, signal.SIG_IGN)
+        raise Terminated(number)
+
+    try:
+        for one in taken:
+            signal.signal(one, end)
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def fail(error: BaseException) -> int:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import errno
+import signal
 
 from secateur.runtime.errors import SecateurError
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Terminated(BaseException):
+    """A signal asked the process to end. Like `KeyboardInterrupt` it passes every ``except Exception``."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
 
 # An exception's own text is cut here: backends put whole graphs into theirs.
 _LONGEST_LINE = 400
@@ -32,12 +42,15 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     """The line to print after ``error:`` and the exit code for ``error``.
 
     2 for what the user can change (input, options, a package that is not installed), 130 for an
-    interrupt, 1 for everything else; a `SecateurError` brings its own.
+    interrupt, 128 and the signal's number for another signal, 1 for everything else; a
+    `SecateurError` brings its own.
     """
     if isinstance(error, SecateurError):
         return _on_one_line(str(error)), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
+    if isinstance(error, Terminated):
+        return f"ended by {signal.Signals(error.number).name}", 128 + error.number
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
         return f"{package} is not installed; pip install 'secateur[{EXTRAS[package]}]'", USER_ERROR
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

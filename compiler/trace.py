@@ -95,8 +95,8 @@ def read_source(path: Path) -> Source:
     if not isinstance(raw, dict):
         raise UserError("not a JSON object", where=str(config_file), fix="download the file again")
     family = find_family(raw.get("model_type"), str(config_file))
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "?")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise UserError(
             f"checkpoint is quantised ({method})", where=str(config_file), fix="use the unquantised checkpoint"
         )
@@ -108,8 +108,10 @@ def read_source(path: Path) -> Source:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"transformers cannot read it ({first_line(error)})", where=str(config_file)) from None
+    except Exception as error:
+        # Its validators raise exceptions of no common class; the cause's first line says what they found.
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"transformers cannot read it ({reason})", where=str(config_file)) from None
     for part, known in (("text_config", family.decoder_types), ("vision_config", family.vision_types)):
         kind = getattr(config, part).model_type
         if kind not in known:

@@ -30,7 +30,7 @@ def _read_vision(config: Any) -> VisionFacts:
     index = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= index <= depth:
         raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {depth} layers", where=where)
-    side = vision.image_size // vision.patch_size
+    side = _patches_per_side(vision.image_size, vision.patch_size, where)
     return VisionFacts(
         image_size=(vision.image_size, vision.image_size),
         tokens_per_image=side * side,
@@ -38,6 +38,16 @@ def _read_vision(config: Any) -> VisionFacts:
         feature_layer=index - 1,
         has_cls=True,
     )
+
+
+def _patches_per_side(image_size: object, patch_size: object, where: str) -> int:
+    if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
+        raise UserError(
+            f"an image of image_size {image_size} cannot be cut into patches of patch_size {patch_size}",
+            where=where,
+            fix="check vision_config; both are numbers of pixels",
+        )
+    return image_size // patch_size
 
 
 def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:

@@ -71,7 +71,7 @@ def check_processor_files(job: Job, directory: Path | None = None) -> None:
             fix="save the processor with transformers (AutoProcessor.save_pretrained) into the model directory",
         )  # fmt: skip
     # What a manifest says of processing is known before anything is traced.
-    manifest = m.Manifest.model_construct(model=_model(job, weights_sha256=""), geometry=_geometry(job))
+    manifest = m.Manifest.model_construct(model=_model(job, weights_sha256="0" * 64), geometry=_geometry(job))
     try:
         Processor(directory or source, manifest)
     except UserError as error:

@@ -241,7 +241,8 @@ def compile(
     ``recipe`` is a table name, a YAML file or a :class:`Recipe`; ``keep`` the fraction of visual tokens left after the
     last stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime,
     fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default; ``sm`` the GPU architecture for
-    tensorrt-rtx. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are returned.
+    tensorrt-rtx. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
+    returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()

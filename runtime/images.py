@@ -37,6 +37,8 @@ _SIGLIP = {
 }
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"CLIPImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
 """What a configuration leaves unsaid, by processor type; also the list of supported types."""
+ACCEPTED = "a file's path, a Pillow image, or a uint8 array [height, width, 3]"
+_WHERE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,33 @@ class ImagePipeline:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImagePipeline:
         """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``."""
-        config = config.get("image_processor") or config
+        nested = config.get("image_processor")
+        if nested is not None and not isinstance(nested, Mapping):
+            raise BundleError(f"image_processor is {nested!r}, not an object", where="processor_config.json")
+        config = nested or config
         name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
         kind = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
         if kind not in DEFAULTS:
-            raise UserError(f"no image processor {name!r}", where="preprocessor_config.json", available=DEFAULTS)
+            raise UserError(f"no image processor {name!r}", where=_WHERE, available=DEFAULTS)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
         try:
             return cls._from_values(values)
-        except (TypeError, ValueError) as error:
-            raise BundleError(str(error), where="preprocessor_config.json") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BundleError(str(error), where=_WHERE) from None
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> ImagePipeline:
         normalize = values.get("do_normalize", True)
+        std = _three(values["image_std"]) if normalize else None
+        if std is not None and np.array(std, dtype=np.float32).min() <= 0:
+            raise BundleError(f"image_std is {values['image_std']!r}, pixels are divided by it", where=_WHERE)
         return cls(
             size=_read_size(values["size"], "size") if values.get("do_resize", True) else None,
             resample=Image.Resampling(int(values.get("resample", Image.Resampling.BICUBIC))),
             crop=_read_crop(values["crop_size"]) if values["do_center_crop"] else None,
             rescale=float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else None,
             mean=_three(values["image_mean"]) if normalize else None,
-            std=_three(values["image_std"]) if normalize else None,
+            std=std,
         )
 
     @property
@@ -107,14 +115,19 @@ def read_rgb(image: ImageLike) -> Image.Image:
     white: transformers treats the two so.
     """
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise UserError(f"an image of {image.width}x{image.height} pixels has nothing in it")
         return _on_white(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        channels = image.shape[2] if image.ndim == 3 else 1
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or image.size == 0:
             raise UserError(
                 f"an array of shape {list(image.shape)} and type {image.dtype} is not an image",
                 fix="give uint8 [height, width, 3]",
             )
         return _on_white(Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
+    if not is_image(image):
+        raise UserError(f"a {type(image).__name__} is not an image", fix=f"give {ACCEPTED}")
     path = Path(image)
     if not path.is_file():
         raise UserError("no such image file", where=str(path))
@@ -127,6 +140,11 @@ def read_rgb(image: ImageLike) -> Image.Image:
         raise UserError(str(error), where=str(path), fix="make the image smaller") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"the image is corrupt ({error})", where=str(path), fix="give a whole image file") from None
+
+
+def is_image(value: object) -> bool:
+    """Whether the type is one that :func:`read_rgb` takes."""
+    return isinstance(value, (str, PathLike, Image.Image, np.ndarray))
 
 
 def center_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -158,18 +176,17 @@ def _keep_aspect(image: Image.Image, shortest: int) -> tuple[int, int]:
 
 
 def _read_size(size: Any, field: str) -> tuple[int, int] | int:
-    if isinstance(size, int):
-        return size
-    if isinstance(size, Mapping):
-        keys = {key for key, value in size.items() if value is not None}
-        if keys == {"shortest_edge"}:
-            return int(size["shortest_edge"])
-        if keys == {"height", "width"}:
-            return int(size["height"]), int(size["width"])
+    given = size if isinstance(size, Mapping) else {"shortest_edge": size} if isinstance(size, int) else {}
+    edges = {key: int(value) for key, value in given.items() if value is not None}
+    if min(edges.values(), default=0) >= 1:
+        if edges.keys() == {"shortest_edge"}:
+            return edges["shortest_edge"]
+        if edges.keys() == {"height", "width"}:
+            return edges["height"], edges["width"]
     raise BundleError(
         f"{field} {size!r} is not supported",
-        where="preprocessor_config.json",
-        available=["a number", "{shortest_edge}", "{height, width}"],
+        where=_WHERE,
+        available=["a number from 1", "{shortest_edge}", "{height, width}"],
     )
 
 
@@ -181,5 +198,7 @@ def _read_crop(size: Any) -> tuple[int, int]:
 def _three(values: Any) -> tuple[float, ...]:
     numbers = [float(v) for v in values] if isinstance(values, (list, tuple)) else [float(values)] * 3
     if len(numbers) != 3:
-        raise BundleError(f"{len(numbers)} numbers for 3 colour channels", where="preprocessor_config.json")
+        raise BundleError(f"{len(numbers)} numbers for 3 colour channels", where=_WHERE)
+    if not all(map(math.isfinite, numbers)):
+        raise BundleError(f"{values!r} for the colour channels is not finite", where=_WHERE)
     return tuple(numbers)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImagePipeline, center_crop, read_rgb
 
 CONFIG = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": 8}
@@ -48,10 +48,28 @@ def test_an_unknown_processor_lists_the_known() -> None:
     assert "'Qwen2VLImageProcessor' (available: CLIPImageProcessor, SiglipImageProcessor)" in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [{"longest_edge": 4}, {"height": 4}, "large", {"shortest_edge": 4, "longest_edge": 8}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"longest_edge": 4}, {"height": 4}, "large", {"shortest_edge": 4, "longest_edge": 8}, 0, -8,
+        {"height": 0, "width": 8}, {},
+    ],
+)  # fmt: skip
 def test_sizes_that_are_not_supported(size: object) -> None:
     with pytest.raises(UserError, match=r"size .* is not supported"):
         ImagePipeline.from_config({**CONFIG, "size": size})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_processor": "x"}, {"image_std": [0.5, 0.0, 0.5]}, {"image_std": 0}, {"image_std": [1e-60, 1, 1]},
+        {"image_mean": float("nan")}, {"crop_size": 0}, {"size": {"shortest_edge": float("inf")}},
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be(wrong: dict[str, object]) -> None:
+    with pytest.raises(BundleError, match=r"^(pre)?processor_config.json: [^\n]+$"):
+        ImagePipeline.from_config({**CONFIG, **wrong})
 
 
 def test_transparency_lies_on_white() -> None:
@@ -104,7 +122,21 @@ def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, i
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros(3, np.uint8)]
-)
+    "array",
+    [
+        np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros(3, np.uint8),
+        np.zeros((0, 0, 3), np.uint8), np.zeros((0, 4), np.uint8),
+    ],
+)  # fmt: skip
 def test_arrays_that_are_no_images(array: np.ndarray) -> None:
     assert "is not an image; give uint8 [height, width, 3]" in refusal(array)
+
+
+@pytest.mark.parametrize("value", [5, None, b"x", {"path": "x.png"}])
+def test_what_is_no_image_at_all(value: object) -> None:
+    said = f"a {type(value).__name__} is not an image; give a file's path, a Pillow image, or a uint8 array"
+    assert refusal(value).startswith(said)
+
+
+def test_an_empty_picture() -> None:
+    assert "0x4 pixels has nothing in it" in refusal(Image.new("RGB", (0, 4)))

@@ -55,8 +55,15 @@ class Processor:
         if len(prompts) != geometry.batch:
             raise UserError(
                 f"{len(prompts)} prompt(s) for a bundle of batch {geometry.batch}",
-                fix=f"give exactly {geometry.batch}, or compile with --batch {len(prompts)}",
+                fix=f"give exactly {geometry.batch}" + (f", or compile with --batch {len(prompts)}" if prompts else ""),
             )
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, (str, list, tuple)):
+                raise UserError(
+                    f"a {type(prompt).__name__} is not a prompt",
+                    where=f"row {row}",
+                    fix="give text, or a list of messages",
+                )
         per_row = [images_in_messages(prompt) for prompt in prompts] if images is None else [list(i) for i in images]
         if len(per_row) != geometry.batch:
             raise UserError(f"images for {len(per_row)} row(s), prompts for {geometry.batch}", fix="give both per row")
@@ -82,6 +89,9 @@ class Processor:
                 where=where,
                 fix=f"shorten it, or compile with --text-tokens {words}",
             )
+        if ids[-1] == self.prompts.placeholder_id:
+            # Its token would be a patch: a stage may drop it, and its logits would be another token's.
+            raise UserError("the prompt ends with its image", where=where, fix="put text (a question) behind the image")
         repeat = {self.prompts.placeholder_id: geometry.features_per_image}
         return [token for token in ids for _ in range(repeat.get(token, 1))]
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from secateur.runtime.backends import Backend, Buffer
 from secateur.runtime.errors import BundleError, SecateurError, UserError
+from secateur.runtime.given import check_kept, check_placeholders
 from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, present_port
-from secateur.runtime.schema import Manifest, Stage
+from secateur.runtime.schema import Manifest
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -38,24 +39,30 @@ class Request:
         self._ports: dict[str, dict[str, Buffer]] = {}
         self._bound = {name: self._bind(name, shared) for name in manifest.programs}
         self._kept: dict[str, Ints] = {}
+        self._patches: Ints | None = None
+        """Original patch of each feature that prefill will read, int64 [B, F]; None where nobody said."""
 
     def encode(self, pixel_values: Floats) -> Floats:
         """Run ``vision``: [B*n, 3, H, W] -> the features that prefill will read, [B, F, D]."""
         self._ports["vision"]["pixel_values"].write(pixel_values)
+        self._kept, self._patches = {}, None
         self._bound["vision"].run()
-        self._kept = {}
-        self._follow("vision")
+        self._patches = self._follow("vision", self._all_patches())
         features = self._ports["vision"]["features"].read()
         _require_finite("vision", features)
         return np.asarray(features, dtype=np.float32)
 
-    def prefill(self, input_ids: Ints, lengths: Ints, features: Floats | None = None) -> Floats:
+    def prefill(
+        self, input_ids: Ints, lengths: Ints, features: Floats | None = None, kept: Ints | None = None
+    ) -> Floats:
         """Run ``prefill`` on ids [B, N] with ``lengths`` [B] real tokens -> logits [B, vocab].
 
-        ``features`` None takes what :meth:`encode` left. Given features keep the survivors of the last
-        ``encode`` where prefill asks for original indices.
+        ``features`` None takes what :meth:`encode` left. Given features [B, F, D] come with ``kept``, int64
+        [B, F]: each feature's original patch in its row. Where the vision side prunes, prefill may need it,
+        and without it :attr:`kept` says nothing of this prompt.
         """
         geometry, ports = self.manifest.geometry, self._ports["prefill"]
+        ids = np.asarray(input_ids)
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.shape != (geometry.batch,) or lengths.min() < geometry.features + 1:
             raise UserError(f"lengths {lengths.tolist()} do not fit the geometry", where="prefill")
@@ -65,20 +72,24 @@ class Request:
                 where="prefill",
                 fix="shorten the prompt, or compile with a larger --text-tokens",
             )
-        ports["input_ids"].write(np.asarray(input_ids))
+        ports["input_ids"].write(ids)
         ports["lengths"].write(lengths)
+        check_placeholders(self.manifest, ids, lengths)
         if features is not None:
-            ports["features"].write(np.asarray(features))
-        self._kept = {name: k for name, k in self._kept.items() if not self._stage(name).in_decoder}
+            self._take(features, kept)
+        elif kept is not None:
+            raise UserError("kept without features", where="prefill", fix="give both, or neither after encode")
+        self._kept = {name: k for name, k in self._kept.items() if name in self._vision_stages()}
         if "kept" in ports:
-            if not self._kept:
+            if self._patches is None:
                 raise UserError(
                     "prefill needs the vision program's survivors", where="prefill", fix="call encode first"
                 )
-            ports["kept"].write(list(self._kept.values())[-1])
+            ports["kept"].write(self._patches)
         self.step = None
         self._bound["prefill"].run()
-        self._follow("prefill")
+        if self._patches is not None:
+            self._follow("prefill", self._patches)
         self.lengths, self.step = lengths, 0
         return self._logits("prefill")
 
@@ -99,7 +110,10 @@ class Request:
 
     @property
     def kept(self) -> dict[str, Ints]:
-        """Per stage so far: the row's original patch indices that are left after it, int64 [B, K]."""
+        """Per stage so far: the row's original patch indices that are left after it, int64 [B, K].
+
+        A stage is left out where they are not known: features were given without theirs.
+        """
         return dict(self._kept)
 
     @property
@@ -134,24 +148,46 @@ class Request:
         port = next(port for port in (*declared.inputs, *declared.outputs) if port.name == name)
         return self._backend.buffer(port.shape, port.dtype)
 
-    def _stage(self, name: str) -> Stage:
-        return next(stage for stage in self.manifest.recipe.stages if stage.name == name)
+    def _vision_stages(self) -> list[str]:
+        return [stage.name for stage in self.manifest.recipe.stages if not stage.in_decoder]
 
-    def _follow(self, program: str) -> None:
-        """Trace the survivors of each stage that ``program`` ran back to the row's original patches."""
+    def _all_patches(self) -> Ints:
+        """Every patch of every row, int64 [B, n*T]."""
         geometry = self.manifest.geometry
+        return np.tile(np.arange(geometry.images * geometry.tokens_per_image), (geometry.batch, 1))
+
+    def _take(self, features: Floats, kept: Ints | None) -> None:
+        """Features made elsewhere: what the last ``encode`` kept is not theirs."""
+        ports, stages = self._ports["prefill"], self._vision_stages()
+        if kept is not None:
+            kept = check_kept(self.manifest, kept)
+        elif "kept" in ports:
+            raise UserError(
+                "the features' original patches are needed",
+                where="prefill",
+                fix=f"give kept, int64 {list(ports['kept'].shape)}, with features",
+            )
+        ports["features"].write(np.asarray(features))
+        self._kept = {stages[-1]: kept} if stages and kept is not None else {}
+        self._patches = self._all_patches() if kept is None and not stages else kept
+
+    def _follow(self, program: str, patches: Ints) -> Ints:
+        """Trace the survivors of each stage that ``program`` ran back to the row's original patches.
+
+        ``patches`` int64 [B, N]: the original patches that enter; returns those that leave.
+        """
         for stage in self.manifest.recipe.stages:
             port = self._ports[program].get(f"kept.{stage.name}")
             if port is None:
                 continue
             indices = port.read().astype(np.int64)
-            before = list(self._kept.values())[-1] if self._kept else None
-            size = geometry.images * geometry.tokens_per_image if before is None else before.shape[1]
+            size = patches.shape[1]
             if indices.min() < 0 or indices.max() >= size:
                 raise SecateurError(
                     f"{stage.name} kept token {int(indices.max())} of {size}", where=f"program {program}"
                 )
-            self._kept[stage.name] = indices if before is None else np.take_along_axis(before, indices, axis=1)
+            self._kept[stage.name] = patches = np.take_along_axis(patches, indices, axis=1)
+        return patches
 
     def _logits(self, program: str) -> Floats:
         logits = np.asarray(self._ports[program]["logits"].read(), dtype=np.float32)

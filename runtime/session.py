@@ -10,14 +10,11 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, overload
 
-import numpy as np
-from PIL import Image
-
 from secateur.runtime.backends import Backend, open_backend
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.generate import Limits, TextStream
-from secateur.runtime.images import ImageLike
+from secateur.runtime.images import ACCEPTED, ImageLike, is_image
 from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.processing import Processor, Prompt
 from secateur.runtime.prompts import read_json
@@ -92,17 +89,19 @@ class Session:
         *,
         pixel_values: Floats | None = None,
         features: Floats | None = None,
+        kept: Ints | None = None,
     ) -> Floats:
         """Logits [B, vocab] float32 of each row's last real token; fills the request's caches.
 
         ``input_ids`` int64 [B, N], right padded, placeholders expanded; ``lengths`` int64 [B]. Give either
-        ``pixel_values`` [B*n, 3, H, W] (vision runs first) or ``features`` [B, F, D].
+        ``pixel_values`` [B*n, 3, H, W] (vision runs first) or ``features`` [B, F, D]. Where the
+        vision side prunes, features come with ``kept`` [B, F], their patches (see :meth:`Request.prefill`).
         """
         if (pixel_values is None) == (features is None):
             raise UserError("prefill takes either pixel_values or features", where="prefill")
         if pixel_values is not None:
             request.encode(pixel_values)
-        return request.prefill(input_ids, lengths, features)
+        return request.prefill(input_ids, lengths, features, kept)
 
     def decode(self, request: Request, tokens: Ints) -> Floats:
         """Append one token per row, int64 [B], and get the next logits [B, vocab] float32."""
@@ -225,6 +224,10 @@ class Session:
 
 def _is_single(prompt: Any) -> bool:
     """A string or a list of messages, rather than a list of those."""
+    if not isinstance(prompt, (str, list, tuple)):
+        raise UserError(
+            f"a {type(prompt).__name__} is not a prompt", fix="give text, a list of messages, or a list of those"
+        )
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
 
 
@@ -233,12 +236,14 @@ def _per_row(images: Any, single: bool) -> list[list[ImageLike]] | None:
         return None
     if single:
         return [_as_list(images)]
-    if not isinstance(images, (list, tuple)):
+    if is_image(images):
         raise UserError("one image for a list of prompts", fix="give a list: an image, or a list of images, per prompt")
-    return [_as_list(given) for given in images]
+    return [_as_list(given) for given in _as_list(images)]
 
 
 def _as_list(images: Any) -> list[ImageLike]:
-    if isinstance(images, (str, Path, Image.Image, np.ndarray)):
+    if is_image(images):
         return [images]
+    if not isinstance(images, (list, tuple)):
+        raise UserError(f"a {type(images).__name__} is not an image", fix=f"give {ACCEPTED}, or a list of those")
     return list(images)

@@ -78,18 +78,18 @@ def test_without_a_template_placeholders_go_in_front(bundle: Path) -> None:
 
 def test_a_template_in_the_tokenizer_config(bundle: Path) -> None:
     (bundle / "chat_template.jinja").unlink()
-    for source in ('"T<image>"', '[{"name": "default", "template": "T<image>"}]'):
+    for source in ('"T<image>:"', '[{"name": "default", "template": "T<image>:"}]'):
         (bundle / "tokenizer_config.json").write_text('{"chat_template": %s}' % source)  # noqa: UP031
         processor = open_processor(bundle)
-        assert text_of(processor, processor.encode("hi")) == "<s>T###"
-    (bundle / "chat_template.json").write_text('{"chat_template": "J<image>"}')
+        assert text_of(processor, processor.encode("hi")) == "<s>T###:"
+    (bundle / "chat_template.json").write_text('{"chat_template": "J<image>:"}')
     processor = open_processor(bundle)
-    assert text_of(processor, processor.encode("hi")) == "<s>J###"
+    assert text_of(processor, processor.encode("hi")) == "<s>J###:"
 
 
 def test_a_batch_is_padded_on_the_right(tiny: ModuleType, tmp_path: Path, image: Image.Image) -> None:
     processor = open_processor(tiny.build(tmp_path / "two", tiny.Tiny(batch=2, images=2)))
-    inputs = processor(["<image>a<image>", "<image><image>abc"], [[image, image]] * 2)
+    inputs = processor(["<image><image>a", "<image>a<image>bc"], [[image, image]] * 2)
     assert inputs.lengths.tolist() == [8, 10]
     assert inputs.input_ids.shape == (2, 30)
     assert (inputs.input_ids[0, 8:] == 0).all()
@@ -122,6 +122,11 @@ def test_the_geometry_is_kept(processor: Processor, image: Image.Image) -> None:
     assert "placeholders in the prompt: 2 image(s)" in refusal(processor, ["<image><image>"], one)
     assert "2 prompt(s) for a bundle of batch 1; give exactly 1, or compile with --batch 2" in refusal(
         processor, ["a", "b"], one
+    )
+    assert refusal(processor, [], []) == "0 prompt(s) for a bundle of batch 1; give exactly 1"
+    assert "row 0: a int is not a prompt; give text" in refusal(processor, [5], one)
+    assert refusal(processor, ["hi<image>"], one) == (
+        "row 0: the prompt ends with its image; put text (a question) behind the image"
     )
     assert "images for 2 row(s)" in refusal(processor, ["a"], one * 2)
     assert len(processor(["<image>" + "x" * 23], one).prompt_ids(0)) == 27

@@ -86,13 +86,65 @@ def test_features_may_be_given(session: Session, image: Image.Image) -> None:
     inputs = session.processor(["<image>what"], [[image]])
     request = session.request()
     features = request.encode(inputs.pixel_values)
-    first = session.prefill(request, inputs.input_ids, inputs.lengths, features=features)
-    second = session.prefill(request, inputs.input_ids, inputs.lengths, features=features * 2)
+    encoded = request.prefill(inputs.input_ids, inputs.lengths)
+    kept, last = request.kept["stage0"], request.kept["stage1"]
+    first = session.prefill(session.request(), inputs.input_ids, inputs.lengths, features=features, kept=kept)
+    assert np.array_equal(first, encoded)
+    second = session.prefill(request, inputs.input_ids, inputs.lengths, features=features * 2, kept=kept)
     assert not np.array_equal(first, second)
+    assert (request.kept["stage0"].tolist(), request.kept["stage1"].tolist()) == (kept.tolist(), last.tolist())
     with pytest.raises(UserError, match="either pixel_values or features"):
         session.prefill(request, inputs.input_ids, inputs.lengths)
     with pytest.raises(UserError, match="call encode first"):
-        session.prefill(session.request(), inputs.input_ids, inputs.lengths, features=features)
+        session.request().prefill(inputs.input_ids, inputs.lengths)
+    with pytest.raises(UserError, match="kept without features"):
+        request.prefill(inputs.input_ids, inputs.lengths, kept=kept)
+    for wrong, says in (
+        (None, r"original patches are needed; give kept, int64 \[1, 3\]"),
+        (kept[:, :2], r"kept is int64\[1, 2\]; give int64\[1, 3\]"),
+        (kept * 1.0, "kept is float64"),
+        (kept + 2, "a row's patches are 0 to 3"),
+    ):
+        with pytest.raises(UserError, match=says):
+            session.prefill(request, inputs.input_ids, inputs.lengths, features=features, kept=wrong)
+
+
+def test_given_features_are_not_traced_to_another_image(tiny: ModuleType, tmp_path: Path) -> None:
+    path = tiny.build(tmp_path / "b", tiny.Tiny(original=False, features_per_image=2))
+    first, second = draw_images(2, 1)
+    with Session(path, threads=1) as session:
+        one, two = session.processor(["what"], [first]), session.processor(["what"], [second])
+        other, request = session.request(), session.request()
+        features = other.encode(two.pixel_values)
+        session.prefill(request, one.input_ids, one.lengths, pixel_values=one.pixel_values)
+        assert set(request.kept) == {"stage0", "stage1"}
+        for given in (features, None):  # None: the same features once more
+            request.prefill(two.input_ids, two.lengths, given)
+            assert request.kept == {}
+        other.prefill(two.input_ids, two.lengths)
+        request.prefill(two.input_ids, two.lengths, features, other.kept["stage0"])
+        for stage, kept in other.kept.items():
+            assert request.kept[stage].tolist() == kept.tolist()
+
+
+def test_placeholders_are_counted(session: Session, image: Image.Image) -> None:
+    inputs = session.processor(["<image>what"], [[image]])
+    request, ids, length = session.request(), inputs.input_ids, int(inputs.lengths[0])
+    request.encode(inputs.pixel_values)
+    needs = "a row needs 3, one for each visual token"
+    for place, token, says in (
+        (1, 50, f"row 0 has 2 placeholders .token 3. and 0 in its padding; {needs}"),
+        (length - 2, 3, f"row 0 has 4 placeholders .token 3. and 0 in its padding; {needs}"),
+        (length, 3, f"row 0 has 3 placeholders .token 3. and 1 in its padding; {needs}"),
+    ):
+        wrong = ids.copy()
+        wrong[0, place] = token
+        with pytest.raises(UserError, match=says):
+            request.prefill(wrong, inputs.lengths)
+    wrong = ids.copy()
+    wrong[0, [1, length - 1]] = (50, 3)
+    with pytest.raises(UserError, match="row 0 ends with its image; put text"):
+        request.prefill(wrong, inputs.lengths)
 
 
 def test_decode_before_prefill_and_wrong_arrays(session: Session, image: Image.Image) -> None:
@@ -271,6 +323,15 @@ def test_a_closed_session(built: Path, image: Image.Image) -> None:
 def test_images_and_prompts_of_the_wrong_kind(session: Session, image: Image.Image) -> None:
     with pytest.raises(UserError, match="one image for a list of prompts"):
         session.generate(["what"], image)
+    accepted = "is not an image; give a file's path, a Pillow image, or a uint8 array"
+    for prompt, wrong in (("what", 5), ("what", [5]), (["what"], 5), (["what"], [5]), ("what", b"x")):
+        with pytest.raises(UserError, match=accepted):
+            session.generate(prompt, wrong)  # type: ignore[call-overload]
+    with pytest.raises(UserError, match=r"give exactly 1$"):
+        session.generate([], [])
+    for nothing in (5, None, {"role": "user", "content": "what"}):
+        with pytest.raises(UserError, match="is not a prompt; give text, a list of messages, or a list of those"):
+            session.generate(nothing, image)  # type: ignore[call-overload]
     assert session.generate(["what"], [image])[0].tokens == session.generate("what", [image]).tokens
     message: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image", "image": image}]}]
     assert session.generate(message).tokens == session.generate("", image).tokens
@@ -307,7 +368,7 @@ def test_backends(tiny: ModuleType, bundle: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="threads is 0"):
         Session(bundle, threads=0)
     tiny.resign(bundle, provider="CUDAExecutionProvider")
-    with pytest.raises(UserError, match="compiled for CUDAExecutionProvider"):
+    with pytest.raises(UserError, match=r"compiled for CUDAExecutionProvider, .* on the CPU only; compile it with"):
         Session(bundle)
     tiny.resign(bundle, provider=None, target="tensorrt", sm=89)
     with pytest.raises(UserError, match=r"backend tensorrt: .*compile with --target onnxruntime"):

@@ -42,6 +42,8 @@ class Tiny:
     features_per_image: int = 3
     position_offset: int = 0
     nan: bool = False
+    original: bool = True
+    """Whether prefill takes ``kept``."""
 
     @property
     def features(self) -> int:
@@ -143,7 +145,7 @@ def prefill_graph(g: Graph, t: Tiny) -> None:
     image = g("Equal", "input_ids", g.const(IMAGE))
     rank = g("Sub", g("CumSum", g("Cast", image, to=TensorProto.INT64), g.const(1)), g.const(1))
     rank = g("Clip", rank, g.const(0), g.const(t.features - 1))
-    marked = g("Add", "features", g("Gather", "place", "kept"))
+    marked = g("Add", "features", g("Gather", "place", "kept")) if t.original else "features"
     rows = g(
         "Where", g("Unsqueeze", image, g.const([2])), g.gather_rows(marked, rank), g("Gather", "embed", "input_ids")
     )
@@ -195,7 +197,7 @@ def ports(t: Tiny) -> dict[str, tuple[list[schema.Port], list[schema.Port]]]:
                 port("input_ids", t.batch, t.sequence),
                 port("lengths", t.batch),
                 features,
-                port("kept", t.batch, t.features),
+                *([port("kept", t.batch, t.features)] if t.original else []),
                 *caches("past"),
             ],
             [logits, port("kept.stage1", t.batch, t.left), *caches("present")],

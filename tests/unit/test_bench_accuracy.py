@@ -10,13 +10,11 @@ import pytest
 from rich.console import Console
 
 from secateur.compiler.pipeline import RECIPES, Geometry
-from secateur.runtime.backends import open_backend
 from secateur.runtime.errors import UserError
-from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 from secateur.tools.bench import accuracy
 from secateur.tools.bench.accuracy_page import draw, judge_ceiling, markdown, table_rows, write
-from secateur.tools.bench.answer import Asked, GivenSurvivors, choose_patches
+from secateur.tools.bench.answer import Asked, choose_patches
 from secateur.tools.bench.bundles import Bundles, choose_recipes
 from secateur.tools.bench.grid import KEEPS, ORACLE, ORACLE_COMPACT, Cell, list_cells, oracle_recipe
 
@@ -131,19 +129,17 @@ def test_oracle_features_enter_prefill_and_decode_as_in_the_eager_model(row: str
     directory = write_model(tmp_path / "model")
     bundles = Bundles(directory, Geometry(batch=1, images=1, text_tokens=10, new_tokens=4), tmp_path / "work")
     kept, text = np.array([1, 2, 7, 12]), [40, 41, 42, 43]
-    with bundles.borrow(oracle_recipe(row), 0.25) as bundle:
-        backend = open_backend(None, bundle, read_manifest(bundle), threads=1)
-        with Session(bundle, backend=backend) as session:
-            request = GivenSurvivors(backend, session.manifest)
-            pixels = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
-            model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-            with torch.no_grad():
-                features = model.model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output[0]
-            ids = np.zeros((1, session.manifest.geometry.sequence), np.int64)
-            ids[0, :9] = [BOS, *[IMAGE] * len(kept), *text]
-            request.survivors_are(kept[None])
-            first = session.prefill(request, ids, np.array([9]), features=features[kept][None].numpy())
-            second = session.decode(request, np.array([50]))
+    with bundles.borrow(oracle_recipe(row), 0.25) as bundle, Session(bundle, threads=1) as session:
+        request = session.request()
+        pixels = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
+        model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+        with torch.no_grad():
+            features = model.model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output[0]
+        ids = np.zeros((1, session.manifest.geometry.sequence), np.int64)
+        ids[0, :9] = [BOS, *[IMAGE] * len(kept), *text]
+        chosen = features[kept][None].numpy()
+        first = session.prefill(request, ids, np.array([9]), features=chosen, kept=kept[None])
+        second = session.decode(request, np.array([50]))
     places = [0, *(1 + kept), *range(17, 21), 21] if row == ORACLE else list(range(10))
     words = model.get_input_embeddings()(torch.tensor([BOS, *text, 50]))
     rows = torch.cat([words[:1], features[kept], words[1:]])[None]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.backends import open_backend
 from secateur.runtime.request import Request
 from secateur.runtime.session import Session
 
@@ -24,14 +23,6 @@ class Asked:
     text: str
     answer: str
     ranking: NDArray[np.int64]
-
-
-class GivenSurvivors(Request):
-    """A request whose features were chosen outside the bundle; prefill still needs their places."""
-
-    def survivors_are(self, kept: NDArray[np.int64]) -> None:
-        """``kept`` int64 [B, F]: original index of each feature that the next prefill is given."""
-        self._kept = {self.manifest.recipe.stages[0].name: kept}
 
 
 class UnprunedVision:
@@ -71,24 +62,20 @@ def ask_all(
 
     A bundle that prunes in the decoder only is given the unpruned features, which are what its own tower computes.
     """
-    from secateur.runtime.manifest import read_manifest
-
-    backend = open_backend(None, bundle, read_manifest(bundle), threads=threads)
-    with Session(bundle, backend=backend) as session:
-        request = GivenSurvivors(backend, session.manifest)
+    with Session(bundle, threads=threads) as session:
+        request = session.request()
         reuse = vision.is_that_of(session)
         right = []
         for index, asked in enumerate(questions):
-            features = None
+            features = kept = None
             if by_oracle:
-                kept = choose_patches(asked.ranking, session.manifest.geometry.features)
-                features = vision.features(index)[:, kept]
-                request.survivors_are(kept[None])
+                kept = choose_patches(asked.ranking, session.manifest.geometry.features)[None]
+                features = vision.features(index)[:, kept[0]]
             elif reuse:
                 features = vision.features(index)
             else:
                 request.encode(session.processor.pixel_values(asked.image)[None])
-            right.append(_answers(session, request, asked, features))
+            right.append(_answers(session, request, asked, features, kept))
             advance()
     return right
 
@@ -98,11 +85,11 @@ def choose_patches(ranking: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.sort(ranking[:count])
 
 
-def _answers(session: Session, request: Request, asked: Asked, features: Any) -> bool:
+def _answers(session: Session, request: Request, asked: Asked, features: Any, kept: Any) -> bool:
     prompt = session.processor.encode(asked.text)
     ids = np.full((1, session.manifest.geometry.sequence), session.manifest.model.pad_token_id, np.int64)
     ids[0, : len(prompt)] = prompt
-    logits = request.prefill(ids, np.array([len(prompt)]), features)
+    logits = request.prefill(ids, np.array([len(prompt)]), features, kept)
     first = int(logits[0].argmax())
     if [first] != session.processor.prompts.encode(asked.answer, False):
         return False

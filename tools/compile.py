@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.schema import PROGRAMS
 
 if TYPE_CHECKING:
     from secateur.runtime.schema import Manifest
@@ -92,13 +93,15 @@ def summarize(bundle: Path) -> dict[str, Any]:
             {"layers": [s.first_layer, s.last_layer - 1], "visual": s.length - text, "text": text, "length": s.length}
             for s in m.segments
         ],
-        "flops": {name: {"before": p.unpruned_flops, "after": p.flops} for name, p in m.programs.items()},
+        "flops": {
+            name: {"before": m.programs[name].unpruned_flops, "after": m.programs[name].flops} for name in PROGRAMS
+        },
         "next": _next_command(bundle, m),
     }
 
 
 def _next_command(bundle: Path, m: Manifest) -> str:
-    if m.target in ("tensorrt", "tensorrt-rtx"):
+    if m.target in ("tensorrt", "tensorrt-rtx") or m.dtype != "fp32":
         return f"secateur inspect {shlex.quote(str(bundle))}"
     count = m.geometry.images * m.geometry.batch
     shown = "".join(f" --image photo{i + 1 if count > 1 else ''}.png" for i in range(count))

@@ -102,7 +102,7 @@ def test_a_failed_replacement_leaves_the_old_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     (out := tmp_path / "bundle").mkdir()
-    (out / output.MANIFEST).write_text("old")
+    (out / output.MANIFEST).write_text(old := '{"secateur": "0", "files": {}}')
     replace, calls = os.replace, []
 
     def replace_or_fail(old: Path, new: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_failed_replacement_leaves_the_old_bundle(
     with pytest.raises(OSError, match="no"), output.whole_directory(out, True) as work:
         (work / output.MANIFEST).write_text("new")
     assert list(tmp_path.iterdir()) == [out]
-    assert (out / output.MANIFEST).read_text() == "old"
+    assert (out / output.MANIFEST).read_text() == old
 
 
 # Processor files: told before tracing

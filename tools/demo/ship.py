@@ -52,11 +52,12 @@ Seeds: model {model_seed}; training scenes {train_scenes} and {crowded_scenes} (
 The whole curve is in `training_curve.json` beside this folder. Run again with
 `python -m secateur.tools.demo.train --work DIR` and `python -m secateur.tools.demo.ship --work DIR --to demo`.
 
-Stage one teaches the tower what lies under each patch (digit, colour, ink, place) and CLS what the picture holds;
-its heads look at neighbouring patches from the start. Stage two freezes the tower and teaches projector and decoder to
-answer, several questions per image, at first on few visual tokens, with the last prompt token's attention in
-layers 0, 1, 2 and 4 led to the digits asked about.
+Stage one teaches the tower what lies under each patch (digit, colour, ink, place) and CLS what the picture
+holds; its heads look at neighbouring patches from the start, and pictures are distorted elastically. Stage two
+freezes the tower and teaches projector and decoder to answer, several questions per image, at first on few visual
+tokens, with the last prompt token's attention in layers 0, 1, 2 and 4 led to the digits asked about.
 
+{note}
 ## Licence
 Weights: Apache-2.0. The digits come from scikit-learn's `load_digits`, the test part of *Optical Recognition of
 Handwritten Digits* (E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning Repository, CC BY 4.0).
@@ -132,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ship", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the training's work folder")
     parser.add_argument("--to", type=Path, required=True, help="folder that gets model/, images/, questions.json")
+    parser.add_argument("--note", type=Path, help="Markdown on how this run differed from a fresh one, for the card")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
@@ -147,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         majority=100 * results["blind"]["majority"],
         table=format_accuracy(results),
         training=format_training(curves),
+        note=options.note.read_text() if options.note else "",
         model_seed=train.MODEL_SEED,
         train_scenes="{}+{}".format(*train.TRAIN_SCENES),
         crowded_scenes="{}+{}".format(*train.CROWDED_SCENES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -24,14 +25,28 @@ def check_output(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UserError("is a file", where=str(out), fix="name a directory for the bundle")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError("is the directory you are in", where=str(out), fix="name a new one, such as ./bundle")
     if not any(out.iterdir()):
         return
     if not force:
         raise UserError("exists already", where=str(out), fix="choose another directory, or replace it with --force")
-    if not (out / MANIFEST).is_file():
-        raise UserError(
-            "exists and is not a bundle", where=str(out), fix="--force replaces bundles only; choose another directory"
-        )
+    fix = "--force replaces bundles only; choose another directory"
+    listed = _listed_files(out / MANIFEST)
+    if listed is None:
+        raise UserError("exists and is not a bundle", where=str(out), fix=fix)
+    others = sorted(p.name for p in out.iterdir() if p.name not in listed)
+    if others:
+        raise UserError(f"holds what is no part of the bundle: {', '.join(others[:5])}", where=str(out), fix=fix)
+
+
+def _listed_files(manifest: Path) -> set[str] | None:
+    """What a bundle of any version consists of; None for another program's manifest or none at all."""
+    try:
+        content = json.loads(manifest.read_text())
+        return {MANIFEST, *content["files"]} if "secateur" in content else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Checkpoint:
         """Check that every tensor exists in the shape given; reads the files' headers only."""
         missing = [n for n in shapes if n not in self.location]
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise UserError(
                 f"checkpoint lacks {len(missing)} tensors: {shown}", where=str(self.directory),
                 fix="download the whole checkpoint, or check that config.json belongs to it",

@@ -85,7 +85,8 @@ def compare_batch(
         if different:
             # Later stages see other tokens once an earlier one chose otherwise: the first is the one to judge.
             stage = next(s for s in oracle.job.stages if s.planned.name == different[0])
-            if is_tied(stage, free.score.get(different[0]), free.tokens[different[0]]):
+            kept = torch.from_numpy(chosen[different[0]])
+            if is_tied(stage, kept, free.score.get(different[0]), free.tokens[different[0]]):
                 into.tied += 1
             else:
                 into.chose_differently += 1

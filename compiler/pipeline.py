@@ -33,7 +33,7 @@ from secateur.passes.expose_sites import expose_sites
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
-from secateur.passes.insert_vision_stages import insert_vision_stages
+from secateur.passes.insert_vision_stages import check_vision_stages, insert_vision_stages
 from secateur.passes.join_phases import join_decode, join_prefill
 from secateur.passes.recipe_file import load_recipe
 from secateur.passes.recipes import RECIPES
@@ -151,7 +151,9 @@ def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         vision_layers=source.vision.layers,
         decoder_layers=source.decoder_layers,
     )
-    return Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
+    job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
+    check_vision_stages(job.vision_stages)
+    return job
 
 
 def prune(

@@ -169,7 +169,8 @@ class PlannedStage:
             if term is not None
         )
         return (
-            f"{self.name} {self.site} {terms} scope={self.scope} positions={self.positions} "
+            f"{self.name} {self.site} {terms}{_show_signals(self.signals)} "
+            f"scope={self.scope} positions={self.positions} "
             f"tokens={self.groups}x{self.length_in}->{self.groups}x{self.length_out}"
         )
 
@@ -279,3 +280,8 @@ def _stage_share(keep: float, published: float, published_last: float) -> float:
     if published_last >= 1.0:
         return keep
     return float(keep ** (math.log(published) / math.log(published_last)))
+
+
+def _show_signals(signals: Mapping[str, Mapping[str, Any]]) -> str:
+    shown = [f"{name}.{key}={value}" for name in sorted(signals) for key, value in sorted(signals[name].items())]
+    return f" signals={','.join(shown)}" if shown else ""

@@ -1,10 +1,13 @@
 """Whether two runs that kept different tokens chose differently or only met a tie.
 
 Scores within ``c * eps(float32) * max|s|`` of each other are interchangeable. c covers what two correct programs
-differ by before the score is taken: other summation orders in every layer up to the site.
+differ by before the score is taken: other summation orders in every layer up to the site. A choice counts as a tie only
+when interchanging such scores, and nothing else, leads to it.
 """
 
 from __future__ import annotations
+
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor
@@ -12,48 +15,63 @@ from torch import Tensor
 from secateur.passes.stage import StageFunction
 
 TIE_FACTOR = 256.0
+_RESOLUTIONS = 500
+"""Ways to resolve a tie that are tried; more tokens than that at one cut is not a tie but a constant score."""
 
 
-def is_tied(stage: StageFunction, score: Tensor | None, tokens: Tensor) -> bool:
-    """Whether a choice of this stage was decided by less than the tolerance.
+def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, tokens: Tensor) -> bool:
+    """Whether ``kept [groups*K]`` (indices into the row, per group offset) is what the stage chooses up to ties.
 
-    ``score [G,N]`` for selectors that rank, ``tokens [G,N,D]`` for greedy ones, whose steps are replayed one by one
-    with the choices made so far held fixed.
+    ``score [G,N]`` for selectors that rank; ``tokens [G,N,D]`` for greedy ones, whose steps are replayed one by one
+    with the choices made so far held fixed. Every group must be explained.
     """
+    planned = stage.planned
+    groups = (
+        kept.reshape(planned.groups, planned.length_out) - torch.arange(planned.groups)[:, None] * planned.length_in
+    )
+    tokens = tokens.reshape(planned.groups, planned.length_in, -1)
     if score is not None:
-        return any(_has_close_cut(row, cut) for row in score for cut in _cuts(stage))
-    return any(_has_close_step(group, stage.planned.length_out) for group in tokens)
+        return all(_ranks_to(stage, row, own) for row, own in zip(score, groups, strict=True))
+    return all(_walks_to(group, own) for group, own in zip(tokens, groups, strict=True))
 
 
-def _cuts(stage: StageFunction) -> list[int]:
-    """Ranks at which a small difference of scores changes the outcome."""
-    k = stage.planned.length_out
-    contextual = stage.planned.select.options.get("contextual", 0.156)
-    share = min(max(int(contextual * k + 0.5), 1), k - 1)
-    return [k - share] if stage.planned.select.name == "top_k_and_uniform" else [k]
-
-
-def _has_close_cut(score: Tensor, cut: int) -> bool:
-    if cut >= len(score):
-        return False
+def _ranks_to(stage: StageFunction, score: Tensor, kept: Tensor) -> bool:
+    """Whether some order of the scores that are equal within the tolerance selects ``kept``."""
+    tolerance, k = _tolerance(score), stage.planned.length_out
     ranked = score.sort(descending=True).values
-    return bool(ranked[cut - 1] - ranked[cut] <= _tolerance(score))
+    for cut in range(1, k + 1):  # selectors of several parts cut the ranking above k as well
+        edge = ranked[cut - 1]
+        tied = (score - edge).abs() <= tolerance
+        above = (score > edge) & ~tied
+        if int(tied.sum()) < 2:
+            continue
+        members, room = tied.nonzero()[:, 0].tolist(), cut - int(above.sum())
+        for chosen in islice(combinations(members, room), _RESOLUTIONS):
+            lifted = score.clone()
+            lifted[list(chosen)] = edge + 2 * tolerance
+            if torch.equal(stage.choose({"score": lifted[None]})[0], kept):
+                return True
+    return torch.equal(stage.choose({"score": score[None]})[0], kept)
 
 
-def _has_close_step(tokens: Tensor, k: int) -> bool:
-    """Replay greedy k-center and look for a step whose two best candidates are nearly equal."""
+def _walks_to(tokens: Tensor, kept: Tensor) -> bool:
+    """Greedy k-center towards ``kept``: each step takes the farthest token, or a kept one as far within tolerance."""
     units = torch.nn.functional.normalize(tokens.double(), dim=-1)
     distance = 1.0 - units @ units.T
-    nearest = distance.clone().fill_diagonal_(float("inf")).amin(0)
-    state = None
-    for _ in range(min(k, len(tokens) - 1)):
-        rank = (nearest if state is None else state).topk(2)
-        if float(rank.values[0] - rank.values[1]) <= _tolerance(distance):
-            return True
-        pick = int(rank.indices[0])
-        state = distance[pick].clone() if state is None else torch.minimum(state, distance[pick])
-        state[pick] = -float("inf")
-    return False
+    tolerance = _tolerance(distance)
+    state = distance.clone().fill_diagonal_(float("inf")).amin(0)
+    left = set(kept.tolist())
+    first = True
+    while left:
+        farthest = float(state.max())
+        pick = max(left, key=lambda token: float(state[token]))
+        if float(state[pick]) < farthest - tolerance:
+            return False
+        left.remove(pick)
+        state = distance[pick].clone() if first else torch.minimum(state, distance[pick])
+        state[torch.tensor([t for t in kept.tolist() if t not in left])] = -float("inf")
+        first = False
+    return True
 
 
 def _tolerance(values: Tensor) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,6 @@ class Traced:
     def __str__(self) -> str:
         return f"traced {self.source.config.model_type} dtype {self.dtype} {self.geometry}\n\n{self.programs}"
 
-    @cached_property
-    def parameter_shapes(self) -> dict[str, Tensor]:
-        """Every parameter of the model by name, on ``meta`` (tied ones under each of their names)."""
-        return dict(self.model.named_parameters(remove_duplicate=False))
 
 
 def read_source(path: Path) -> Source:

@@ -189,6 +189,15 @@ def _constant(b: Builder, node: fx.Node) -> ir.Value:
     return b.constant(made, dtype)
 
 
+@lowers(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default)
+def _constant_like(b: Builder, node: fx.Node) -> ir.Value:
+    dtype, shape = output(node)
+    number = {aten.ones_like.default: 1}.get(node.target, 0)
+    if node.target is aten.full_like.default:
+        number = args_of(node)[1]
+    return b.constant(torch.full(shape, number, dtype=dtype))
+
+
 @lowers(torch.ops.higher_order.scan)
 def _scan(b: Builder, node: fx.Node) -> list[ir.Value]:
     """One ONNX ``Scan``; what the body reads besides state and step is captured from the graph around it."""

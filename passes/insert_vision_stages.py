@@ -44,6 +44,26 @@ def insert_vision_stages(
     return program.with_module(module, ("features", *kept))
 
 
+def check_vision_stages(stages: Sequence[StageFunction]) -> None:
+    """Refuse, before anything is traced, what this pass cannot insert."""
+    for index, stage in enumerate(stages):
+        planned = stage.planned
+        if planned.site.kind not in ("vision.out", "projector.out"):
+            raise UserError(
+                f"site {planned.site} is not supported yet",
+                where=planned.name,
+                available=["vision.out", "projector.out", "decoder.layer[k]"],
+            )
+        wanted = [s for s in stage.signals if s != "tokens"]
+        if index and wanted:
+            raise UserError(
+                f"signal {wanted[0]} at {planned.site} still counts the tokens that {stages[index - 1].planned.name} "
+                "removed",
+                where=planned.name,
+                fix="let the first stage after the tower use it, or choose by tokens there",
+            )
+
+
 def _insert_stage(program: Program, stage: StageFunction, family: Family, facts: VisionFacts, batch: int) -> Program:
     module = program.edit()
     graph = module.graph
@@ -95,11 +115,7 @@ def _site_value(graph: torch.fx.Graph, stage: StageFunction, family: Family) -> 
             return entering.pop()
         names = sorted(n.name for n in entering)
         raise UserError(f"the projector reads {len(names)} values", where=f"site {kind}", available=names)
-    raise UserError(
-        f"site {stage.planned.site} is not supported yet",
-        where=stage.planned.name,
-        available=["vision.out", "projector.out", "decoder.layer[k]"],
-    )
+    raise AssertionError(f"check_vision_stages let {stage.planned.site} through")
 
 
 def _taps(graph: torch.fx.Graph, stage: StageFunction, family: Family, facts: VisionFacts) -> dict[str, Node]:

@@ -57,6 +57,11 @@ class StageFunction:
         result: Tensor = _apply(self.bound.score, signals, {"k": self.planned.length_out})
         return result
 
+    def choose(self, reserved: Mapping[str, Tensor]) -> Tensor:
+        """``keep [G,K]`` of the selector alone, for a score given as ``{"score": [G,N]}``."""
+        keep: Tensor = _apply(self.bound.select, {}, {"k": self.planned.length_out, **reserved}).keep
+        return keep
+
     def with_keep(self, signals: Mapping[str, Tensor], keep: Tensor) -> TokenMap:
         """The map this stage makes when told to keep ``keep [G,K]``: for comparing runs that chose differently.
 

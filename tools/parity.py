@@ -215,6 +215,8 @@ def compared_rows(records: list[dict[str, Any]]) -> list[list[str]]:
 
 def passed(records: list[dict[str, Any]]) -> bool:
     """The bar: same tokens everywhere, nothing chosen differently, absolute differences within the tolerance."""
+    if not records:
+        return False
     for record in records:
         o = record["outcome"]
         if record["kind"] == "identity":
@@ -249,11 +251,10 @@ logits over all steps, teacher-forced.
 
 ## Choices and numbers
 
-*equal*: every stage kept what the oracle kept. *tied*: it did not, and two scores met within
-256 units of float32 rounding of the largest score at the cut. *different*: anything else. The other columns are
-largest absolute differences over all rows: projected features, hidden rows each decoder stage leaves, keys and
-values of every layer, teacher-forced logits after the prompt and two decode steps. Batch 3 packs rows of different
-length.
+*equal*: every stage kept what the oracle kept. *tied*: it did not, and interchanging scores within 256 units of
+float32 rounding of the largest one explains the choice. *different*: anything else. The other columns are largest
+absolute differences over all rows: projected features, hidden rows each decoder stage leaves, keys and values of
+every layer, teacher-forced logits after the prompt and two decode steps. Batch 3 packs rows of different length.
 
 {table(["recipe", "keep", "batch", "rows", "equal", "tied", "different", *KINDS], compared_rows(records))}
 """

@@ -67,7 +67,6 @@ class Traced:
         return f"traced {self.source.config.model_type} dtype {self.dtype} {self.geometry}\n\n{self.programs}"
 
 
-
 def read_source(path: Path) -> Source:
     """Check a model directory and read its configuration.
 

@@ -192,9 +192,7 @@ def _constant(b: Builder, node: fx.Node) -> ir.Value:
 @lowers(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default)
 def _constant_like(b: Builder, node: fx.Node) -> ir.Value:
     dtype, shape = output(node)
-    number = {aten.ones_like.default: 1}.get(node.target, 0)
-    if node.target is aten.full_like.default:
-        number = args_of(node)[1]
+    number = args_of(node)[1] if node.target is aten.full_like.default else int(node.target is aten.ones_like.default)
     return b.constant(torch.full(shape, number, dtype=dtype))
 
 

@@ -137,9 +137,9 @@ def find_crossing(graph: fx.Graph, layers: str, layer: int, where: str) -> Cross
         if not isinstance(value, Tensor):
             lengths.append(node)
         elif not _has_token_axis(node):
+            shown = ",".join(str(n) if isinstance(n, int) else "s" for n in value.shape)
             raise SecateurError(
-                f"value {node.name} [{','.join(str(n) if isinstance(n, int) else 's' for n in value.shape)}] crosses into "
-                f"layer {layer} and its token axis is not dimension 1",
+                f"value {node.name} [{shown}] crosses into layer {layer} and its token axis is not dimension 1",
                 where=f"insert_decoder_stages: {where}",
                 fix="the pass must learn this kind of value before the family can be pruned inside the decoder",
             )

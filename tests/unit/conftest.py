@@ -25,7 +25,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def traced(model_dir: Callable[..., Path]) -> Callable[..., Any]:
-    """``traced(decoder="llama", dtype="fp32", batch=1, images=1)`` -> Traced, 4 layers, 24 text tokens and 8 new ones."""
+    """``traced(decoder="llama", dtype="fp32", batch=1, images=1)`` -> Traced: 4 layers, 24 text, 8 new tokens."""
     from secateur.compiler.pipeline import Geometry, read_source, trace_model
 
     made: dict[tuple[object, ...], Any] = {}

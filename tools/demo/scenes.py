@@ -5,6 +5,7 @@ question has one answer. 'left of the 5' is asked in scenes of two digits, when 
 `SIDE_MARGIN` pixels to the left of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +130,14 @@ def ask_everything(
     asked: list[Question] = []
     everyone = tuple(range(len(objects)))
 
-    def ask(kind, answer, about, source, digit=None, colour=None):
+    def ask(
+        kind: str,
+        answer: str,
+        about: Sequence[int],
+        source: Sequence[int],
+        digit: int | None = None,
+        colour: str | None = None,
+    ) -> None:
         text = phrase_question(kind, int(rng.integers(0, 12)), digit, colour)
         asked.append(Question(kind, text, answer, tuple(about), tuple(source)))
 
@@ -184,7 +192,7 @@ def make_scene(
 
 def held_out(n: int = 1000) -> list[tuple[np.ndarray, str, str, Scene]]:
     """`n` held-out (image, question, answer, scene), the kinds of question in equal parts, one per scene."""
-    samples = []
+    samples: list[tuple[np.ndarray, str, str, Scene]] = []
     seed = 0
     while len(samples) < n:
         kind = KINDS[len(samples) % len(KINDS)]

@@ -6,6 +6,7 @@ Writes the HF directory with its card, eight held-out images with questions, and
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,7 +16,7 @@ from secateur.tools.demo.language import KINDS
 from secateur.tools.demo.scenes import make_scene
 
 SAMPLE_SEEDS = range(2_000_000, 2_000_008)  # held-out digits; not among the 1,000 test scenes
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "unpruned": {},
     "oracle-keep 0.5": {"keep": "oracle:0.5"},
     "random-keep 0.5": {"keep": "random:0.5"},
@@ -100,7 +101,7 @@ def format_training(curves: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_trained(work: Path):
+def load_trained(work: Path) -> tuple[Any, dict[str, list[dict]]]:
     """The model put together from the stages' checkpoints, and their curves."""
     import torch
 

@@ -85,6 +85,12 @@ class OnnxRuntimeBackend:
             raise UserError(
                 "onnxruntime is not installed", where="backend onnxruntime", fix="pip install 'secateur[cpu]'"
             ) from None
+        if manifest.dtype != "fp32":
+            raise UserError(
+                f"the bundle computes in {manifest.dtype}, this version runs ONNX Runtime in fp32 on the CPU only",
+                where="backend onnxruntime",
+                fix="compile with --dtype fp32 to run it here",
+            )
         provider = manifest.provider or _CPU
         if provider != _CPU:
             raise UserError(

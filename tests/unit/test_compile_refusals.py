@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from secateur.compiler import output, pipeline
 from secateur.compiler.output import whole_directory
 from secateur.compiler.pipeline import Geometry
+from secateur.exporters import weights
 from secateur.runtime.errors import UserError
 from secateur.tools import cli
 
@@ -317,6 +319,34 @@ def test_failing_in_the_middle_of_the_weights(
     assert (got, printed, err) == (code, "", f"error: {text}\n")
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if replaced else [])
     assert not replaced or contents(out) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB, where the user may make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told beforehand", "while writing"])
+def test_a_disk_that_is_really_full(
+    capsys: pytest.CaptureFixture[str], model_dir: Any, traced: Any, small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch, told: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "trace_model", lambda *_: traced())
+    if not told:
+        monkeypatch.setattr(weights, "_require_space", lambda *_: None)
+    sizes = ("--text-tokens", 24, "--new-tokens", 8)
+    code, out, err = secateur(capsys, "-q", "compile", model_dir(), "-o", small_disk / "out", *sizes)
+    assert (code, out, err.count("\n")) == (2 if told else 1, "", 1)
+    assert "disk full" in err
+    assert err.endswith("free some space or choose another directory\n")
+    assert list(small_disk.iterdir()) == []
 
 
 def test_the_weights_of_another_model(

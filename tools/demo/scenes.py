@@ -25,7 +25,7 @@ SPLITS = ("train", "held_out")
 DRAWN_DIGITS = tuple(range(8))  # 8 and 9 are what a tower this small confuses most at 8x8 source pixels
 GAP = 6  # least distance in pixels between two digits' boxes
 SIDE_MARGIN = 10
-SIDES = ("left", "right")  # asked of scenes with two digits only: among more, a decoder this small guesses
+SIDES = ("left", "right")  # asked of scenes with two digits only: among more, the trained model guesses
 COVERED = 0.04  # mean ink of a patch from which it counts as lying under a digit
 
 

@@ -233,6 +233,6 @@ def test_sites_read_with_spaces() -> None:
 def test_a_plan_prints_as_stable_text() -> None:
     assert str(plan(RECIPES["fastv"], keep=0.25)) == (
         "recipe fastv keep=0.25\n"
-        "  stage0 decoder.layer[2] score=last_query_attention_mean(heads='mean') select=top_k() scope=whole "
-        "positions=original tokens=1x576->1x144"
+        "  stage0 decoder.layer[2] score=last_query_attention_mean(heads='mean') select=top_k() "
+        "signals=last_query_attention.projections=previous scope=whole positions=original tokens=1x576->1x144"
     )

@@ -1,14 +1,22 @@
-"""Golden text: what something prints, kept in ``tests/golden/`` and compared line by line."""
+"""For all tests: signals as a terminal has them, and golden text, what something prints, compared line by line."""
 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 GOLDEN = Path(__file__).with_name("golden")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals() -> None:
+    """A test run in the background, or under nohup, ignores signals, and so would every program it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -36,6 +36,7 @@ def never_traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 def secateur(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()  # what writing the model printed
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in arguments])
     out, err = capsys.readouterr()

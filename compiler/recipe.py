@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from secateur.runtime.errors import UserError
 
 SITE_KINDS = ("vision.layer", "vision.out", "projector.out", "decoder.layer")
 """Kinds of site of the present families; the two that end in ``layer`` take an index."""
 
-Scope = Literal["image", "whole"]
+Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
 
@@ -78,14 +78,36 @@ _SITE_FORMS = ("vision.layer[i]", "vision.out", "projector.out", "decoder.layer[
 
 @dataclass(frozen=True)
 class Term:
-    """A function of the vocabulary by name, with its options: one score, selector or merge."""
+    """A function of the vocabulary by name, with its options: one score, selector or merge.
+
+    ``of`` holds the scores a score is made from: a product or sum of several, or a calibration of one.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    of: tuple[Term, ...] = ()
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{k}={self.options[k]!r}" for k in sorted(self.options))
-        return f"{self.name}({inner})"
+        inner = [str(term) for term in self.of] + [f"{k}={self.options[k]!r}" for k in sorted(self.options)]
+        return f"{self.name}({', '.join(inner)})"
+
+
+class Grid(NamedTuple):
+    """How the tokens of a group lie while all of them are there: ``N = frames * rows * columns``, frame by frame and
+    row by row. Images of a prompt are frames."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting a paper published: the model it is for, the keep ratio, and what the paper calls it."""
+
+    model: str
+    keep: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,17 +115,27 @@ class Stage:
     """One reduction: a site, the functions that choose, and the published share of tokens left.
 
     ``share`` is the fraction of the *original* prunable tokens left after this stage in the paper's
-    setting; it fixes the proportions between stages, see :func:`plan_recipe`.
+    setting; it fixes the proportions between stages, see :func:`plan_recipe`. 0 removes all of them.
+    ``count`` instead is an exact number of tokens per group, whatever the keep ratio.
+    A stage without ``select`` removes nothing: it scores, for later stages that ask for ``carried``.
+    ``window`` is the number of images (frames) that share one budget when the scope is "window".
     ``signals`` holds the options of signals, by signal name.
     """
 
     site: Site
-    select: Term
+    select: Term | None
     score: Term | None = None
     merge: Term | None = None
     share: float = 0.5
     scope: Scope = "image"
+    window: int = 1
+    count: int | None = None
     signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the stage leaves a part of the tokens: neither all (it only scores) nor none."""
+        return self.select is not None and (self.count is not None or self.share > 0)
 
 
 @dataclass(frozen=True)
@@ -118,14 +150,22 @@ class Recipe:
     evidence: Evidence = "authors' code"
     notes: str = ""
     identity_at_one: bool = True
-    """Whether keep-ratio 1.0 leaves the model's output unchanged (false for rows that always merge)."""
+    """Whether keep-ratio 1.0 leaves the model's output unchanged (false for rows that always merge, and for those
+    that drop everything in late layers)."""
+    settings: tuple[Setting, ...] = ()
 
     def __post_init__(self) -> None:
         before = 1.0
         for index, stage in enumerate(self.stages):
             where = f"recipe {self.name}: stages[{index}].share"
-            if not 0.0 < stage.share <= 1.0:
-                raise UserError(f"share {stage.share:g} is out of (0, 1]", where=where)
+            if stage.select is None:
+                continue
+            if not 0.0 <= stage.share <= 1.0:
+                raise UserError(f"share {stage.share:g} is out of [0, 1]", where=where)
+            if before == 0.0:
+                raise UserError(
+                    "no token is left for this stage", where=where, fix="a stage of share 0 must be the last"
+                )
             if stage.share > before:
                 raise UserError(
                     f"share {stage.share:g} is more than the {before:g} the stage before leaves",
@@ -136,20 +176,22 @@ class Recipe:
 
     @property
     def default_keep(self) -> float:
-        return self.stages[-1].share if self.stages else 1.0
+        """The published fraction of tokens left after the last stage that leaves any."""
+        shares = [stage.share for stage in self.stages if stage.prunes]
+        return shares[-1] if shares else 1.0
 
 
 @dataclass(frozen=True)
 class PlannedStage:
     """A stage with its numbers: ``length_in`` tokens per row come in, ``length_out`` go on.
 
-    Both are per *group*: an image when the scope is ``image``, the row when it is ``whole``.
+    Both are per *group*: an image, a window of images or the row, as the scope says.
     """
 
     index: int
     site: Site
     score: Term | None
-    select: Term
+    select: Term | None
     merge: Term | None
     scope: Scope
     positions: Positions
@@ -157,10 +199,17 @@ class PlannedStage:
     groups: int
     length_in: int
     length_out: int
+    grid: Grid | None = None
+    """How the tokens lie, as long as no earlier stage removed any."""
 
     @property
     def name(self) -> str:
         return f"stage{self.index}"
+
+    @property
+    def observes(self) -> bool:
+        """Whether the stage only scores and leaves every token as it is."""
+        return self.select is None
 
     def __str__(self) -> str:
         terms = " ".join(
@@ -196,12 +245,14 @@ def plan_recipe(
     tokens_per_image: int,
     vision_layers: int,
     decoder_layers: int,
+    grid: tuple[int, int] | None = None,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
 
-    ``keep`` is the fraction of the prunable tokens left after the last stage. With published shares
+    ``keep`` is the fraction of the prunable tokens left after the last stage that leaves any. With published shares
     ``p_i`` stage i leaves ``keep ** (ln p_i / ln p_last)`` of them: the published values when ``keep`` is
-    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before.
+    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before. ``grid`` is an image's rows and
+    columns of tokens.
     """
     keep = recipe.default_keep if keep is None else keep
     if not 0.0 < keep <= 1.0:
@@ -212,33 +263,66 @@ def plan_recipe(
         )
     sites = _place_sites(recipe, {"vision": vision_layers, "decoder": decoder_layers})
     stages: list[PlannedStage] = []
-    groups, length = images, tokens_per_image
+    groups, length, whole = images, tokens_per_image, True
     for index, (stage, site) in enumerate(zip(recipe.stages, sites, strict=True)):
-        if stage.scope == "image" and groups < images:
-            raise UserError(
-                f"stage {index} has scope 'image', but the stage before left a different number of tokens per image",
-                where=f"recipe {recipe.name}",
-                fix="use scope 'whole' from the first stage with it on",
-            )
-        if stage.scope == "whole" and groups > 1:
-            if not site.kind.startswith("decoder"):
-                raise UserError(
-                    f"scope 'whole' at {site} would leave a different number of tokens per image",
-                    where=f"recipe {recipe.name}",
-                    fix="use scope 'image', or a decoder.layer[k] site",
-                )
-            groups, length = 1, groups * length
-        total = tokens_per_image * images // groups
-        share = _stage_share(keep, stage.share, recipe.stages[-1].share)
-        count = min(max(1, math.floor(share * total + 0.5)), length)
+        groups, length = _regroup(recipe, index, site, groups, length, images)
+        count = _count_left(recipe, index, keep, tokens_per_image * images // groups, length)
+        shape = Grid(images // groups, *grid) if grid is not None and whole else None
         stages.append(
             PlannedStage(
                 index, site, stage.score, stage.select, stage.merge, stage.scope, recipe.positions,
-                stage.signals, groups, length, count,
+                stage.signals, groups, length, count, shape,
             )
         )  # fmt: skip
+        whole = whole and count == length and stage.merge is None
         length = count
     return PlannedRecipe(recipe, keep, tuple(stages))
+
+
+def _regroup(recipe: Recipe, index: int, site: Site, groups: int, length: int, images: int) -> tuple[int, int]:
+    """Groups and tokens per group a stage works on; raises UserError where its scope does not fit."""
+    stage = recipe.stages[index]
+    where = f"recipe {recipe.name}"
+    if stage.scope == "window" and (stage.window < 1 or images % stage.window):
+        raise UserError(
+            f"stage {index} has windows of {stage.window} images, which do not divide the {images} of a row",
+            where=where,
+            fix="compile for a multiple of the window with --images",
+        )
+    wanted = {"image": images, "window": images // stage.window, "whole": 1}[stage.scope]
+    if groups < wanted:
+        raise UserError(
+            f"stage {index} has scope {stage.scope!r}, but the stage before left a different number of tokens per "
+            f"{stage.scope}",
+            where=where,
+            fix="use scope 'whole' from the first stage with it on",
+        )
+    if wanted < groups and not site.kind.startswith("decoder"):
+        raise UserError(
+            f"scope {stage.scope!r} at {site} would leave a different number of tokens per image",
+            where=where,
+            fix="use scope 'image', or a decoder.layer[k] site",
+        )
+    return wanted, length * groups // wanted
+
+
+def _count_left(recipe: Recipe, index: int, keep: float, total: int, length: int) -> int:
+    """Tokens a group of ``total`` unpruned ones has after a stage that receives ``length``."""
+    stage = recipe.stages[index]
+    if stage.select is None:
+        return length
+    if stage.count is not None:
+        if not 1 <= stage.count <= length:
+            raise UserError(
+                f"stage {index} keeps {stage.count} tokens of {length}",
+                where=f"recipe {recipe.name}",
+                fix=f"give a count from 1 to {length}",
+            )
+        return stage.count
+    if stage.share == 0.0:
+        return 0
+    share = _stage_share(keep, stage.share, recipe.default_keep)
+    return min(max(1, math.floor(share * total + 0.5)), length)
 
 
 def _place_sites(recipe: Recipe, layers: Mapping[str, int]) -> list[Site]:

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.compiler.recipe import Evidence, Positions, Recipe, Scope, Site, Stage, Term
+from secateur.compiler.recipe import Evidence, Positions, Recipe, Scope, Setting, Site, Stage, Term
 from secateur.passes.recipes import get_recipe
 from secateur.runtime.errors import UserError
 
@@ -30,6 +30,7 @@ class _TermFields(BaseModel):
     model_config = _CONFIG
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    of: list[_TermFields] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -37,18 +38,27 @@ class _TermFields(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
     def term(self) -> Term:
-        return Term(self.name, self.options)
+        return Term(self.name, self.options, tuple(inner.term() for inner in self.of))
 
 
 class _StageFields(BaseModel):
     model_config = _CONFIG
     site: str
-    select: _TermFields
+    select: _TermFields | None = None
     score: _TermFields | None = None
     merge: _TermFields | None = None
-    share: float = Field(gt=0, le=1)
+    share: float | None = Field(None, ge=0, le=1)
+    count: int | None = Field(None, ge=1)
     scope: Scope = "image"
+    window: int = Field(1, ge=1)
     signals: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class _SettingFields(BaseModel):
+    model_config = _CONFIG
+    model: str
+    keep: float = Field(gt=0, le=1)
+    note: str = ""
 
 
 class _RecipeFields(BaseModel):
@@ -60,11 +70,13 @@ class _RecipeFields(BaseModel):
     evidence: Evidence = "reconstructed"
     notes: str = ""
     identity_at_one: bool = True
+    settings: list[_SettingFields] = Field(default_factory=list)
     stages: list[_StageFields]
 
 
 _FIELDS: dict[str, type[BaseModel]] = {
     "": _RecipeFields, "stages": _StageFields, "score": _TermFields, "select": _TermFields, "merge": _TermFields,
+    "of": _TermFields, "settings": _SettingFields,
 }  # fmt: skip
 _CHOICES = {"scope": get_args(Scope), "positions": get_args(Positions), "evidence": get_args(Evidence)}
 _SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
@@ -91,8 +103,9 @@ def recipe_from_yaml(text: str, where: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise _describe(error, where) from None
     stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
-    plain = fields.model_dump(exclude={"stages"})
-    return Recipe(stages=tuple(stages), **plain)
+    settings = tuple(Setting(s.model, s.keep, s.note) for s in fields.settings)
+    plain = fields.model_dump(exclude={"stages", "settings"})
+    return Recipe(stages=tuple(stages), settings=settings, **plain)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -112,6 +125,7 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         "evidence": recipe.evidence,
         "notes": recipe.notes,
         "identity_at_one": recipe.identity_at_one,
+        "settings": [{"model": s.model, "keep": s.keep, "note": s.note} for s in recipe.settings],
         "stages": [_write_stage(stage) for stage in recipe.stages],
     }
 
@@ -120,23 +134,33 @@ def _write_stage(stage: Stage) -> dict[str, Any]:
     terms = {"score": stage.score, "select": stage.select, "merge": stage.merge}
     return {
         "site": f"{stage.site.kind}[{stage.site.layer}/{stage.site.depth}]" if stage.site.depth else str(stage.site),
-        **{role: {"name": term.name, "options": dict(term.options)} for role, term in terms.items() if term},
-        "share": stage.share,
+        **{role: _write_term(term) for role, term in terms.items() if term},
+        **({"count": stage.count} if stage.count is not None else {"share": stage.share} if stage.select else {}),
         "scope": stage.scope,
+        **({"window": stage.window} if stage.scope == "window" else {}),
         "signals": {name: dict(options) for name, options in stage.signals.items()},
     }
+
+
+def _write_term(term: Term) -> dict[str, Any]:
+    of = {"of": [_write_term(inner) for inner in term.of]} if term.of else {}
+    return {"name": term.name, "options": dict(term.options), **of}
 
 
 def _read_stage(fields: _StageFields, where: str) -> Stage:
     from secateur.passes.vocabulary import bind_stage  # imports torch, which listing the table does not need
 
+    if fields.select is not None and (fields.share is None) == (fields.count is None):
+        raise UserError("give either a share or a count", where=where)
     stage = Stage(
         site=Site.parse(fields.site, where=f"{where}.site"),
-        select=fields.select.term(),
+        select=fields.select.term() if fields.select else None,
         score=fields.score.term() if fields.score else None,
         merge=fields.merge.term() if fields.merge else None,
-        share=fields.share,
+        share=1.0 if fields.share is None else fields.share,
+        count=fields.count,
         scope=fields.scope,
+        window=fields.window,
         signals=fields.signals,
     )
     bind_stage(stage, where=where)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.compiler.recipe import PlannedStage
 from secateur.compiler.token_map import TokenMap
+from secateur.passes.methods.rows import Scored
 from secateur.passes.methods.select import Selection
 from secateur.passes.vocabulary import BoundStage, BoundTerm, bind_stage
+from secateur.runtime.errors import UserError
+
+
+class StageResult(NamedTuple):
+    """``map`` is what stays and how it is mixed; ``carry [G,N]`` float32 is what the stage tells later ones about the
+    tokens that *entered* it, or None for a stage without a score."""
+
+    map: TokenMap
+    carry: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,34 +42,43 @@ class StageFunction:
         return tuple(sorted(self.bound.signals))
 
     @property
-    def signal_options(self) -> Mapping[str, Mapping[str, str]]:
+    def signal_options(self) -> Mapping[str, Mapping[str, Any]]:
         """Options by signal name, defaults filled in."""
         return self.bound.signals
 
     def __call__(self, signals: Mapping[str, Tensor]) -> TokenMap:
+        return self.run(signals).map
+
+    def run(self, signals: Mapping[str, Tensor], keep: Tensor | None = None) -> StageResult:
+        """The stage's map and carry. ``keep [G,K]`` replaces the choice, not the merge (eager only)."""
         count, k = self.planned.length_in, self.planned.length_out
-        reserved: dict[str, Any] = {"k": k}
-        if self.bound.score is not None:
-            reserved["score"] = score = _apply(self.bound.score, signals, reserved)
-            assert score.shape[1:] == (count,), f"{self.planned}: score has shape {tuple(score.shape)}"
-        reserved["selection"] = selection = _apply(self.bound.select, signals, reserved)
+        reserved, carry = self._reserve(signals)
+        if self.bound.select is None:
+            assert carry is not None, f"{self.planned} neither scores nor selects"
+            everything = torch.arange(count).unsqueeze(0).expand(carry.shape[0], count)
+            return StageResult(TokenMap(everything), carry)
+        selection = _apply(self.bound.select, signals, reserved)
+        if keep is not None and not torch.equal(selection.keep, keep):
+            selection = _force(selection, keep, reserved)
         keep = selection.keep
         assert keep.shape[1:] == (k,), f"{self.planned}: keep has shape {tuple(keep.shape)}"
         if self.bound.merge is None:
-            return TokenMap(keep)
-        mix = _apply(self.bound.merge, signals, reserved)
+            return StageResult(TokenMap(keep), carry)
+        mix = _apply(self.bound.merge, signals, reserved | {"selection": selection})
         assert mix.shape == (keep.shape[0], k, count), f"{self.planned}: mix has shape {tuple(mix.shape)}"
-        return TokenMap(keep, mix)
+        return StageResult(TokenMap(keep, mix), carry)
 
     def score(self, signals: Mapping[str, Tensor]) -> Tensor:
         """The score ``[G,N]`` alone, for a stage that has one."""
         assert self.bound.score is not None, f"{self.planned} has no score"
-        result: Tensor = _apply(self.bound.score, signals, {"k": self.planned.length_out})
+        result: Tensor = self._reserve(signals)[0]["score"]
         return result
 
-    def choose(self, reserved: Mapping[str, Tensor]) -> Tensor:
+    def choose(self, reserved: Mapping[str, Tensor], signals: Mapping[str, Tensor] | None = None) -> Tensor:
         """``keep [G,K]`` of the selector alone, for a score given as ``{"score": [G,N]}``."""
-        keep: Tensor = _apply(self.bound.select, {}, {"k": self.planned.length_out, **reserved}).keep
+        assert self.bound.select is not None, f"{self.planned} selects nothing"
+        given = {"k": self.planned.length_out, "grid": self.planned.grid, **reserved}
+        keep: Tensor = _apply(self.bound.select, signals or {}, given).keep
         return keep
 
     def with_keep(self, signals: Mapping[str, Tensor], keep: Tensor) -> TokenMap:
@@ -68,26 +87,59 @@ class StageFunction:
         A selector that marks merge targets takes them from what its score ranks below the outright survivors, so of a
         forced set the targets are its lowest-scoring members. Eager only.
         """
-        if self.bound.merge is None:
-            return TokenMap(keep)
-        reserved: dict[str, Any] = {"k": self.planned.length_out}
-        if self.bound.score is not None:
-            reserved["score"] = _apply(self.bound.score, signals, reserved)
-        targets = _apply(self.bound.select, signals, reserved).targets
-        if targets is not None:
-            order = reserved["score"].gather(1, keep).argsort(1, stable=True)
-            lowest = order[:, : int(targets[0].sum())]
-            targets = torch.zeros_like(targets).scatter(1, lowest, True)
-        reserved["selection"] = Selection(keep, targets)
-        return TokenMap(keep, _apply(self.bound.merge, signals, reserved))
+        return self.run(signals, keep).map
+
+    def _reserve(self, signals: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor | None]:
+        """What functions receive besides signals, the score among it; and what the stage carries on."""
+        reserved: dict[str, Any] = {"k": self.planned.length_out, "grid": self.planned.grid}
+        if self.bound.score is None:
+            return reserved, None
+        scored = _score(self.bound.score, signals, reserved)
+        for value in scored:
+            assert value.shape[1:] == (self.planned.length_in,), f"{self.planned}: score is {tuple(value.shape)}"
+        return reserved | {"score": scored.score}, scored.carry
 
 
 def stage_function(planned: PlannedStage) -> StageFunction:
     """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not."""
-    return StageFunction(planned, bind_stage(planned, where=planned.name))
+    bound = bind_stage(planned, where=planned.name)
+    if planned.grid is None and any("grid" in term.every_reserved() for term in bound.terms):
+        raise UserError(
+            "a function of this stage needs the whole grid of patches, of which an earlier stage removed some",
+            where=f"{planned.name} {planned.site}",
+            fix="let it be the first stage that prunes",
+        )
+    return StageFunction(planned, bound)
+
+
+def _score(term: BoundTerm, signals: Mapping[str, Tensor], reserved: Mapping[str, Any]) -> Scored:
+    """A score with the scores it is made of. What one of those carries on counts for the whole, if only one does."""
+    parts = [_score(inner, signals, reserved) for inner in term.of]
+    given = dict(reserved)
+    if parts:
+        given |= {"score": parts[0].score, "scores": tuple(part.score for part in parts)}
+    result = _apply(term, signals, given)
+    if isinstance(result, Scored):
+        return result
+    told = [part.carry for part in parts if part.carry is not part.score]
+    return Scored(result, told[0] if len(told) == 1 else result)
+
+
+def _force(selection: Selection, keep: Tensor, reserved: Mapping[str, Any]) -> Selection:
+    """``selection`` with other survivors. Pairs a selector made itself are lost with it: the dropped stay dropped."""
+    targets, assigned = selection.targets, selection.assigned
+    if targets is not None:
+        order = reserved["score"].gather(1, keep).argsort(1, stable=True)
+        lowest = order[:, : int(targets[0].sum())]
+        targets = torch.zeros_like(targets).scatter(1, lowest, True)
+    if assigned is not None:
+        groups, k = keep.shape
+        place = torch.arange(k).unsqueeze(0).expand(groups, k)
+        assigned = torch.full_like(assigned, k).scatter(1, keep, place)
+    return Selection(keep, targets, assigned)
 
 
 def _apply(term: BoundTerm, signals: Mapping[str, Tensor], reserved: Mapping[str, Any]) -> Any:
-    arguments: dict[str, Any] = {name: signals[name] for name in term.signals}
+    arguments: dict[str, Any] = {name: signals.get(name) for name in term.signals}
     arguments |= {name: reserved[name] for name in term.reserved}
     return term.function(**arguments, **term.options)

@@ -1,9 +1,19 @@
-"""Two things several methods do to rows: scale them to length one, and pick some of them."""
+"""What several methods share: a score with something to carry on, and small moves on rows."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Scored(NamedTuple):
+    """What a score function returns when the next stage shall be told something other than the score: ``carry
+    [G,N]`` reaches it as the signal ``carried``, for the tokens that are kept."""
+
+    score: Tensor
+    carry: Tensor
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -18,10 +18,13 @@ class Selection(NamedTuple):
     """``keep [G,k]`` int64 strictly increasing; ``targets [G,k]`` bool marks the survivors others may merge into.
 
     ``targets`` is None when the selector does not tell survivors apart: then every survivor is a target.
+    ``assigned [G,N]`` int64, of selectors that pair tokens themselves: which survivor (0 to k - 1, its place in
+    ``keep``) each token joins; a survivor joins itself, a token that is simply dropped has k.
     """
 
     keep: Tensor
     targets: Tensor | None = None
+    assigned: Tensor | None = None
 
 
 def top_k(score: Tensor, k: int) -> Selection:
@@ -106,8 +109,15 @@ def _mark_chosen(distance: Tensor, position: Tensor, pick: Tensor) -> Tensor:
     return torch.where(position == pick.unsqueeze(1), -math.inf, distance)
 
 
+def nothing(tokens: Tensor, k: int) -> Selection:
+    """No token at all: for a stage of share 0, after which the decoder goes on with text alone. ``keep [G,0]``."""
+    assert k == 0, "this selector is for stages of share 0"
+    return Selection(_positions(tokens, 0).unsqueeze(0).expand(tokens.shape[0], 0))
+
+
 SELECTORS: dict[str, Callable[..., Selection]] = {
     "max_min": max_min,
+    "nothing": nothing,
     "top_k": top_k,
     "top_k_and_uniform": top_k_and_uniform,
 }

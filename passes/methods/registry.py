@@ -1,0 +1,26 @@
+"""Every function of the vocabulary by name, gathered from the modules beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from secateur.passes.methods import merge, score, select
+
+_MODULES: tuple[ModuleType, ...] = (score, select, merge)
+
+
+def _gather(role: str) -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    for module in _MODULES:
+        for name, function in getattr(module, role, {}).items():
+            assert name not in found, f"two functions are called {name}"
+            found[name] = function
+    return found
+
+
+SCORES = _gather("SCORES")
+"""How much each token matters: ``[G,N]``, or :class:`Scored`."""
+SELECTORS = _gather("SELECTORS")
+MERGES = _gather("MERGES")

@@ -1,0 +1,53 @@
+"""Every row of the table keeps and mixes the tokens that its paper's definition names, worked out in slow loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from secateur.compiler.recipe import plan_recipe
+from secateur.passes.recipes import RECIPES
+from secateur.passes.stage import stage_function
+
+from .transcriptions import Transcription, View, decoder, decoder_attention, tower, tower_attention
+from .transcriptions.draw import draw_signals
+
+TRANSCRIPTIONS: dict[str, Transcription] = decoder_attention.ROWS | decoder.ROWS | tower_attention.ROWS | tower.ROWS
+NOT_PAPERS = {"none", "random"}
+
+
+def test_every_row_has_a_transcription() -> None:
+    assert set(TRANSCRIPTIONS) == set(RECIPES) - NOT_PAPERS
+
+
+@pytest.mark.parametrize(("side", "images"), [(4, 1), (6, 4)], ids=["one image", "four images"])
+@pytest.mark.parametrize("keep", [0.06, 0.12, 0.5, 0.96, None, 1.0])
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - NOT_PAPERS))
+def test_row_follows_its_paper(name: str, keep: float | None, side: int, images: int) -> None:
+    plan = plan_recipe(
+        RECIPES[name], keep=keep, images=images, tokens_per_image=side * side, vision_layers=24, decoder_layers=32,
+        grid=(side, side),
+    )  # fmt: skip
+    carried: torch.Tensor | None = None
+    for planned in plan.stages:
+        stage = stage_function(planned)
+        groups = planned.groups * 2  # two rows of a batch
+        if carried is not None:
+            carried = carried.reshape(groups, planned.length_in)
+        signals = draw_signals(stage, groups, seed=planned.length_in + planned.index, carried=carried)
+        (kept, mix), carry = stage.run(signals)
+        assert kept.shape == (groups, planned.length_out)
+        assert kept.dtype == torch.int64
+        for group in range(groups):
+            one = {signal: value[group].numpy() for signal, value in signals.items()}
+            expected = TRANSCRIPTIONS[name](View(planned.index, planned.length_out, planned.grid, one))
+            assert kept[group].tolist() == list(expected.keep), f"{planned.name} group {group}"
+            assert (mix is None) == (expected.rows is None)
+            if mix is not None and expected.rows is not None:
+                rows = (mix[group] @ signals["tokens"][group]).numpy()
+                np.testing.assert_allclose(rows, expected.rows, rtol=1e-4, atol=1e-4)
+            if expected.carry is not None:
+                assert carry is not None
+                np.testing.assert_allclose(carry[group].numpy(), np.array(expected.carry), rtol=1e-4, atol=1e-6)
+        carried = None if carry is None else carry.gather(1, kept)

@@ -1,0 +1,7 @@
+"""Transcriptions of the rows in ``passes/recipes/tower_attention_rows.py``."""
+
+from __future__ import annotations
+
+from . import Transcription
+
+ROWS: dict[str, Transcription] = {}

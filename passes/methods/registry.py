@@ -6,9 +6,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from secateur.passes.methods import merge, score, select
+from secateur.passes.methods import merge, merge_pairs, score, select
 
-_MODULES: tuple[ModuleType, ...] = (score, select, merge)
+_MODULES: tuple[ModuleType, ...] = (score, select, merge, merge_pairs)
 
 
 def _gather(role: str) -> dict[str, Callable[..., Any]]:

@@ -6,9 +6,33 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from secateur.passes.methods import merge, merge_pairs, score, select
+from secateur.passes.methods import (
+    calibrate,
+    merge,
+    merge_pairs,
+    merge_runs,
+    score,
+    score_attention,
+    score_change,
+    select,
+    select_frames,
+    select_pivots,
+    select_recycle,
+)
 
-_MODULES: tuple[ModuleType, ...] = (score, select, merge, merge_pairs)
+_MODULES: tuple[ModuleType, ...] = (
+    score,
+    select,
+    merge,
+    merge_pairs,
+    merge_runs,
+    score_change,
+    score_attention,
+    select_frames,
+    select_pivots,
+    select_recycle,
+    calibrate,
+)
 
 
 def _gather(role: str) -> dict[str, Callable[..., Any]]:

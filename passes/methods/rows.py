@@ -24,3 +24,13 @@ def unit_rows(rows: Tensor) -> Tensor:
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """``rows [G,N,D]`` at ``index [G,K]`` (int64), group by group: ``[G,K,D]``."""
     return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def ranks(score: Tensor) -> Tensor:
+    """The place of each of ``score [G,N]`` from the lowest, 0, to the highest, N - 1: float32, without ties.
+
+    Of equal scores the lower index comes first.
+    """
+    order = score.argsort(dim=-1, stable=True)
+    place = torch.arange(score.shape[-1], dtype=torch.float32, device=score.device).unsqueeze(0).expand_as(order)
+    return torch.zeros_like(score).scatter(1, order, place)

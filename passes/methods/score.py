@@ -17,7 +17,7 @@ def cls_attention_mean(cls_attention: Tensor, heads: Heads = "mean") -> Tensor:
 
     FasterVLM takes the mean over heads, VisionZip the sum; both order the tokens alike.
     """
-    return _reduce_heads(cls_attention, heads)
+    return reduce_heads(cls_attention, heads)
 
 
 def last_query_attention_mean(last_query_attention: Tensor, heads: Heads = "mean") -> Tensor:
@@ -25,7 +25,7 @@ def last_query_attention_mean(last_query_attention: Tensor, heads: Heads = "mean
 
     The softmax ran over the whole prompt, so a group's scores do not sum to one (FastV, PyramidDrop).
     """
-    return _reduce_heads(last_query_attention, heads)
+    return reduce_heads(last_query_attention, heads)
 
 
 def seeded_random(tokens: Tensor, seed: int = 0) -> Tensor:
@@ -43,7 +43,8 @@ def seeded_random(tokens: Tensor, seed: int = 0) -> Tensor:
     return constant.unsqueeze(0).expand(groups, count)
 
 
-def _reduce_heads(attention: Tensor, heads: Heads) -> Tensor:
+def reduce_heads(attention: Tensor, heads: Heads) -> Tensor:
+    """``attention [G,H,...]`` without its heads."""
     if heads == "max":
         return attention.amax(dim=1)
     return attention.sum(dim=1) if heads == "sum" else attention.mean(dim=1)

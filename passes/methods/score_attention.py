@@ -19,14 +19,6 @@ from secateur.passes.methods.score import Heads, reduce_heads
 Rows = Literal["mean", "sum", "max"]
 
 
-def received_attention_mean(received_attention: Tensor, heads: Heads = "mean") -> Tensor:
-    """What all queries attend to on average: ``received_attention [G,H,N]`` over its heads, ``[G,N]``.
-
-    For towers without a CLS token it takes the place of CLS attention (VisPruner on SigLIP).
-    """
-    return reduce_heads(received_attention, heads)
-
-
 def visual_attention_mean(self_attention: Tensor, heads: Heads = "mean") -> Tensor:
     """What the visual tokens attend to: ``self_attention [G,H,N,N]`` over heads, mean over queries, ``[G,N]``.
 
@@ -187,7 +179,6 @@ SCORES: dict[str, Callable[..., Tensor | Scored]] = {
     "page_rank": page_rank,
     "rater_attention_corrected": rater_attention_corrected,
     "rater_attention_mean": rater_attention_mean,
-    "received_attention_mean": received_attention_mean,
     "self_times_text_attention": self_times_text_attention,
     "text_attention_mean": text_attention_mean,
     "text_weighted_attention": text_weighted_attention,

@@ -9,15 +9,18 @@ from typing import Any
 from secateur.passes.methods import (
     calibrate,
     merge,
+    merge_nearest,
     merge_pairs,
     merge_runs,
     score,
     score_attention,
     score_change,
+    score_tower,
     select,
     select_frames,
     select_pivots,
     select_recycle,
+    select_windows,
 )
 
 _MODULES: tuple[ModuleType, ...] = (
@@ -28,10 +31,15 @@ _MODULES: tuple[ModuleType, ...] = (
     merge_runs,
     score_change,
     score_attention,
+    score_geometry,
     select_frames,
+    select_greedy,
     select_pivots,
     select_recycle,
     calibrate,
+    score_tower,
+    select_windows,
+    merge_nearest,
 )
 
 

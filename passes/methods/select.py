@@ -51,17 +51,42 @@ def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_tok
     groups, count, _ = tokens.shape
     if k == count:
         return Selection(_positions(tokens, count).unsqueeze(0).expand(groups, count))
-    units = unit_rows(tokens.detach())  # indices have no gradient, and scan cannot record one for them
-    distance = 1.0 - units @ units.transpose(1, 2)
-    position = _positions(tokens, count)
-    rows = distance.reshape(groups * count, count)
-    offset = _positions(tokens, groups) * count
+    distance = _cosine_distance(tokens)
+    start = _most_isolated(distance) if first == "second_smallest" else torch.zeros_like(_positions(tokens, groups))
+    return _farthest_points(distance, start, k)
 
-    if first == "first_token":
-        start = torch.zeros_like(offset)
-    else:
-        others = torch.where(position.unsqueeze(1) == position, math.inf, distance)
-        start = others.amin(dim=1).argmax(dim=1)
+
+def weighted_max_min(score: Tensor, tokens: Tensor, k: int) -> Selection:
+    """Greedy k-center as :func:`max_min`, where the distance to token j counts ``score[j]`` times (SEATS).
+
+    ``score [G,N]`` must not be negative. Next is the token with the largest product of its score and its distance to
+    the nearest chosen one; the first is the token whose weighted distance to its nearest neighbour is largest.
+    """
+    groups, count, _ = tokens.shape
+    if k == count:
+        return Selection(_positions(tokens, count).unsqueeze(0).expand(groups, count))
+    distance = _cosine_distance(tokens) * score.detach().unsqueeze(1)
+    return _farthest_points(distance, _most_isolated(distance), k)
+
+
+def _cosine_distance(tokens: Tensor) -> Tensor:
+    units = unit_rows(tokens.detach())  # indices have no gradient, and scan cannot record one for them
+    return 1.0 - units @ units.transpose(1, 2)
+
+
+def _most_isolated(distance: Tensor) -> Tensor:
+    """The column of ``distance [G,N,N]`` whose smallest entry off the diagonal is largest, ``[G]``."""
+    position = _positions(distance, distance.shape[-1])
+    others = torch.where(position.unsqueeze(1) == position, math.inf, distance)
+    return others.amin(dim=1).argmax(dim=1)
+
+
+def _farthest_points(distance: Tensor, start: Tensor, k: int) -> Selection:
+    """From ``start [G]`` on, k - 1 times the column farthest from the rows chosen so far; k is less than N."""
+    groups, count, _ = distance.shape
+    position = _positions(distance, count)
+    rows = distance.reshape(groups * count, count)
+    offset = _positions(distance, groups) * count
     state = _mark_chosen(rows.index_select(0, start + offset), position, start)
     if k == 1:
         return Selection(start.unsqueeze(1))
@@ -73,7 +98,7 @@ def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_tok
         nearer = torch.minimum(state, rows.index_select(0, pick + offset))
         return _mark_chosen(nearer, position, pick), pick
 
-    steps = torch.zeros(k - 1, 1, device=tokens.device)
+    steps = torch.zeros(k - 1, 1, device=distance.device)
     _, picks = scan_op(pick_farthest, [state], [steps], additional_inputs=(rows, offset, position))
     return Selection(torch.cat([start.unsqueeze(0), picks]).transpose(0, 1).sort(dim=-1).values)
 
@@ -120,4 +145,5 @@ SELECTORS: dict[str, Callable[..., Selection]] = {
     "nothing": nothing,
     "top_k": top_k,
     "top_k_and_uniform": top_k_and_uniform,
+    "weighted_max_min": weighted_max_min,
 }

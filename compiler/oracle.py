@@ -17,8 +17,19 @@ from torch import Tensor, nn
 
 from secateur.compiler.pruned import Job
 from secateur.compiler.trace import Source
-from secateur.passes.insert_decoder_stages import split_segments
-from secateur.passes.sites import collect_vision_signals, reduce_features, reduce_sequence
+from secateur.passes.check_stages import tower_layers
+from secateur.passes.insert_decoder_stages import split_segments, track_state
+from secateur.passes.signals import (
+    PatchView,
+    Raw,
+    SequenceView,
+    list_raws,
+    list_tower_raws,
+    make_probes,
+    take_head_rows,
+    tower_raw,
+)
+from secateur.passes.sites import Seen, locate, reduce_patches, reduce_sequence, start_state
 from secateur.passes.stage import StageFunction
 
 RECORDING = "secateur_recording"
@@ -31,9 +42,9 @@ class RowRun:
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Stage -> indices into the tokens that entered it, ``[K]``."""
     score: dict[str, Tensor] = field(default_factory=dict)
-    """Stage -> score per entering token ``[N]``, where the recipe has one; float32."""
-    tokens: dict[str, Tensor] = field(default_factory=dict)
-    """Stage -> prunable rows that entered it ``[N,D]``, where the stage reads them."""
+    """Stage -> score per entering token ``[G,N]``, where the recipe has one; float32."""
+    signals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Stage -> everything its functions read, by signal; only where the run was asked to keep it."""
     hidden: dict[str, Tensor] = field(default_factory=dict)
     """Decoder stage -> rows it left ``[L',D]``."""
     features: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -57,6 +68,9 @@ class Oracle:
         self.head = self.model.get_submodule(family.head)
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
+        self.carried: Tensor | None = None
+        """What the vision side's last score carries into the decoder, ``[1,V]``, of the row that runs."""
+        self.keep_signals = False
 
     @torch.no_grad()
     def run(
@@ -65,21 +79,29 @@ class Oracle:
         pixel_values: Tensor,
         forced_tokens: Sequence[int] = (),
         forced_kept: Mapping[str, Tensor] | None = None,
+        keep_signals: bool = False,
     ) -> RowRun:
-        """One row. ``input_ids`` as prefill receives it (P placeholders per image, no padding); pixels ``[n,3,H,W]``.
+        """One row. ``input_ids`` as prefill receives it (P + E placeholders per image, no padding); pixels
+        ``[n,3,H,W]``.
 
         ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of
         stages, ``[groups*K]`` each.
         """
         row = RowRun()
+        self.keep_signals, self.carried = keep_signals, None
         forced = forced_kept or {}
         with _recording(self.model) as record:
             row.features = self._encode(pixel_values, row, forced, record)
             ids = torch.tensor([list(input_ids)])
-            prunable = ids == self.job.source.config.image_token_id
+            image = ids == self.job.source.config.image_token_id
             hidden = self.embedding(ids)
-            hidden[prunable] = row.features
-            positions = self._positions(prunable[0], row)[None]
+            hidden[image] = row.features
+            positions = self._positions(image[0], row)[None]
+            prunable = image.clone()
+            extra = self.job.source.vision.extra_rows
+            if extra:
+                slots = image[0].nonzero()[:, 0].reshape(self.job.geometry.images, -1)
+                prunable[0, slots[:, -extra:].flatten()] = False
             from transformers import DynamicCache
 
             cache: Any = DynamicCache(config=self.decoder.config)
@@ -106,54 +128,104 @@ class Oracle:
         return row
 
     def _encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: _Record) -> Tensor:
-        facts = self.job.source.vision
+        """The features of a row's images ``[F,D]``, with the stages of the vision side run under hooks."""
+        facts, stages = self.job.source.vision, self.job.vision_stages
+        state: dict[str, Tensor] = {}
+        entering: dict[str, Tensor] = {}
 
-        def reduce(stage: StageFunction, tokens: Tensor) -> Tensor:
-            tower: Any = self.tower[facts.feature_layer]
-            taps = {s: record.taken[tower.self_attn] for s in stage.signals if s != "tokens"}
+        def reduce(index: int, tokens: Tensor, cls: bool) -> Tensor:
+            stage = stages[index]
+            head, tokens = tokens[:, : int(cls)], tokens[:, int(cls) :]
+            layers = tower_layers(stage, facts)
+            raw, scale = {}, 1.0
+            for kind, layer in list_tower_raws(stage, layers):
+                tower: Any = self.tower[layer]
+                heads, scale = record.taken[tower.self_attn]
+                raw[tower_raw(kind, layer)] = heads[kind]
+            extra = {}
+            if "projector_inputs" in stage.signals:
+                extra["projector_inputs"] = entering["projector"]
+            if "probe_slopes" in stage.signals:
+                options = stage.signal_options["probe_slopes"]
+                probes = make_probes(entering["projector"], options["directions"], options["step"], options["seed"])
+                extra["probes"] = self.projector.forward(probes)
+            begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
+            seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra)
             name, left = stage.planned.name, stage.planned.length_out
             given = None
-            if name in forced:
-                offset = torch.arange(tokens.shape[0])[:, None] * stage.planned.length_in
-                given = forced[name].reshape(tokens.shape[0], left) - offset
-            reduced, keep = reduce_features(stage, tokens, taps, given)
             offset = torch.arange(tokens.shape[0])[:, None] * stage.planned.length_in
-            row.kept[name] = (keep + offset).flatten()
-            row.tokens[name] = tokens.float()
-            if stage.bound.score is not None:
-                row.score[name] = stage.score(collect_vision_signals(stage, tokens, taps))
-            return reduced
+            if name in forced:
+                given = forced[name].reshape(tokens.shape[0], left) - offset
+            watch: list[Seen] = []
+            tracked = [*track_state(stages, index + 1), "carried"]
+            thin = reduce_patches(stage, seen, layers, tracked, given, watch)
+            state.update(thin.state)
+            self._note(row, stage, (thin.kept + offset).flatten(), watch)
+            return torch.cat([head, thin.tokens], 1)
 
         with ExitStack() as stack:
-            for stage in self.job.vision_stages:
-                if stage.planned.site.kind == "vision.out":
+            for index, stage in enumerate(stages):
+                kind = stage.planned.site.kind
+                if kind == "vision.layer":
+                    hook = self.tower[stage.planned.site.layer].register_forward_pre_hook(
+                        lambda module, args, index=index: (reduce(index, args[0], facts.has_cls), *args[1:])
+                    )
+                elif kind == "vision.out":
                     hook = self.projector.register_forward_pre_hook(
-                        lambda module, args, stage=stage: (reduce(stage, args[0]), *args[1:])
+                        lambda module, args, index=index: (reduce(index, args[0], False), *args[1:])
                     )
                 else:
                     hook = self.projector.register_forward_hook(
-                        lambda module, args, output, stage=stage: reduce(stage, output)
+                        lambda module, args, output, index=index: reduce(index, output, False)
                     )
                 stack.callback(hook.remove)
+            watching = self.projector.register_forward_pre_hook(
+                lambda module, args: entering.__setitem__("projector", args[0])
+            )
+            stack.callback(watching.remove)
             features, _ = self.job.source.family.vision_forward(self.model, pixel_values)
+        if self.job.carries:
+            self.carried = state["carried"].reshape(1, -1)
+        if self.job.source.family.extra_rows:
+            behind = self.model.get_parameter(self.job.source.family.extra_rows)
+            behind = behind.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
+            features = torch.cat([features, behind], 1)
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
-    def _positions(self, prunable: Tensor, row: RowRun) -> Tensor:
+    def _note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
+        """Write down what a stage saw and chose."""
+        name = stage.planned.name
+        if not stage.planned.observes:
+            row.kept[name] = kept
+        for seen in watch:
+            if seen.score is not None:
+                row.score[name] = seen.score
+            if self.keep_signals:
+                row.signals[name] = seen.signals
+
+    def _positions(self, image: Tensor, row: RowRun) -> Tensor:
         """Position ids of a row's slots, counted one by one."""
         if not self.job.original_positions:
-            return torch.arange(len(prunable))
-        per_image, whole = self.job.kept_per_image, self.job.source.vision.tokens_per_image
-        kept = torch.arange(whole * self.job.geometry.images)
+            return torch.arange(len(image))
+        facts = self.job.source.vision
+        per_image, whole = self.job.features_per_image, facts.tokens_per_image + facts.extra_rows
+        kept = torch.arange(facts.tokens_per_image * self.job.geometry.images)
         for stage in self.job.vision_stages:
-            kept = kept[row.kept[stage.planned.name]]
+            if stage.planned.name in row.kept:
+                kept = kept[row.kept[stage.planned.name]]
         text, seen, positions = 0, 0, []
-        for flag in prunable.tolist():
-            if flag:
-                positions.append(text + int(kept[seen]))
-                seen += 1
-            else:
+        for flag in image.tolist():
+            if not flag:
                 positions.append(text + seen // per_image * whole)
                 text += 1
+                continue
+            number, place = divmod(seen, per_image)
+            if place < self.job.kept_per_image:
+                patch = int(kept[number * self.job.kept_per_image + place]) - number * facts.tokens_per_image
+            else:
+                patch = facts.tokens_per_image + place - self.job.kept_per_image
+            positions.append(text + number * whole + patch)
+            seen += 1
         return torch.tensor(positions)
 
     @contextmanager
@@ -187,65 +259,116 @@ class _Walk:
         self.oracle, self.row, self.record, self.forced = oracle, row, record, forced
         self.prunable = prunable
         self.tables: tuple[Tensor, ...] | None = None
-        self.stages = {s.planned.site.layer: s for s in oracle.job.decoder_stages}
-        planned = [s.planned for s in oracle.job.decoder_stages]
-        self.segments = split_segments(planned, len(oracle.layers), prunable.shape[1], 0)
+        stages = oracle.job.decoder_stages
+        self.stages = {s.planned.site.layer: (i, s) for i, s in enumerate(stages)}
+        self.segments = split_segments([s.planned for s in stages], len(oracle.layers), prunable.shape[1], 0)
+        self.entered = int(prunable.sum())
+        self.state = start_state(track_state(stages, 0), 1, self.entered)
+        if oracle.carried is not None:
+            self.state["carried"] = oracle.carried
+        self.branches: dict[str, Tensor] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         hooks = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.oracle.layers]
+        for layer in self.oracle.layers:
+            parts: Any = layer
+            for name, module in (
+                ("attention_in", parts.input_layernorm), ("attention_out", parts.self_attn),
+                ("mlp_in", parts.post_attention_layernorm), ("mlp_out", parts.mlp),
+            ):  # fmt: skip
+                hooks.append(module.register_forward_hook(self._remember(name)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _remember(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.branches[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden, index = args[0], self.oracle.layers.index(module)
         tables = kwargs["position_embeddings"] if self.tables is None else self.tables
         assert kwargs.get("attention_mask") is None, "one unpadded row needs no mask"
-        stage = self.stages.get(index)
-        if stage is not None:
-            hidden, tables = self._reduce(stage, index, hidden, tables)
+        if index in self.stages:
+            hidden, tables = self._reduce(*self.stages[index], hidden, tables)
         self.tables = tables
         kwargs["position_embeddings"] = tables
         return (hidden, *args[1:]), kwargs
 
     def _reduce(
-        self, stage: StageFunction, index: int, hidden: Tensor, tables: tuple[Tensor, ...]
+        self, place: int, stage: StageFunction, hidden: Tensor, tables: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        stages = self.oracle.job.decoder_stages
         last = torch.tensor([hidden.shape[1] - 1])
-        taps = {}
-        for name in (s for s in stage.signals if s != "tokens"):
-            source = stage.signal_options[name]["projections"]
-            layer: Any = self.oracle.layers[index if source == "next" else index - 1]
-            if source != "previous":
-                # Run the layer's own attention on these rows for its projections; the output is dropped.
-                layer.self_attn(
-                    hidden_states=layer.input_layernorm(hidden), position_embeddings=tables, attention_mask=None
-                )
-            query, key, scale = self.record.taken[layer.self_attn]
-            taps[name] = query[:, :, -1:], key, scale
+        columns, texts = locate(self.prunable, int(self.prunable.sum()))
+        raw, scale = self._raw(stage, hidden, tables, {"last": last[:, None], "text": texts, "visual": columns})
+        seen = SequenceView(
+            hidden, last, columns, texts, raw, scale, self.state, self.entered, self.oracle.job.source.vision.extra_rows
+        )
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None
-        scored: list[Tensor] = []
-        reduced = reduce_sequence(stage, hidden, self.prunable, last, taps, given, scored)
-        self.row.kept[name], self.row.hidden[name] = reduced.kept[0], reduced.hidden[0]
-        if scored:
-            self.row.score[name] = scored[0]
-        self.row.tokens[name] = hidden[self.prunable].float()[None]
+        watch: list[Seen] = []
+        reduced = reduce_sequence(stage, seen, self.prunable, track_state(stages, place + 1), given, watch)
+        self.state = reduced.state
+        self.oracle._note(self.row, stage, reduced.kept[0], watch)
+        if stage.planned.observes:
+            return hidden, tables
+        self.row.hidden[name] = reduced.hidden[0]
         self.prunable = reduced.prunable
         if self.oracle.job.plan.recipe.positions == "compact":
             count = torch.arange(reduced.hidden.shape[1])[None]
             return reduced.hidden, self.oracle.decoder.rotary_emb(reduced.hidden, count)
         return reduced.hidden, tuple(t[:, reduced.rows[0]] for t in tables)
 
+    def _raw(
+        self, stage: StageFunction, hidden: Tensor, tables: tuple[Tensor, ...], slots: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The raw tensors of a stage's signals, from what the layers computed or by running one of them again."""
+        found, scales = {}, {}
+        index = stage.planned.site.layer or 0
+        kept_branches = dict(self.branches)
+        for raw in list_raws(stage):
+            if raw.kind == "normed":
+                found[raw.name] = self.oracle.decoder.norm(hidden)
+            elif not raw.where:
+                found[raw.name] = kept_branches[raw.kind]
+            else:
+                found[raw.name], scales[raw.name] = self._heads(raw, index, hidden, tables, slots)
+        return found, scales
+
+    def _heads(
+        self, raw: Raw, index: int, hidden: Tensor, tables: tuple[Tensor, ...], slots: Mapping[str, Tensor]
+    ) -> tuple[Tensor, float]:
+        layer: Any = self.oracle.layers[index if raw.where == "next" else index - 1]
+        if raw.where != "previous":
+            # Run the layer's own attention on these rows for its projections; the output is dropped.
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden), position_embeddings=tables, attention_mask=None
+            )
+        taken, scale = self.record.taken[layer.self_attn]
+        kind = raw.kind.rpartition("_")[2]
+        heads = taken[kind]
+        if raw.kind.startswith("plain_"):
+            heads = _turn_back(heads, *tables)
+        return (heads if raw.rows == "all" else take_head_rows(heads, slots[raw.rows])), scale
+
+
+def _turn_back(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo a rotary embedding: rotation by the opposite angle. ``heads [B,H,S,d]``, tables ``[B,S,d]``."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos[:, None] - torch.cat((-second, first), -1) * sin[:, None]
+
 
 class _Record:
-    """Rotated queries and keys of the last call of every attention module."""
+    """Rotated queries, rotated keys and values of the last call of every attention module, and its scale."""
 
     def __init__(self) -> None:
-        self.taken: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}
+        self.taken: dict[nn.Module, tuple[dict[str, Tensor], float]] = {}
 
 
 def load_recording_model(source: Source) -> nn.Module:
@@ -288,5 +411,6 @@ def _attend_and_record(
 
     if _active is not None:
         scale = kw.get("scaling")
-        _active.taken[module] = query, key, float(query.shape[-1] ** -0.5 if scale is None else scale)
+        heads = {"query": query, "key": key, "value": value}
+        _active.taken[module] = heads, float(query.shape[-1] ** -0.5 if scale is None else scale)
     return sdpa_attention_forward(module, query, key, value, mask, **kw)

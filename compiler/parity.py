@@ -86,7 +86,8 @@ def compare_batch(
             # Later stages see other tokens once an earlier one chose otherwise: the first is the one to judge.
             stage = next(s for s in oracle.job.stages if s.planned.name == different[0])
             kept = torch.from_numpy(chosen[different[0]])
-            if is_tied(stage, kept, free.score.get(different[0]), free.tokens[different[0]]):
+            again = oracle.run(item.input_ids, torch.from_numpy(item.pixel_values), keep_signals=True)
+            if is_tied(stage, kept, free.score.get(different[0]), again.signals[different[0]]):
                 into.tied += 1
             else:
                 into.chose_differently += 1
@@ -123,6 +124,7 @@ def read_choices(manifest: Manifest, request: Any, index: int) -> dict[str, np.n
     return {
         s.name: request.read("prefill" if s.in_decoder else "vision", f"kept.{s.name}")[index]
         for s in manifest.recipe.stages
+        if s.chooses
     }
 
 

@@ -7,6 +7,7 @@ when interchanging such scores, and nothing else, leads to it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations, islice
 
 import torch
@@ -15,24 +16,54 @@ from torch import Tensor
 from secateur.passes.stage import StageFunction
 
 TIE_FACTOR = 256.0
+_SHAKES = 64
 _RESOLUTIONS = 500
 """Ways to resolve a tie that are tried; more tokens than that at one cut is not a tie but a constant score."""
 
 
-def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, tokens: Tensor) -> bool:
+def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, signals: Mapping[str, Tensor]) -> bool:
     """Whether ``kept [groups*K]`` (indices into the row, per group offset) is what the stage chooses up to ties.
 
-    ``score [G,N]`` for selectors that rank; ``tokens [G,N,D]`` for greedy ones, whose steps are replayed one by one
-    with the choices made so far held fixed. Every group must be explained.
+    ``score [G,N]`` for selectors that rank by it alone: scores are interchanged. Greedy k-center is replayed step by
+    step with the choices made so far held fixed. Every other selector is run again on ``signals`` (by name, all G
+    groups) that differ by less than the tolerance. Every group must be explained.
     """
     planned = stage.planned
     groups = (
         kept.reshape(planned.groups, planned.length_out) - torch.arange(planned.groups)[:, None] * planned.length_in
     )
-    tokens = tokens.reshape(planned.groups, planned.length_in, -1)
-    if score is not None:
+    select = stage.bound.select
+    assert select is not None, "a stage that only scores chooses nothing"
+    if score is not None and not select.signals:
         return all(_ranks_to(stage, row, own) for row, own in zip(score, groups, strict=True))
-    return all(_walks_to(group, own) for group, own in zip(tokens, groups, strict=True))
+    if score is None and select.signals == ("tokens",) and select.name == "max_min":
+        return all(_walks_to(group, own) for group, own in zip(signals["tokens"], groups, strict=True))
+    return _wavers_to(stage, signals, groups)
+
+
+def _wavers_to(stage: StageFunction, signals: Mapping[str, Tensor], kept: Tensor) -> bool:
+    """Whether every token that was chosen otherwise is one whose choice changes when signals change by no more than
+    the tolerance: greedy choices, chains of scores and matchings, where no single rank decides."""
+    own = stage.run(signals).map.keep
+    differs = _members(own, stage.planned.length_in) != _members(kept, stage.planned.length_in)
+    source = torch.Generator().manual_seed(0)
+    seen = _members(own, stage.planned.length_in)
+    always, ever = seen.clone(), seen.clone()
+    for _ in range(_SHAKES):
+        shaken = {
+            name: value + _tolerance(value[value.isfinite()]) * (2 * torch.rand(value.shape, generator=source) - 1)
+            if value.is_floating_point()
+            else value
+            for name, value in signals.items()
+        }
+        chosen = _members(stage.run(shaken).map.keep, stage.planned.length_in)
+        always, ever = always & chosen, ever | chosen
+    return bool((differs <= (ever & ~always)).all())
+
+
+def _members(kept: Tensor, count: int) -> Tensor:
+    """Indices ``[G,K]`` as flags ``[G,count]``."""
+    return torch.zeros(len(kept), count, dtype=torch.bool).scatter(1, kept, True)
 
 
 def _ranks_to(stage: StageFunction, score: Tensor, kept: Tensor) -> bool:

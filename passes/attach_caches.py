@@ -9,8 +9,9 @@ import torch
 
 from secateur.compiler import ops
 from secateur.compiler.program import Program, Segment, args_of
+from secateur.passes.crossing import find_crossing
 from secateur.passes.edit import Node, aten, is_call, layer_index
-from secateur.passes.insert_decoder_stages import find_crossing, recompute_tables
+from secateur.passes.insert_decoder_stages import recompute_tables
 from secateur.runtime.errors import UserError
 
 

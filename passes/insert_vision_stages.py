@@ -1,145 +1,265 @@
-"""Insert the stages that stand after the vision tower: before the projector or after it."""
+"""Insert the stages of the vision side: between layers of the tower, before the projector, or after it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from secateur.compiler import ops
 from secateur.compiler.families.family import Family, VisionFacts
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
-from secateur.passes.edit import Node, ancestors, aten, is_call, layer_index, shape_of
+from secateur.passes.check_stages import tower_layers
+from secateur.passes.edit import Node, aten, clone_slice, is_call, layer_index, shape_of
+from secateur.passes.insert_decoder_stages import track_state
 from secateur.passes.refresh_shapes import refresh_shapes
-from secateur.passes.sites import reduce_features
+from secateur.passes.signals import PatchView, list_tower_raws, make_probes, tower_raw
+from secateur.passes.sites import Thinned, reduce_patches, start_state
 from secateur.passes.stage import StageFunction
 from secateur.runtime.errors import UserError
 
 
 def insert_vision_stages(
-    program: Program, stages: Sequence[StageFunction], family: Family, facts: VisionFacts, images: int
+    program: Program,
+    stages: Sequence[StageFunction],
+    family: Family,
+    facts: VisionFacts,
+    images: int,
+    carries: bool = False,
 ) -> Program:
-    """``vision`` with its stages; outputs ``features [B,F,D]`` and ``kept.stage<i> [B,K]`` per stage.
+    """``vision`` with its stages; outputs ``features [B,F,D]``, with ``carries`` what the last score carries on
+    (``carried [B,F]``), and ``kept.stage<i> [B,K]`` per stage that chooses.
 
     ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``.
     """
-    kept: list[str] = []
     batch = shape_of(program.results[0])[0] // images
-    program = program.with_module(program.edit(), ("features",))
-    program.graph.output_node().args = ((program.results[0],),)
-    for stage in stages:
-        # Shapes anew after each stage: the next one is traced at what this one leaves.
-        program = refresh_shapes(_insert_stage(program, stage, family, facts, batch))
-        kept.append(f"kept.{stage.planned.name}")
-    module = program.edit()
-    output = module.graph.output_node()
-    features, *rest = args_of(output)[0]
-    width = shape_of(features)[-1]
-    count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
-    with module.graph.inserting_before(output):
-        joined = module.graph.call_function(aten.reshape.default, (features, [batch, count, width]))
-    joined.meta["val"] = features.meta["val"].new_empty((batch, count, width))
-    output.args = ((joined, *rest),)
-    return program.with_module(module, ("features", *kept))
-
-
-def check_vision_stages(stages: Sequence[StageFunction]) -> None:
-    """Refuse, before anything is traced, what this pass cannot insert."""
+    inserting = _Inserting(family, facts, batch)
     for index, stage in enumerate(stages):
-        planned = stage.planned
-        if planned.site.kind not in ("vision.out", "projector.out"):
-            raise UserError(
-                f"site {planned.site} is not supported yet",
-                where=planned.name,
-                available=["vision.out", "projector.out", "decoder.layer[k]"],
-            )
-        wanted = [s for s in stage.signals if s != "tokens"]
-        if index and wanted:
-            raise UserError(
-                f"signal {wanted[0]} at {planned.site} still counts the tokens that {stages[index - 1].planned.name} "
-                "removed",
-                where=planned.name,
-                fix="let the first stage after the tower use it, or choose by tokens there",
-            )
-
-
-def _insert_stage(program: Program, stage: StageFunction, family: Family, facts: VisionFacts, batch: int) -> Program:
+        later = track_state(stages, index + 1)
+        tracked = [*later, *(["carried"] if carries and "carried" not in later else [])]
+        # Shapes anew after each stage: the next one is traced at what this one leaves.
+        program = refresh_shapes(inserting.insert(program, stage, tracked))
     module = program.edit()
     graph = module.graph
-    value = _site_value(graph, stage, family)
-    taps = _taps(graph, stage, family, facts)
-    after = [n for n in value.users if n.op == "output" or _leads_to_features(n)]
-    feed = {"tokens": _zeros_like(value)} | {
-        f"{name}_{role}": _zeros_like(node)
-        for name, attention in taps.items()
-        for role, node in zip(("query", "key"), args_of(attention)[:2], strict=True)
-    }
-    scales = {name: float(args_of(attention)[3]) for name, attention in taps.items()}
-
-    def run(*values: torch.Tensor) -> object:
-        pairs = {n: (values[1 + 2 * i], values[2 + 2 * i], s) for i, (n, s) in enumerate(scales.items())}
-        tokens, keep = reduce_features(stage, values[0], pairs)
-        offset = torch.arange(keep.shape[0] // batch)[:, None] * stage.planned.length_in
-        return tokens, (keep.reshape(batch, -1, keep.shape[1]) + offset).reshape(batch, -1)
-
-    traced = trace_function(stage.planned.name, run, feed, ("tokens", "kept"))
-    with graph.inserting_before(_first_after(graph, [value, *taps.values()])):
-        ports = dict(zip(feed, [value, *(n for a in taps.values() for n in args_of(a)[:2])], strict=True))
-        tokens, row = splice(module, traced, ports)
-    tokens.meta["layer"] = value.meta.get("layer")
-    for user in after:
-        user.replace_input_with(value, tokens)
     output = graph.output_node()
-    output.args = ((*args_of(output)[0], row),)
-    return program.with_module(module, (*program.outputs, f"kept.{stage.planned.name}"))
+    # With the tower's last state gone, layers the features do not need go as well.
+    features, _, *rest = args_of(output)[0]
+    count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
+    names, results = ["features"], [_reshape(graph, output, features, [batch, count, shape_of(features)[-1]])]
+    if carries:
+        carried = rest.pop(inserting.outputs.index("carried"))
+        inserting.outputs.remove("carried")
+        names.append("carried")
+        results.append(_reshape(graph, output, carried, [batch, count]))
+    kept = [(n, r) for n, r in zip(inserting.outputs, rest, strict=True) if n.startswith("kept.")]
+    output.args = ((*results, *(r for _, r in kept)),)
+    return refresh_shapes(program.with_module(module, (*names, *(n for n, _ in kept))))
 
 
-def _zeros_like(node: Node) -> torch.Tensor:
+class _Inserting:
+    """One program on its way through the stages. Its outputs are the features, the tower's last state, and then
+    ``outputs``: kept indices, and under their own names the state later stages want."""
+
+    def __init__(self, family: Family, facts: VisionFacts, batch: int) -> None:
+        self.family, self.facts, self.batch = family, facts, batch
+        self.outputs: list[str] = []
+
+    def insert(self, program: Program, stage: StageFunction, tracked: Sequence[str]) -> Program:
+        module = program.edit()
+        graph = module.graph
+        planned, facts = stage.planned, self.facts
+        inside = planned.site.kind == "vision.layer"
+        value = self._site_value(graph, stage)
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        cls = int(inside and facts.has_cls)
+        images = shape_of(value)[0]
+        after = self._readers(graph, value, stage, order)
+        layers = tower_layers(stage, facts)
+        attention = {
+            layer: self._attention(graph, layer, f"{planned.name}.signals")
+            for _, layer in list_tower_raws(stage, layers)
+        }
+        ports: dict[str, Node] = {"tokens": value}
+        for kind, layer in list_tower_raws(stage, layers):
+            source = args_of(attention[layer])[{"query": 0, "key": 1, "value": 2}[kind]]
+            ports[tower_raw(kind, layer)] = source
+        scales = {float(args_of(node)[3]) for node in attention.values()} or {1.0}
+        assert len(scales) == 1, "tower layers share one scale"
+        raw_names = [n for n in ports if n != "tokens"]
+        state = self._state(graph, stage, tracked)
+        made = start_state([n for n in stage.signals if n not in state], images, planned.length_in)
+        at = _first_after(order, ports.values(), after)
+        extra = self._extra(module, stage, at)
+        ports |= state | extra
+        passed = [n for n in tracked if n in state or n in made or (n == "carried" and stage.bound.score is not None)]
+
+        def run(*values: Tensor) -> Any:
+            given = dict(zip(ports, values, strict=True))
+            held = {n: given[n] for n in state} | made
+            seen = PatchView(
+                given["tokens"][:, cls:], {n: given[n] for n in raw_names}, next(iter(scales)), facts.has_cls, held,
+                {n: given[n] for n in extra},
+            )  # fmt: skip
+            return self._results(stage, seen, given["tokens"][:, :cls], reduce_patches(stage, seen, layers, tracked))
+
+        fixed = [] if planned.observes else ["tokens", "kept"]
+        if not fixed and not passed:
+            return program
+        feed = {name: _zeros_like(node) for name, node in ports.items()}
+        traced = trace_function(planned.name, run, feed, (*fixed, *passed))
+        with graph.inserting_before(at):
+            results = splice(module, traced, ports)
+        kept: list[tuple[str, Node]] = []
+        if not planned.observes:
+            tokens, kept = results[0], [(f"kept.{planned.name}", results[1])]
+            tokens.meta["layer"] = value.meta.get("layer")
+            for user in after:
+                user.replace_input_with(value, tokens)
+            if inside:
+                _shorten(graph, order, value, cls + planned.length_in, cls + planned.length_out, self.family)
+        return self._update_outputs(program, module, kept, dict(zip(passed, results[len(fixed) :], strict=True)))
+
+    def _results(self, stage: StageFunction, seen: PatchView, cls: Tensor, thin: Thinned) -> tuple[Tensor, ...]:
+        left = tuple(thin.state.values())
+        if stage.planned.observes:
+            return left
+        keep = thin.kept
+        offset = torch.arange(keep.shape[0] // self.batch)[:, None] * stage.planned.length_in
+        row = (keep.reshape(self.batch, -1, keep.shape[1]) + offset).reshape(self.batch, -1)
+        tokens = torch.cat([cls, thin.tokens], 1) if cls.shape[1] else thin.tokens
+        return tokens, row, *left
+
+    def _state(self, graph: fx.Graph, stage: StageFunction, tracked: Sequence[str]) -> dict[str, Node]:
+        values = dict(zip(self.outputs, args_of(graph.output_node())[0][2:], strict=True))
+        return {n: v for n, v in values.items() if n in stage.signals or n in tracked}
+
+    def _update_outputs(
+        self, program: Program, module: fx.GraphModule, kept: Sequence[tuple[str, Node]], state: Mapping[str, Node]
+    ) -> Program:
+        output = module.graph.output_node()
+        features, tower, *rest = args_of(output)[0]
+        values = dict(zip(self.outputs, rest, strict=True)) | dict(kept) | dict(state)
+        self.outputs = list(values)
+        output.args = ((features, tower, *values.values()),)
+        return program.with_module(module, ("features", "tower", *self.outputs))
+
+    def _site_value(self, graph: fx.Graph, stage: StageFunction) -> Node:
+        """The tensor a stage reduces: what a tower layer reads, what the projector reads, or what it returns."""
+        kind = stage.planned.site.kind
+        if kind == "projector.out":
+            features: Node = args_of(graph.output_node())[0][0]
+            return features
+        if kind == "vision.layer":
+            return _entering(graph, f"{self.family.vision_layers}.{stage.planned.site.layer}", str(stage.planned.site))
+        return _entering(graph, self.family.projector, kind)
+
+    def _readers(self, graph: fx.Graph, value: Node, stage: StageFunction, order: Mapping[Node, int]) -> list[Node]:
+        """Who shall read the shorter stream: at an inner site everything behind it, after the tower what leads to the
+        features (signals of later stages and the tower's own end keep the whole)."""
+        if stage.planned.site.kind == "vision.layer":
+            first = min(order[n] for n in _inside(graph, f"{self.family.vision_layers}.{stage.planned.site.layer}"))
+            return [n for n in value.users if order[n] >= first and n.op != "output"]
+        features = args_of(graph.output_node())[0][0]
+        return [n for n in value.users if n.op == "output" or _leads_to(n, features)]
+
+    def _attention(self, graph: fx.Graph, layer: int, where: str) -> Node:
+        found = [
+            n for n in graph.nodes
+            if is_call(n, ops.attention) and layer_index(n, self.family.vision_layers) == layer
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise UserError(f"tower layer {layer} has {len(found)} attention nodes", where=where)
+        return found[0]
+
+    def _extra(self, module: fx.GraphModule, stage: StageFunction, at: Node) -> dict[str, Node]:
+        """Rows the projector reads, and the projected probes around them."""
+        if not {"projector_inputs", "probe_slopes"} & set(stage.signals):
+            return {}
+        graph = module.graph
+        rows = _entering(graph, self.family.projector, "projector")
+        found: dict[str, Node] = {}
+        if "projector_inputs" in stage.signals:
+            found["projector_inputs"] = rows
+        if "probe_slopes" in stage.signals:
+            options = stage.signal_options["probe_slopes"]
+            traced = trace_function(
+                f"{stage.planned.name}.probes",
+                lambda rows: make_probes(rows, options["directions"], options["step"], options["seed"]),
+                {"rows": _zeros_like(rows)}, ("probes",),
+            )  # fmt: skip
+            inside = _inside(graph, self.family.projector)
+            (leaving,) = {n for n in inside if any(u not in inside for u in n.users)}
+            with graph.inserting_before(at):
+                (probes,) = splice(module, traced, {"rows": rows})
+                (found["probes"],) = clone_slice([leaving], {rows: probes}, layer="")
+            shape = shape_of(leaving)
+            found["probes"].meta["val"] = leaving.meta["val"].new_empty(
+                (2 * options["directions"] * shape[0], *shape[1:])
+            )
+        return found
+
+
+def _inside(graph: fx.Graph, path: str) -> set[Node]:
+    """The nodes of the module at ``path``."""
+    return {n for n in graph.nodes if f"{n.meta.get('layer') or ''}.".startswith(f"{path}.")}
+
+
+def _entering(graph: fx.Graph, path: str, where: str) -> Node:
+    """The one computed value that the module at ``path`` reads."""
+    inside = _inside(graph, path)
+    entering = {
+        a for n in inside for a in n.all_input_nodes if a not in inside and a.op not in ("get_attr", "placeholder")
+    }
+    if len(entering) != 1:
+        names = sorted(n.name for n in entering)
+        raise UserError(f"{path} reads {len(names)} values", where=f"site {where}", available=names)
+    return entering.pop()
+
+
+def _leads_to(user: Node, target: Node) -> bool:
+    """Whether ``target`` follows from ``user``."""
+    stack, seen = [user], set()
+    while stack:
+        node = stack.pop()
+        if node is target:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return False
+
+
+def _shorten(graph: fx.Graph, order: Mapping[Node, int], value: Node, before: int, after: int, family: Family) -> None:
+    """Put the new number of rows where the tower's later layers have it as a constant: dimension 1 of a shape."""
+    for node in graph.nodes:
+        if order.get(node, -1) <= order[value] or not is_call(node, *_SHAPED):
+            continue
+        shape = list(args_of(node)[1])
+        if layer_index(node, family.vision_layers) is not None and len(shape) > 1 and shape[1] == before:
+            node.args = (args_of(node)[0], [shape[0], after, *shape[2:]], *args_of(node)[2:])
+
+
+_SHAPED = (aten.view.default, aten.reshape.default, aten.expand.default)
+
+
+def _first_after(order: Mapping[Node, int], nodes: Any, users: Sequence[Node]) -> Node:
+    """The node behind the last of ``nodes`` in graph order."""
+    last = max(order[n] for n in nodes)
+    found = next(n for n, i in order.items() if i == last + 1)
+    assert all(order[u] > last for u in users), "a stage stands before everything that reads what it leaves"
+    return found
+
+
+def _reshape(graph: fx.Graph, output: Node, value: Node, shape: list[int]) -> Node:
+    with graph.inserting_before(output):
+        joined = graph.call_function(aten.reshape.default, (value, shape))
+    joined.meta["val"] = value.meta["val"].new_empty(shape)
+    return joined
+
+
+def _zeros_like(node: Node) -> Tensor:
     """What the stage is traced with: the site's own dtype, so that its casts to float32 stay in the graph."""
     return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype)
-
-
-def _site_value(graph: torch.fx.Graph, stage: StageFunction, family: Family) -> Node:
-    """The tensor a stage reduces: what the projector reads, or what it returns."""
-    kind = stage.planned.site.kind
-    if kind == "projector.out":
-        features: Node = args_of(graph.output_node())[0][0]
-        return features
-    if kind == "vision.out":
-        inside = {n for n in graph.nodes if str(n.meta.get("layer", "")).startswith(family.projector)}
-        entering = {
-            a for n in inside for a in n.all_input_nodes if a not in inside and a.op not in ("get_attr", "placeholder")
-        }
-        if len(entering) == 1:
-            return entering.pop()
-        names = sorted(n.name for n in entering)
-        raise UserError(f"the projector reads {len(names)} values", where=f"site {kind}", available=names)
-    raise AssertionError(f"check_vision_stages let {stage.planned.site} through")
-
-
-def _taps(graph: torch.fx.Graph, stage: StageFunction, family: Family, facts: VisionFacts) -> dict[str, Node]:
-    wanted = [s for s in stage.signals if s != "tokens"]
-    if not wanted:
-        return {}
-    if not facts.has_cls:
-        raise UserError(
-            "the tower has no CLS token", where=f"{stage.planned.name}: signal {wanted[0]}", available=["tokens"]
-        )
-    found = [
-        n for n in graph.nodes
-        if is_call(n, ops.attention) and layer_index(n, family.vision_layers) == facts.feature_layer
-    ]  # fmt: skip
-    assert len(found) == 1, "one attention node per tower layer"
-    return dict.fromkeys(wanted, found[0])
-
-
-def _leads_to_features(user: Node) -> bool:
-    """Whether ``user`` stands on the way to the features: what else reads it keeps the whole."""
-    return user in ancestors([args_of(user.graph.output_node())[0][0]])
-
-
-def _first_after(graph: torch.fx.Graph, nodes: Sequence[Node]) -> Node:
-    """The node behind the last of ``nodes`` in graph order."""
-    order = list(graph.nodes)
-    return order[max(order.index(n) for n in nodes) + 1]

@@ -6,7 +6,7 @@ the graph, and called as they are by the eager oracle.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,100 +15,148 @@ from torch import Tensor
 from secateur.compiler import ops
 from secateur.compiler.recipe import PlannedStage
 from secateur.compiler.token_map import TokenMap
-from secateur.passes.signals import attend_from_cls, attend_from_row, find_prunable, take_columns
+from secateur.passes.signals import (
+    PatchView,
+    SequenceView,
+    find_prunable,
+    patch_signals,
+    sequence_signals,
+)
 from secateur.passes.stage import StageFunction
 
 
 class Reduced(NamedTuple):
     """What a decoder stage leaves. ``rows [B,L']`` slots of the sequence that stay, ``kept [B,K]`` indices into the
-    row's prunable tokens, ``hidden [B,L',D]``, ``prunable [B,L']`` bool."""
+    row's prunable tokens, ``hidden [B,L',D]``, ``prunable [B,L']`` bool, ``state [B,K]`` for later stages."""
 
     rows: Tensor
     kept: Tensor
     hidden: Tensor
     prunable: Tensor
+    state: dict[str, Tensor]
+
+
+class Thinned(NamedTuple):
+    """What a tower-side stage leaves: ``tokens [M,K,D]``, ``kept [M,K]``, ``state [M,K]`` for later stages."""
+
+    tokens: Tensor
+    kept: Tensor
+    state: dict[str, Tensor]
+
+
+class Seen(NamedTuple):
+    """What a comparison wants to know of a stage that ran eagerly: its signals, and its score ``[G,N]`` if any."""
+
+    signals: dict[str, Tensor]
+    score: Tensor | None
+
+
+def locate(prunable: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Slots of the ``count`` prunable tokens ``[B,count]`` and of all others ``[B,L-count]``, both ascending."""
+    return find_prunable(prunable, count), find_prunable(~prunable, prunable.shape[1] - count)
 
 
 def reduce_sequence(
     stage: StageFunction,
-    hidden: Tensor,
+    seen: SequenceView,
     prunable: Tensor,
-    last: Tensor,
-    taps: Mapping[str, tuple[Tensor, Tensor, float]],
+    tracked: Sequence[str] = (),
     forced: Tensor | None = None,
-    scored: list[Tensor] | None = None,
+    watch: list[Seen] | None = None,
 ) -> Reduced:
     """Run a stage before a decoder layer.
 
-    ``hidden [B,L,D]``, ``prunable [B,L]`` bool with ``groups * length_in`` true entries a row, ``last [B]`` slot of
-    the last real token; ``taps`` gives, per attention signal, query row ``[B,H,1,d]``, keys ``[B,Hkv,L,d]`` and scale.
-    ``forced [B,K]`` replaces the choice (not the merge) and ``scored`` collects the score ``[G,N]``, for comparison.
+    ``prunable [B,L]`` bool with ``groups * length_in`` true entries a row. ``tracked`` names the state later stages
+    want. ``forced [B,K]`` replaces the choice (not the merge) and ``watch`` collects what was seen, for comparison.
     """
     planned = stage.planned
     batch, length = prunable.shape
     total, left = planned.groups * planned.length_in, planned.groups * planned.length_out
-    columns = find_prunable(prunable, total)
-    tokens = _split_groups(ops.take_rows(hidden, columns).float(), planned)
-    signals: dict[str, Tensor] = {}
-    if "tokens" in stage.signals:
-        signals["tokens"] = tokens
-    for name, (query, key, scale) in taps.items():
-        attention = take_columns(attend_from_row(query, key, scale, last), columns)
-        signals[name] = _split_groups(attention.transpose(1, 2), planned).transpose(1, 2)
-    if scored is not None and stage.bound.score is not None:
-        scored.append(stage.score(signals))
-    chosen = _choose(stage, signals, None if forced is None else _to_groups(forced, planned))
+    if left == 0:
+        rows = seen.texts
+        none = torch.zeros(batch, length - total, dtype=torch.bool)
+        return Reduced(rows, seen.columns[:, :0], ops.take_rows(seen.hidden, rows), none, {})
+    signals = sequence_signals(stage, seen)
+    if watch is not None:
+        watch.append(Seen(signals, stage.score(signals) if stage.bound.score is not None else None))
+    chosen, carry = stage.run(signals, None if forced is None else _to_groups(forced, planned))
     kept = _to_row(chosen.keep, planned)
-    stays = torch.zeros(batch, length, dtype=torch.int64).scatter(1, ops.take_rows(columns, kept), 1) > 0
+    state = _next_state(tracked, seen.state, carry, chosen, planned, batch)
+    if planned.observes:
+        rows = torch.arange(length).expand(batch, length)
+        return Reduced(rows, kept, seen.hidden, prunable, state)
+    stays = torch.zeros(batch, length, dtype=torch.int64).scatter(1, ops.take_rows(seen.columns, kept), 1) > 0
     rows = find_prunable(stays | ~prunable, length - total + left)
     new_prunable = ops.take_rows(prunable, rows)
-    new_hidden = ops.take_rows(hidden, rows)
+    new_hidden = ops.take_rows(seen.hidden, rows)
     if chosen.mix is not None:
-        mixed = (chosen.mix @ tokens).reshape(batch, left, -1).to(hidden.dtype)
+        tokens = ops.take_rows(seen.hidden, seen.columns).float()
+        grouped = tokens.reshape(batch * planned.groups, planned.length_in, tokens.shape[2])
+        mixed = (chosen.mix @ grouped).reshape(batch, left, -1).to(seen.hidden.dtype)
         target = find_prunable(new_prunable, left)[..., None].expand(mixed.shape)
         new_hidden = new_hidden.scatter(1, target, mixed)
-    return Reduced(rows, kept, new_hidden, new_prunable)
+    return Reduced(rows, kept, new_hidden, new_prunable, state)
 
 
-def reduce_features(
+def reduce_patches(
     stage: StageFunction,
-    tokens: Tensor,
-    taps: Mapping[str, tuple[Tensor, Tensor, float]],
+    seen: PatchView,
+    layers: Mapping[str, tuple[int, ...]],
+    tracked: Sequence[str] = (),
     forced: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run a stage after the tower: ``tokens [M,N,D]`` -> ``[M,K,D]`` and the kept indices ``[M,K]``, per image."""
-    chosen = _choose(stage, collect_vision_signals(stage, tokens, taps), forced)
+    watch: list[Seen] | None = None,
+) -> Thinned:
+    """Run a stage in the tower or after it, image by image; arguments as in :func:`reduce_sequence`."""
+    signals = patch_signals(stage, seen, layers)
+    if watch is not None:
+        watch.append(Seen(signals, stage.score(signals) if stage.bound.score is not None else None))
+    chosen, carry = stage.run(signals, forced)
+    state = _next_state(tracked, seen.state, carry, chosen, stage.planned, seen.tokens.shape[0])
+    if stage.planned.observes:
+        return Thinned(seen.tokens, chosen.keep, state)
     if chosen.mix is None:
-        return ops.take_rows(tokens, chosen.keep), chosen.keep
-    return (chosen.mix @ tokens.float()).to(tokens.dtype), chosen.keep
+        return Thinned(ops.take_rows(seen.tokens, chosen.keep), chosen.keep, state)
+    return Thinned((chosen.mix @ seen.tokens.float()).to(seen.tokens.dtype), chosen.keep, state)
 
 
-def collect_vision_signals(
-    stage: StageFunction, tokens: Tensor, taps: Mapping[str, tuple[Tensor, Tensor, float]]
+def start_state(tracked: Sequence[str], batch: int, count: int) -> dict[str, Tensor]:
+    """The state before any stage of a program: every token stands for itself, nothing is carried."""
+    made = {
+        "size": lambda: torch.ones(batch, count),
+        "source": lambda: torch.arange(count).expand(batch, count),
+    }
+    return {name: make() for name, make in made.items() if name in tracked}
+
+
+def _next_state(
+    tracked: Sequence[str],
+    state: Mapping[str, Tensor],
+    carry: Tensor | None,
+    chosen: TokenMap,
+    planned: PlannedStage,
+    batch: int,
 ) -> dict[str, Tensor]:
-    """The signals a stage after the tower asks for, from the tower's queries and keys ``[M,H,1+N,d]``."""
-    signals: dict[str, Tensor] = {}
-    if "tokens" in stage.signals:
-        signals["tokens"] = tokens.float()
-    for name, (query, key, scale) in taps.items():
-        signals[name] = attend_from_cls(query, key, scale) if name == "cls_attention" else key[:, :, 1:].float()
-    return signals
-
-
-def _choose(stage: StageFunction, signals: Mapping[str, Tensor], forced: Tensor | None) -> TokenMap:
-    return stage(signals) if forced is None else stage.with_keep(signals, forced)
-
-
-def _split_groups(tokens: Tensor, planned: PlannedStage) -> Tensor:
-    """``[B,V,...]`` -> ``[B*groups, V/groups, ...]``."""
-    return tokens.reshape(tokens.shape[0] * planned.groups, planned.length_in, *tokens.shape[2:])
+    """State of the tokens that stay, row by row ``[B,K]``; a merged token is as large as all that went into it."""
+    groups = chosen.keep.shape[0]
+    found: dict[str, Tensor] = {}
+    for name in tracked:
+        value = carry if name == "carried" and carry is not None else state.get(name)
+        if value is None:
+            continue
+        value = value.reshape(groups, planned.length_in)
+        if name == "size" and chosen.mix is not None:
+            value = ((chosen.mix != 0).float() @ value.unsqueeze(-1)).squeeze(-1)
+        else:
+            value = value.gather(1, chosen.keep)
+        found[name] = value.reshape(batch, -1)
+    return found
 
 
 def _to_row(keep: Tensor, planned: PlannedStage) -> Tensor:
     """Per-group indices ``[B*groups,K]`` -> indices into the row's prunable tokens ``[B,groups*K]``."""
     offset = torch.arange(planned.groups)[:, None] * planned.length_in
-    split = keep.reshape(-1, planned.groups, planned.length_out) + offset
-    return split.reshape(-1, planned.groups * planned.length_out)
+    split = keep.reshape(-1, planned.groups, keep.shape[1]) + offset
+    return split.reshape(-1, planned.groups * keep.shape[1])
 
 
 def _to_groups(kept: Tensor, planned: PlannedStage) -> Tensor:

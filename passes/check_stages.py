@@ -1,0 +1,88 @@
+"""Refuse, before anything is traced, stages that do not fit each other or the tower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from secateur.compiler.families.family import VisionFacts
+from secateur.passes.signals import NEED_CLS, attends_in_tower
+from secateur.passes.stage import StageFunction
+from secateur.runtime.errors import UserError
+
+
+def check_stages(stages: Sequence[StageFunction], facts: VisionFacts) -> None:
+    """Raises UserError that names the stage, the signal or site that does not fit, and what would."""
+    scored = False
+    for index, stage in enumerate(stages):
+        planned = stage.planned
+        if "carried" in stage.signals and not scored and stage.bound.needs("carried"):
+            raise UserError(
+                "signal 'carried' is what an earlier stage's score leaves, and no earlier stage has one",
+                where=planned.name,
+                fix="give an earlier stage a score",
+            )
+        scored = scored or stage.bound.score is not None
+        if not planned.site.kind.startswith("decoder"):
+            _check_tower_stage(stage, stages[:index], facts)
+
+
+def tower_layers(stage: StageFunction, facts: VisionFacts) -> dict[str, tuple[int, ...]]:
+    """The tower layers each attention signal of a tower-side stage reads, lowest first.
+
+    Raises UserError for a layer the tower does not have.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name in filter(attends_in_tower, stage.signals):
+        if stage.planned.site.kind == "vision.layer":
+            found[name] = ((stage.planned.site.layer or 0) - 1,)
+            continue
+        options = stage.signal_options[name]
+        named = options.get("layers", options.get("layer", ("read",)))
+        found[name] = tuple(sorted({_place(layer, facts, f"{stage.planned.name}.signals.{name}") for layer in named}))
+    return found
+
+
+def _place(layer: str, facts: VisionFacts, where: str) -> int:
+    if layer == "read":
+        return facts.feature_layer
+    number, _, depth = layer.partition("/")
+    index = facts.feature_layer + 1 if layer == "next" else int(number)
+    if depth:
+        index = min(math.floor(index * facts.layers / int(depth) + 0.5), facts.feature_layer)
+    if index >= facts.layers:
+        raise UserError(
+            f"the vision tower has no layer {index} to read",
+            where=where,
+            available=[f"0 to {facts.layers - 1}", f"read ({facts.feature_layer})"],
+        )
+    return index
+
+
+def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], facts: VisionFacts) -> None:
+    planned = stage.planned
+    if planned.site.kind == "vision.layer" and (planned.site.layer or 0) > facts.feature_layer:
+        raise UserError(
+            f"nothing reads the tower at {planned.site}: the projector takes the output of layer {facts.feature_layer}",
+            where=planned.name,
+            available=[f"vision.layer[0] to vision.layer[{facts.feature_layer}]", "vision.out"],
+        )
+    lost = [s for s in stage.signals if s in NEED_CLS]
+    if lost and not facts.has_cls:
+        raise UserError(
+            f"signal {lost[0]!r} needs a CLS token, which this vision tower does not have",
+            where=planned.name,
+            fix="use received_attention, or a recipe that does",
+        )
+    layers = tower_layers(stage, facts)
+    for earlier in (s.planned for s in before if not s.planned.observes):
+        # A layer of the tower at or behind an inner site sees the shorter stream; what stands behind the tower does not
+        # change what its layers saw.
+        first = (earlier.site.layer or 0) if earlier.site.kind == "vision.layer" else facts.layers
+        for name, read in layers.items():
+            if min(read) < first:
+                raise UserError(
+                    f"signal {name!r} at {planned.site} still counts the tokens that {earlier.name} removed",
+                    where=planned.name,
+                    fix="let the first stage that prunes use it, or choose by tokens there",
+                )

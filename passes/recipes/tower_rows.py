@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from secateur.compiler.recipe import Recipe, Site, Stage, Term
+from secateur.compiler.recipe import Recipe, Setting, Site, Stage, Term
+
+_LLAVA = tuple(Setting("LLaVA-1.5-7B", count / 576, f"{count} tokens") for count in (192, 128, 64))
+_RECEIVED = Term("received_attention_mean", {"heads": "mean"})
 
 ROWS = (
     Recipe(
@@ -13,5 +16,169 @@ ROWS = (
         positions="compact",
         notes="A chosen token cannot be chosen again; in the authors' code that can happen once only duplicates of "
         "chosen tokens are left. Each image is pruned by itself.",
+        settings=(Setting("LLaVA-1.5-7B", 0.098, "SUBSET_RATIO"),),
+    ),
+    Recipe(
+        name="cdpruner",
+        title="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
+        link="https://arxiv.org/abs/2506.10967",
+        stages=(
+            Stage(
+                Site("decoder.layer", 0),
+                score=Term("min_max", of=(Term("question_similarity"),)),
+                select=Term("determinant"),
+                share=64 / 576,
+            ),
+        ),
+        positions="compact",
+        evidence="reconstructed",
+        notes="Kernel and greedy search are the authors'. Relevance is not: they compare patches with the question in "
+        "CLIP's shared space, with the sign turned round, and no family here brings CLIP's text tower. As they do for "
+        "Qwen2.5-VL (unpublished), relevance is taken from the decoder's own embeddings: the mean cosine with the text "
+        "behind the last image, template included. It is scaled to [0, 1] within each image, not over all crops. Once "
+        "the chosen tokens span all others, the most relevant come first; the authors' code divides rounding errors.",
+    ),
+    Recipe(
+        name="scope",
+        title="SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs",
+        link="https://arxiv.org/abs/2510.24214",
+        stages=(
+            Stage(
+                Site("vision.out"),
+                score=Term("cls_attention_mean", {"heads": "sum"}),
+                select=Term("coverage", {"power": 1.0, "combine": "product"}),
+                share=1 / 3,
+            ),
+        ),
+        positions="compact",
+        notes="Every step adds up the coverage each token would add, over all pairs: k times N x N. power is their "
+        "ALPHA, combine their COMBINED. Needs a tower with a CLS token.",
+        settings=_LLAVA,
+    ),
+    Recipe(
+        name="idpruner",
+        title="IDPruner: Harmonizing Importance and Diversity in Visual Token Pruning for MLLMs",
+        link="https://arxiv.org/abs/2602.13315",
+        stages=(
+            Stage(
+                Site("projector.out"),
+                score=Term("min_max", of=(_RECEIVED,)),
+                select=Term("max_marginal_relevance", {"weight": 0.5}),
+                share=0.25,
+            ),
+        ),
+        evidence="reconstructed",
+        notes="The selection is the authors', the importance is not: theirs comes from a trained scorer, here it is "
+        "the attention a patch receives in the tower layer the projector reads. Figures of the paper do not apply. "
+        "They pool the tokens of all images and choose from them at once; here each image is pruned by itself.",
+        settings=(Setting("Qwen2.5-VL-7B", 0.25), Setting("Qwen2.5-VL-7B", 0.1)),
+    ),
+    Recipe(
+        name="zoo_prune",
+        title="ZOO-Prune: Training-Free Token Pruning via Zeroth-Order Gradient Estimation in Vision-Language Models",
+        link="https://arxiv.org/abs/2509.24837",
+        stages=(
+            Stage(
+                Site("projector.out"),
+                score=Term("min_max", of=(Term("projector_sensitivity"),)),
+                select=Term("farthest_by_score"),
+                share=1 / 3,
+                signals={"probe_slopes": {"directions": 64, "step": 0.01, "seed": 0}},
+            ),
+        ),
+        positions="compact",
+        notes="The authors draw new directions for every image; here they are constants of the compiled graph, and "
+        "another seed is another bundle. The projector runs 128 times on every token besides the once. Counts are "
+        "rounded, where the authors cut them off.",
+        settings=_LLAVA,
+    ),
+    Recipe(
+        name="gprune",
+        title="What Kind of Visual Tokens Do We Need? Training-Free Visual Token Pruning for Multi-Modal Large "
+        "Language Models from the Perspective of Graph",
+        link="https://arxiv.org/abs/2501.02268",
+        stages=(
+            Stage(
+                Site("projector.out"),
+                score=Term("graph_flow", {"threshold": 0.5, "temperature": 0.03, "steps": 5}),
+                select=Term("top_k"),
+                share=0.5,
+            ),
+        ),
+        notes="The authors treat the base image as one graph and all tiles together as another; here every image and "
+        "every tile is a graph. Counts are rounded, where the authors cut them off.",
+        settings=(Setting("LLaVA-NeXT-8B", 0.5),),
+    ),
+    Recipe(
+        name="textmonkey",
+        title="TextMonkey: An OCR-Free Large Multimodal Model for Understanding Document (token filter)",
+        link="https://arxiv.org/abs/2403.04473",
+        stages=(Stage(Site("projector.out"), score=Term("later_redundancy"), select=Term("top_k"), share=0.5),),
+        positions="compact",
+        notes="The filter alone. In TextMonkey the tokens it keeps then read all tokens through a trained layer of "
+        "cross-attention, which no other model has. The authors filter the 1024 tokens of all windows at once to 512; "
+        "here each image keeps half of its own.",
+        settings=(Setting("TextMonkey", 0.5, "512 tokens"),),
+    ),
+    Recipe(
+        name="tome",
+        title="Token Merging: Your ViT But Faster",
+        link="https://arxiv.org/abs/2210.09461",
+        stages=tuple(
+            Stage(
+                site,
+                select=Term("bipartite_keys", {"sources": "odd"}),
+                merge=Term("merge_assigned", {"average": "size"}),
+                share=share,
+            )
+            for site, share in ((Site("vision.layer", 8, 24), 0.51), (Site("vision.out"), 1 / 3))
+        ),
+        positions="compact",
+        notes="The authors merge r tokens in every block, between attention and MLP. Here they merge twice, after the "
+        "MLP: after a third of the tower and behind it, the first time to as many tokens as make the mean over the "
+        "layers that of merging evenly in every layer. One matching can remove half of the tokens; a smaller budget "
+        "takes several in a row, the later ones on the mean keys of what was merged. Survivors stay in image order, "
+        "the authors put unmerged sources first, so that later matchings split the tokens otherwise. The size of a "
+        "token weighs in merges but not in attention (no proportional attention). CLS is never merged. The budgets "
+        "are those at which SparseVLM's authors ran ToMe.",
+        settings=_LLAVA,
+    ),
+    Recipe(
+        name="crossget",
+        title="CrossGET: Cross-Guided Ensemble of Tokens for Accelerating Vision-Language Transformers (matching)",
+        link="https://arxiv.org/abs/2305.17455",
+        stages=tuple(
+            Stage(
+                site,
+                score=_RECEIVED,
+                select=Term("complete_graph_keys"),
+                merge=Term("merge_by_importance"),
+                share=share,
+            )
+            for site, share in ((Site("vision.layer", 8, 24), 0.62), (Site("vision.out"), 277 / 576))
+        ),
+        positions="compact",
+        evidence="reconstructed",
+        notes="Matching and merging are the authors'. Their cross tokens are trained, and what these attend to is part "
+        "of the importance; without them it is the attention a patch receives, mean over heads and queries. They merge "
+        "13 tokens in each of the 23 layers LLaVA uses, between attention and MLP; here merging happens after a third "
+        "of the tower and behind it, the first time to as many tokens as make the mean over layers theirs. They allow "
+        "at most half of the tokens to go at once, here there is no such limit. No proportional attention.",
+        settings=(Setting("LLaVA-1.5-7B", 277 / 576, "r = 13"),),
+    ),
+    Recipe(
+        name="flowcut",
+        title="FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
+        link="https://arxiv.org/abs/2505.19536",
+        stages=tuple(
+            Stage(site, score=Term("attention_flow", {"momentum": 0.5}), select=Term("top_k"), share=share)
+            for site, share in ((Site("vision.layer", 10, 24), 0.58), (Site("vision.out"), 1 / 3))
+        ),
+        positions="compact",
+        notes="The authors score in every layer and prune after every second one, by a number that depends on the "
+        "entropy of the attention. Here tokens are scored and pruned twice: at layer 10 of 24 and behind the tower, "
+        "and the second score is averaged with the first. The first time leaves as many tokens as make the mean over "
+        "layers theirs, their entropy term taken as 0.3, which is an assumption. Needs a tower with a CLS token.",
+        settings=_LLAVA,
     ),
 )

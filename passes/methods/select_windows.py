@@ -114,10 +114,11 @@ def chunks_first(score: Tensor, tokens: Tensor, k: int, chunks: Count = 16, vari
     same = members @ members.transpose(0, 1)
     others = (same.sum(dim=1) - 1.0).clamp_min(1.0)
     unit = unit_rows(tokens)
-    alike = unit @ unit.transpose(1, 2) * (same - torch.eye(count, device=score.device))
+    place = torch.arange(count, device=score.device)
+    alike = unit @ unit.transpose(1, 2) * same * (place == place.unsqueeze(1)).logical_not().to(same.dtype)
     mean = alike.sum(dim=2) / others
     deviation = (alike - mean.unsqueeze(2)) * same
-    spread = (deviation * deviation).sum(dim=2) / others * (same.sum(dim=1) > 1.5)
+    spread = (deviation * deviation).sum(dim=2) / others
     attention = 1000.0 * score
 
     average = members / members.sum(dim=0)

@@ -123,7 +123,8 @@ def page_rank(
 
     ``attention_logits [G,H,L,L]`` are divided by ``temperature`` before the softmax. Every real slot starts with the
     same rank, which then moves ``steps`` times along the attention of each head, without damping. The score is the
-    root of the mean square over heads.
+    root of the mean square over heads. What stays below 1e-30 is more than float32 can order at this temperature;
+    of such tokens the first is the better.
     """
     moves = torch.softmax(attention_logits / temperature, dim=-1)
     real = real_slots.to(torch.float32)
@@ -131,8 +132,12 @@ def page_rank(
     rank = rank.expand(-1, moves.shape[1], -1, -1)
     for _ in range(steps):
         rank = rank @ moves
-    importance = torch.sqrt((rank * rank).mean(dim=1)).squeeze(1)
-    return importance.gather(1, slots)
+    # In units of the highest head: the squares of small ranks would vanish in float32.
+    unit = rank.amax(dim=1, keepdim=True).clamp_min(1e-37)
+    importance = unit * torch.sqrt(((rank / unit) * (rank / unit)).mean(dim=1, keepdim=True))
+    found = importance.squeeze(2).squeeze(1).gather(1, slots)
+    position = torch.arange(found.shape[1], device=found.device)
+    return torch.where(found > 1e-30, found, -1.0 - position)
 
 
 def global_query_attention(self_attention: Tensor, threshold: Annotated[float, Field(gt=0)] = 34.8) -> Tensor:

@@ -34,8 +34,8 @@ def top_k_and_clusters(
 
     Centres are density peaks of ``tokens [G,N,D]``: distance is Euclidean over sqrt(D), density the exponential of
     minus the mean square distance to the c nearest (itself included), and a centre has a high product of density
-    and distance to the nearest denser token. Of equally dense tokens the first counts as denser; the authors break
-    ties by random noise.
+    and distance to the nearest denser token; the densest always is one. Of equally dense tokens the first counts as
+    denser; the authors break ties by random noise.
     """
     groups, count = score.shape
     top, centres = _split(count, k, recycled, per_cluster)
@@ -137,14 +137,17 @@ def _find_peaks(rows: Tensor, centres: int) -> tuple[Tensor, Tensor]:
     position = torch.arange(count, device=rows.device)
     square = (rows * rows).sum(dim=2)
     apart = square.unsqueeze(2) + square.unsqueeze(1) - 2.0 * (rows @ rows.transpose(1, 2))
+    # Nearest neighbours of each other tie in density, so rounding must not tell the two halves apart.
+    apart = torch.where(position.unsqueeze(1) < position, apart, apart.transpose(1, 2))
     apart = torch.where(position.unsqueeze(1) == position, 0.0, apart.clamp_min(0.0)) / width
     distance = torch.sqrt(apart)
     near = distance.topk(centres, dim=2, largest=False).values
     density = torch.exp(-(near * near).mean(dim=2))
     mine, other = density.unsqueeze(2), density.unsqueeze(1)
     denser = (other > mine) | ((other == mine) & (position < position.unsqueeze(1)))
-    farthest = distance.amax(dim=2).amax(dim=1).unsqueeze(1).unsqueeze(1)
-    to_denser = torch.where(denser, distance, farthest).amin(dim=2)
+    # Larger than any distance, so that the densest row, which has no denser one, always is a peak.
+    beyond = 2.0 * distance.amax(dim=2).amax(dim=1).unsqueeze(1).unsqueeze(1)
+    to_denser = torch.where(denser, distance, beyond).amin(dim=2)
     peaks = (density * to_denser).topk(centres, dim=1).indices
     cluster = (-take_rows(distance, peaks)).argmax(dim=1)
     own = torch.arange(centres, device=rows.device).unsqueeze(0).expand(groups, centres)

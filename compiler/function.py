@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from secateur.compiler.blame import blame_error, blame_shape
 from secateur.compiler.program import Program
 from secateur.runtime.errors import SecateurError
 
@@ -19,6 +20,19 @@ _CONVERSIONS = (
     aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
 )  # fmt: skip
 """Written as one operator; those that convert nothing are left out."""
+
+
+class _FunctionError(Exception):
+    """What a traced function raised. The exporter hangs the half-made graph on an error and then dumps it to stderr:
+    on this one it cannot."""
+
+    @property
+    def partial_fx_graph(self) -> Any:
+        raise AttributeError
+
+    @partial_fx_graph.setter
+    def partial_fx_graph(self, graph: Any) -> None:
+        pass
 
 
 class _Call(nn.Module):
@@ -30,7 +44,12 @@ class _Call(nn.Module):
         self.owned = nn.ModuleList(owned.values())
 
     def forward(self, *feed: Tensor) -> Any:
-        return self.function(*feed)
+        try:
+            return self.function(*feed)
+        except SecateurError:
+            raise
+        except Exception as error:
+            raise _FunctionError(first_line(error)) from error
 
 
 class _Names:
@@ -61,7 +80,8 @@ def trace_function(
     of computed buffers by name, ``dynamic`` the symbolic dimensions per input.
 
     The function may be anything ``torch.export`` can trace with static shapes. Raises SecateurError with
-    the exporter's first line when it cannot, for instance for a shape that depends on data.
+    the exporter's first line and the function's own line (:mod:`secateur.compiler.blame`) when it cannot, for
+    instance for a shape that depends on data.
     """
     shapes = (tuple(dynamic.get(k) for k in feed),) if dynamic else None
     fix = "scores, selectors and merges must have shapes that do not depend on data"
@@ -77,13 +97,16 @@ def trace_function(
     except SecateurError:
         raise
     except Exception as error:
-        raise SecateurError(f"cannot trace {name}: {first_line(error)}", where="trace", fix=fix) from error
+        reason = first_line(error)
+        if "data-dependent" in reason:  # what follows are symbols of the exporter's
+            reason = "a branch or a size depends on data"
+        reason += blame_error(error) or blame_shape(function, feed)
+        raise SecateurError(f"cannot trace {name}: {reason}", where="trace", fix=fix) from error
     if shapes is None:
         for node in exported.graph.nodes:
             if isinstance(value := node.meta.get("val"), Tensor) and not all(isinstance(n, int) for n in value.shape):
-                raise SecateurError(
-                    f"cannot trace {name}: the shape of {node.target} is dynamic", where="trace", fix=fix
-                )
+                reason = f"the shape of {node.target} is dynamic{blame_shape(function, feed)}"
+                raise SecateurError(f"cannot trace {name}: {reason}", where="trace", fix=fix)
     return _to_program(name, exported, tuple(feed), tuple(outputs), _Names(owned or ()), constants or {})
 
 

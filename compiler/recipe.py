@@ -7,73 +7,19 @@ A :class:`Recipe` is a row of the paper table. :func:`plan_recipe` turns it into
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from secateur.compiler.place_sites import place_sites
+from secateur.compiler.schedule import Exponential
+from secateur.compiler.site import SITE_KINDS as SITE_KINDS
+from secateur.compiler.site import Site
 from secateur.runtime.errors import UserError
-
-SITE_KINDS = ("vision.layer", "vision.out", "projector.out", "decoder.layer")
-"""Kinds of site of the present families; the two that end in ``layer`` take an index."""
 
 Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place where tokens can be reduced. ``layer`` counts from 0 and means *before* that layer.
-
-    ``depth`` is the depth of the published model when ``layer`` is the published one, so that it scales
-    to ``round(layer * L / depth)`` of a model with L layers; None means the layer is taken as it is.
-    """
-
-    kind: str
-    layer: int | None = None
-    depth: int | None = None
-
-    def __str__(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
-
-    @classmethod
-    def parse(cls, text: str, where: str = "site") -> Site:
-        """Read ``decoder.layer[2]``, ``decoder.layer[2/32]`` (published layer/depth) or ``vision.out``.
-
-        ``where`` opens the message of the :class:`UserError` raised for anything else.
-        """
-        match = re.fullmatch(r"\s*([a-z.]+?)\s*(?:\[\s*(\d+)\s*(?:/\s*(\d+)\s*)?\])?\s*", text)
-        kind = match[1] if match else text
-        if not match or kind not in SITE_KINDS:
-            raise UserError(f"no site {text!r}", where=where, available=_SITE_FORMS)
-        if kind.endswith(".layer") != (match[2] is not None):
-            raise UserError(f"site {text!r} is malformed", where=where, available=_SITE_FORMS)
-        if match[3] and int(match[2]) >= int(match[3]):
-            raise UserError(
-                f"site {text!r} is beyond the last layer of its published depth",
-                where=where,
-                fix=f"the layer must be below {match[3]}" if int(match[3]) else "the depth must be at least 1",
-            )
-        return cls(kind, int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
-
-    def at_depth(self, layers: int) -> Site:
-        """The site in a model of ``layers`` layers. A published layer of 1 or more never becomes 0."""
-        if self.layer is None:
-            return self
-        if self.depth is not None:
-            scaled = math.floor(self.layer * layers / self.depth + 0.5)
-            return Site(self.kind, min(max(scaled, min(self.layer, 1)), layers - 1))
-        if self.layer >= layers:
-            raise UserError(
-                f"site {self} is beyond the last layer",
-                where="recipe",
-                available=[f"{self.kind}[0] to {self.kind}[{layers - 1}]"],
-            )
-        return self
-
-
-_SITE_FORMS = ("vision.layer[i]", "vision.out", "projector.out", "decoder.layer[k]")
 
 
 @dataclass(frozen=True)
@@ -153,12 +99,20 @@ class Recipe:
     """Whether keep-ratio 1.0 leaves the model's output unchanged (false for rows that always merge, and for those
     that drop everything in late layers)."""
     settings: tuple[Setting, ...] = ()
+    schedule: Exponential | None = None
+    """How the stages share a budget, if not in the proportions of their published shares."""
+    parts: tuple[Part, ...] = ()
+    """Of a composed recipe (:func:`secateur.compiler.compose.compose`): what it is stacked from."""
 
     def __post_init__(self) -> None:
+        if self.parts:
+            return  # each part checked its own shares, which are fractions of what enters the part
+        if self.schedule is not None:
+            self._check_schedule(self.schedule)
         before = 1.0
         for index, stage in enumerate(self.stages):
             where = f"recipe {self.name}: stages[{index}].share"
-            if stage.select is None:
+            if stage.select is None or stage.count is not None:
                 continue
             if not 0.0 <= stage.share <= 1.0:
                 raise UserError(f"share {stage.share:g} is out of [0, 1]", where=where)
@@ -177,8 +131,36 @@ class Recipe:
     @property
     def default_keep(self) -> float:
         """The published fraction of tokens left after the last stage that leaves any."""
+        if self.parts:
+            return math.prod(part.keep for part in self.parts)
         shares = [stage.share for stage in self.stages if stage.prunes]
         return shares[-1] if shares else 1.0
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any stage does."""
+        return any(stage.prunes for stage in self.stages)
+
+    def _check_schedule(self, schedule: Exponential) -> None:
+        where = f"recipe {self.name}: schedule"
+        outside = [stage.site for stage in self.stages if stage.prunes and stage.site.kind != "decoder.layer"]
+        if len(outside) != (schedule.entry is not None):
+            raise UserError(
+                f"{len(outside)} stages prune before the decoder",
+                where=where,
+                fix="give entry for exactly one of them, and no entry for none",
+            )
+        if not any(stage.prunes and stage.site.kind == "decoder.layer" for stage in self.stages):
+            raise UserError("no stage prunes inside the decoder", where=where, fix="leave the schedule out")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A recipe inside a composed one. ``keep`` is the fraction of the tokens *entering the part* that are left after
+    its last stage that leaves any."""
+
+    recipe: Recipe
+    keep: float
 
 
 @dataclass(frozen=True)
@@ -251,8 +233,8 @@ def plan_recipe(
 
     ``keep`` is the fraction of the prunable tokens left after the last stage that leaves any. With published shares
     ``p_i`` stage i leaves ``keep ** (ln p_i / ln p_last)`` of them: the published values when ``keep`` is
-    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before. ``grid`` is an image's rows and
-    columns of tokens.
+    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before. In a composed recipe the same
+    holds inside each part, for the tokens that enter it. ``grid`` is an image's rows and columns of tokens.
     """
     keep = recipe.default_keep if keep is None else keep
     if not 0.0 < keep <= 1.0:
@@ -261,22 +243,54 @@ def plan_recipe(
             where="--keep",
             fix="1 keeps every visual token, 0.25 a quarter of them",
         )
-    sites = _place_sites(recipe, {"vision": vision_layers, "decoder": decoder_layers})
+    sites = place_sites(recipe, {"vision": vision_layers, "decoder": decoder_layers})
     stages: list[PlannedStage] = []
     groups, length, whole = images, tokens_per_image, True
-    for index, (stage, site) in enumerate(zip(recipe.stages, sites, strict=True)):
-        groups, length = _regroup(recipe, index, site, groups, length, images)
-        count = _count_left(recipe, index, keep, tokens_per_image * images // groups, length)
-        shape = Grid(images // groups, *grid) if grid is not None and whole else None
-        stages.append(
-            PlannedStage(
-                index, site, stage.score, stage.select, stage.merge, stage.scope, recipe.positions,
-                stage.signals, groups, length, count, shape,
-            )
-        )  # fmt: skip
-        whole = whole and count == length and stage.merge is None
-        length = count
+    index = 0
+    for part in _scale_parts(recipe, keep):
+        entered = groups * length
+        fractions = _fractions(part, sites[index : index + len(part.recipe.stages)], decoder_layers)
+        for stage, fraction in zip(part.recipe.stages, fractions, strict=True):
+            site = sites[index]
+            groups, length = _regroup(recipe, index, site, groups, length, images)
+            count = _count_left(recipe, index, fraction, entered // groups, length)
+            shape = Grid(images // groups, *grid) if grid is not None and whole else None
+            stages.append(
+                PlannedStage(
+                    index, site, stage.score, stage.select, stage.merge, stage.scope, part.recipe.positions,
+                    stage.signals, groups, length, count, shape,
+                )
+            )  # fmt: skip
+            whole = whole and count == length and stage.merge is None
+            length, index = count, index + 1
     return PlannedRecipe(recipe, keep, tuple(stages))
+
+
+def _scale_parts(recipe: Recipe, keep: float) -> list[Part]:
+    """The parts with the keep ratios that multiply to ``keep``, in the proportions (of logarithms) of their own."""
+    if not recipe.parts:
+        return [Part(recipe, keep)]
+    whole = recipe.default_keep
+    if keep == whole:
+        return list(recipe.parts)
+    pruning = sum(part.recipe.prunes for part in recipe.parts)
+    even = keep ** (1 / pruning) if pruning else 1.0
+    power = math.log(keep) / math.log(whole) if whole < 1.0 else 0.0
+    return [Part(part.recipe, part.keep**power if whole < 1.0 else even) for part in recipe.parts]
+
+
+def _fractions(part: Part, sites: list[Site], decoder_layers: int) -> list[float]:
+    """For every stage of a part, the fraction of the tokens that entered the part it leaves."""
+    recipe = part.recipe
+    if recipe.schedule is None:
+        return [_stage_share(part.keep, stage.share, recipe.default_keep) for stage in recipe.stages]
+    inside = [stage.prunes and site.kind == "decoder.layer" for stage, site in zip(recipe.stages, sites, strict=True)]
+    layers = [site.layer or 0 for site, prunes in zip(sites, inside, strict=True) if prunes]
+    leaves_none = bool(recipe.stages[-1].select) and not recipe.stages[-1].prunes
+    end = (sites[-1].layer or 0) if leaves_none else decoder_layers
+    enter, shares = recipe.schedule.shares(part.keep, layers, decoder_layers, end, f"recipe {recipe.name}")
+    left = iter(shares)
+    return [next(left) if prunes else enter for prunes in inside]
 
 
 def _regroup(recipe: Recipe, index: int, site: Site, groups: int, length: int, images: int) -> tuple[int, int]:
@@ -306,8 +320,8 @@ def _regroup(recipe: Recipe, index: int, site: Site, groups: int, length: int, i
     return wanted, length * groups // wanted
 
 
-def _count_left(recipe: Recipe, index: int, keep: float, total: int, length: int) -> int:
-    """Tokens a group of ``total`` unpruned ones has after a stage that receives ``length``."""
+def _count_left(recipe: Recipe, index: int, fraction: float, total: int, length: int) -> int:
+    """Tokens left per group by a stage that receives ``length``: a fraction of the ``total`` that entered its part."""
     stage = recipe.stages[index]
     if stage.select is None:
         return length
@@ -321,45 +335,11 @@ def _count_left(recipe: Recipe, index: int, keep: float, total: int, length: int
         return stage.count
     if stage.share == 0.0:
         return 0
-    share = _stage_share(keep, stage.share, recipe.default_keep)
-    return min(max(1, math.floor(share * total + 0.5)), length)
-
-
-def _place_sites(recipe: Recipe, layers: Mapping[str, int]) -> list[Site]:
-    """Sites with their layers in this model, strictly in the order a token meets them.
-
-    Published layers that scale to the same one move apart: down as far as the last stages need, else up.
-    """
-    sites: list[Site] = []
-    order = (-1, -1)
-    for index, stage in enumerate(recipe.stages):
-        kind = stage.site.kind
-        depth = layers.get(kind.partition(".")[0], 0)
-        site = stage.site.at_depth(depth)
-        if site.layer is not None and stage.site.depth is not None:
-            later = sum(other.site.kind == kind for other in recipe.stages[index + 1 :])
-            lowest = order[1] + 1 if order[0] == SITE_KINDS.index(kind) else 0
-            site = Site(kind, max(min(site.layer, depth - 1 - later), min(stage.site.layer or 0, 1), lowest))
-            if (site.layer or 0) >= depth:
-                raise UserError(
-                    f"{depth} layers are too few for the stages at {kind}",
-                    where=f"recipe {recipe.name}",
-                    fix="use a deeper model, or a recipe file with fewer stages",
-                )
-        place = (SITE_KINDS.index(kind), site.layer or 0)
-        if place <= order:
-            raise UserError(
-                f"stage {index} at {site} does not come after the stage before it",
-                where=f"recipe {recipe.name}",
-                fix="list stages in the order a token meets them, one per site",
-            )
-        order = place
-        sites.append(site)
-    return sites
+    return min(max(1, math.floor(fraction * total + 0.5)), length)
 
 
 def _stage_share(keep: float, published: float, published_last: float) -> float:
-    if keep == published_last:
+    if keep == published_last or not published:
         return published
     if published_last >= 1.0:
         return keep

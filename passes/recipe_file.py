@@ -1,4 +1,4 @@
-"""Recipes as YAML files: read with errors that name the field and the choices, and written back.
+"""Recipes by name, composed, and as YAML files: read with errors that name the field, and written back.
 
     name: mine
     stages:
@@ -13,13 +13,18 @@ A term without options may be its bare name. The table of papers and a file give
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.compiler.recipe import Evidence, Positions, Recipe, Scope, Setting, Site, Stage, Term
+from secateur.compiler.compose import compose
+from secateur.compiler.recipe import Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
+from secateur.compiler.schedule import Exponential
+from secateur.compiler.site import Site
+from secateur.passes.recipe_module import recipe_from_file
 from secateur.passes.recipes import get_recipe
 from secateur.runtime.errors import UserError
 
@@ -38,7 +43,7 @@ class _TermFields(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
     def term(self) -> Term:
-        return Term(self.name, self.options, tuple(inner.term() for inner in self.of))
+        return Term(self.name, _freeze(self.options), tuple(inner.term() for inner in self.of))
 
 
 class _StageFields(BaseModel):
@@ -61,6 +66,12 @@ class _SettingFields(BaseModel):
     note: str = ""
 
 
+class _ScheduleFields(BaseModel):
+    model_config = _CONFIG
+    name: Literal["exponential"]
+    entry: float | None = Field(None, gt=0)
+
+
 class _RecipeFields(BaseModel):
     model_config = _CONFIG
     name: str = Field(min_length=1)
@@ -71,29 +82,65 @@ class _RecipeFields(BaseModel):
     notes: str = ""
     identity_at_one: bool = True
     settings: list[_SettingFields] = Field(default_factory=list)
+    schedule: _ScheduleFields | None = None
     stages: list[_StageFields]
 
 
 _FIELDS: dict[str, type[BaseModel]] = {
     "": _RecipeFields, "stages": _StageFields, "score": _TermFields, "select": _TermFields, "merge": _TermFields,
-    "of": _TermFields, "settings": _SettingFields,
+    "of": _TermFields, "settings": _SettingFields, "schedule": _ScheduleFields,
 }  # fmt: skip
-_CHOICES = {"scope": get_args(Scope), "positions": get_args(Positions), "evidence": get_args(Evidence)}
+_CHOICES = {
+    "scope": get_args(Scope), "positions": get_args(Positions), "evidence": get_args(Evidence),
+    "name": ("exponential",),
+}  # fmt: skip
 _SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A row of the table by its name, or the recipe in a file whose name ends in ``.yaml`` or ``.yml``."""
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        return get_recipe(name_or_path)
+def load_recipe(text: str) -> Recipe:
+    """The recipe that ``text``, as written behind ``--recipe``, stands for.
+
+    A row of the table or of an installed package by its name, ``FILE.yaml``, or ``FILE.py:NAME``. Several joined by
+    ``+`` are stacked, ``:keep=R`` behind one of them gives the fraction of the tokens that enter it that it leaves:
+    ``divprune:keep=0.5+fastv:keep=0.5``.
+    """
+    if ("+" not in text and ":keep" not in text) or Path(text).is_file():
+        return _load_one(text)
+    parts = []
+    for piece in map(str.strip, text.split("+")):
+        name, colon, ratio = piece.rpartition(":keep")
+        if not (name if colon else piece):
+            raise UserError("a part has no name", where=f"--recipe {text}", fix="write it as divprune:keep=0.5+fastv")
+        recipe = _load_one(name if colon else piece)
+        parts.append(Part(recipe, _read_keep(ratio, text) if colon else recipe.default_keep))
+    return compose(text, parts)
+
+
+def _read_keep(text: str, where: str) -> float:
     try:
-        text = path.read_text(encoding="utf-8")
+        return float(text.removeprefix("=") if text.startswith("=") else "")
+    except ValueError:
+        raise UserError(
+            f"':keep{text}' has no number", where=f"--recipe {where}", fix="write it as fastv:keep=0.5"
+        ) from None
+
+
+def _load_one(text: str) -> Recipe:
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        return recipe_from_yaml(_read_text(path), where=text)
+    if module := re.fullmatch(r"(.+\.py)(?::(.*))?", text):
+        return recipe_from_file(Path(module[1]), module[2])
+    return get_recipe(text)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError:
         raise UserError("not a text file in UTF-8", where=str(path)) from None
-    return recipe_from_yaml(text, where=str(path))
 
 
 def recipe_from_yaml(text: str, where: str = "recipe") -> Recipe:
@@ -104,19 +151,29 @@ def recipe_from_yaml(text: str, where: str = "recipe") -> Recipe:
         raise _describe(error, where) from None
     stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
     settings = tuple(Setting(s.model, s.keep, s.note) for s in fields.settings)
-    plain = fields.model_dump(exclude={"stages", "settings"})
-    return Recipe(stages=tuple(stages), settings=settings, **plain)
+    schedule = Exponential(fields.schedule.entry) if fields.schedule else None
+    plain = fields.model_dump(exclude={"stages", "settings", "schedule"})
+    return Recipe(stages=tuple(stages), settings=settings, schedule=schedule, **plain)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Text that :func:`recipe_from_yaml` reads back as an equal recipe."""
     import yaml
 
-    return str(yaml.safe_dump(recipe_to_data(recipe), sort_keys=False, allow_unicode=True, width=100))
+    class Dumper(yaml.SafeDumper):
+        """Writes what occurs twice twice, not as a reference."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return str(yaml.dump(recipe_to_data(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain lists and dictionaries, in the layout of a recipe file."""
+    """The recipe as plain lists and dictionaries, in the layout of a recipe file; of a composed one, its parts."""
+    if recipe.parts:
+        parts = [{"keep": part.keep, "recipe": recipe_to_data(part.recipe)} for part in recipe.parts]
+        return {"name": recipe.name, "parts": parts}
     return {
         "name": recipe.name,
         "title": recipe.title,
@@ -126,6 +183,7 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         "notes": recipe.notes,
         "identity_at_one": recipe.identity_at_one,
         "settings": [{"model": s.model, "keep": s.keep, "note": s.note} for s in recipe.settings],
+        **({"schedule": {"name": "exponential", "entry": recipe.schedule.entry}} if recipe.schedule else {}),
         "stages": [_write_stage(stage) for stage in recipe.stages],
     }
 
@@ -161,10 +219,17 @@ def _read_stage(fields: _StageFields, where: str) -> Stage:
         count=fields.count,
         scope=fields.scope,
         window=fields.window,
-        signals=fields.signals,
+        signals=_freeze(fields.signals),
     )
     bind_stage(stage, where=where)
     return stage
+
+
+def _freeze(value: Any) -> Any:
+    """Lists as tuples, which is how rows are written."""
+    if isinstance(value, dict):
+        return {key: _freeze(inner) for key, inner in value.items()}
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur.compiler.recipe import PlannedStage
 from secateur.compiler.token_map import TokenMap
+from secateur.passes.check_function import check_stage
 from secateur.passes.methods.rows import Scored
 from secateur.passes.methods.select import Selection
 from secateur.passes.vocabulary import BoundStage, BoundTerm, bind_stage
@@ -101,7 +102,10 @@ class StageFunction:
 
 
 def stage_function(planned: PlannedStage) -> StageFunction:
-    """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not."""
+    """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not.
+
+    Functions from outside this package are tried on random signals first.
+    """
     bound = bind_stage(planned, where=planned.name)
     if planned.grid is None and any("grid" in term.every_reserved() for term in bound.terms):
         raise UserError(
@@ -109,7 +113,9 @@ def stage_function(planned: PlannedStage) -> StageFunction:
             where=f"{planned.name} {planned.site}",
             fix="let it be the first stage that prunes",
         )
-    return StageFunction(planned, bound)
+    stage = StageFunction(planned, bound)
+    check_stage(stage)
+    return stage
 
 
 def _score(term: BoundTerm, signals: Mapping[str, Tensor], reserved: Mapping[str, Any]) -> Scored:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from secateur.compiler.recipe import PlannedStage, Site, Stage, Term
 from secateur.passes.methods.registry import MERGES, SCORES, SELECTORS
@@ -104,6 +105,14 @@ def bind_term(role: str, term: Term, where: str) -> BoundTerm:
     reserved = tuple(name for name in parameters if name in RESERVED)
     choices = [name for name in parameters if name not in signals and name not in reserved]
     hints = get_type_hints(function, include_extras=True)
+    for name in choices:
+        if hints.get(name) in (None, Tensor):
+            raise UserError(
+                f"{term.name} takes {name!r}, which is no signal" + (" and has no type" if name not in hints else ""),
+                where=where,
+                available=sorted(SIGNALS),
+                fix="options need a type hint, such as float",
+            )
     for name, value in term.options.items():
         if name not in choices:
             raise UserError(f"{term.name} has no option {name!r}", where=f"{where}.options", available=choices)

@@ -7,6 +7,7 @@ visual tokens its paper leaves, and in ``notes`` where our static form differs f
 from __future__ import annotations
 
 from secateur.compiler.recipe import Recipe
+from secateur.passes.recipe_module import installed_names, recipe_from_package
 from secateur.passes.recipes import (
     decoder_attention_rows,
     decoder_rows,
@@ -22,12 +23,15 @@ RECIPES: dict[str, Recipe] = {row.name: row for module in _MODULES for row in mo
 
 
 def get_recipe(name: str) -> Recipe:
-    """The row called ``name``."""
-    if name not in RECIPES:
+    """The row called ``name``, or the recipe an installed package offers under that name."""
+    if name in RECIPES:
+        return RECIPES[name]
+    recipe = recipe_from_package(name)
+    if recipe is None:
         raise UserError(
             f"no recipe {name!r}",
             where="--recipe",
-            available=sorted(RECIPES),
-            fix="or give the path of a .yaml file",
+            available=sorted({*RECIPES, *installed_names()}),
+            fix="or give a .yaml file, or FILE.py:NAME",
         )
-    return RECIPES[name]
+    return recipe

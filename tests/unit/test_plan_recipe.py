@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.compiler.recipe import PlannedRecipe, Recipe, Site, Stage, Term, plan_recipe
+from secateur.compiler.recipe import PlannedRecipe, PlannedStage, Recipe, Site, Stage, Term, plan_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
 
@@ -24,6 +24,10 @@ def plan(recipe: Recipe, **changes: Any) -> PlannedRecipe:
 def make_recipe(*stages: tuple[str, float] | tuple[str, float, str]) -> Recipe:
     built = [Stage(Site.parse(stage[0]), WORD, share=stage[1], scope=(*stage, "image")[2]) for stage in stages]
     return Recipe("mine", "", "", tuple(built))
+
+
+def leaves_none(stage: PlannedStage) -> bool:
+    return stage.select is not None and stage.select.name == "nothing"
 
 
 @pytest.mark.parametrize(
@@ -58,14 +62,17 @@ def test_lengths_never_grow_and_layers_always_do(name: str, keep: float, images:
     stages = plan(RECIPES[name], keep=keep, images=images, tokens_per_image=tokens, decoder_layers=layers).stages
     total = images * tokens
     for before, stage in zip((None, *stages), stages, strict=False):
-        assert 1 <= stage.length_out <= stage.length_in
+        assert (0 if leaves_none(stage) else 1) <= stage.length_out <= stage.length_in
         assert stage.groups * stage.length_in == (before.groups * before.length_out if before else total)
-        if before:
+        if before and before.site.kind == stage.site.kind:
             assert stage.site.layer is not None
-            assert stage.site.layer > (before.site.layer or 0)
-        assert stage.site.layer is None or stage.site.layer < layers
-    if stages:
-        last = stages[-1]
+            assert before.site.layer is not None
+            assert stage.site.layer > before.site.layer
+        depth = 24 if stage.site.kind == "vision.layer" else layers
+        assert stage.site.layer is None or stage.site.layer < depth
+    pruning = [stage for stage in stages if RECIPES[name].stages[stage.index].prunes]
+    if pruning and RECIPES[name].stages[pruning[-1].index].count is None:
+        last = pruning[-1]
         wanted = keep * total / last.groups
         assert abs(last.length_out - wanted) <= 0.5 + 1e-6 or last.length_out == 1
 
@@ -73,6 +80,8 @@ def test_lengths_never_grow_and_layers_always_do(name: str, keep: float, images:
 @given(name=st.sampled_from(sorted(RECIPES)), images=st.integers(1, 4), tokens=st.integers(1, 300))
 def test_keep_one_keeps_everything(name: str, images: int, tokens: int) -> None:
     for stage in plan(RECIPES[name], keep=1.0, images=images, tokens_per_image=tokens).stages:
+        if leaves_none(stage) or RECIPES[name].stages[stage.index].count is not None:
+            break
         assert stage.groups * stage.length_out == images * tokens
 
 
@@ -183,8 +192,12 @@ def test_impossible_plans_are_refused(stages: list[Any], changes: dict[str, int]
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ([0.0], "recipe mine: stages[0].share: share 0 is out of (0, 1]"),
-        ([1.5], "recipe mine: stages[0].share: share 1.5 is out of (0, 1]"),
+        ([-0.5], "recipe mine: stages[0].share: share -0.5 is out of [0, 1]"),
+        ([1.5], "recipe mine: stages[0].share: share 1.5 is out of [0, 1]"),
+        (
+            [0.0, 0.0],
+            "recipe mine: stages[1].share: no token is left for this stage; a stage of share 0 must be the last",
+        ),
         (
             [0.25, 0.5],
             "recipe mine: stages[1].share: share 0.5 is more than the 0.25 the stage before leaves; "

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.compiler.recipe import Recipe, Site, Stage, Term
+from secateur.passes.methods import registry
 from secateur.passes.recipe_file import load_recipe, recipe_from_yaml, recipe_to_yaml
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
@@ -21,10 +22,12 @@ stages:
     select: top_k
     share: 0.5
 """
-SCORES = "(available: cls_attention_mean, last_query_attention_mean, seeded_random)"
+SCORES = f"(available: {', '.join(sorted(registry.SCORES))})"
+SELECTORS = f"(available: {', '.join(sorted(registry.SELECTORS))})"
+MERGES = f"(available: {', '.join(sorted(registry.MERGES))})"
 SITES = "(available: vision.layer[i], vision.out, projector.out, decoder.layer[k])"
-STAGE_FIELDS = "site, select, score, merge, share, scope, signals"
-RECIPE_FIELDS = "name, title, link, positions, evidence, notes, identity_at_one, stages"
+STAGE_FIELDS = "site, select, score, merge, share, count, scope, window, signals"
+RECIPE_FIELDS = "name, title, link, positions, evidence, notes, identity_at_one, settings, schedule, stages"
 
 
 def test_a_short_file_reads() -> None:
@@ -34,7 +37,8 @@ def test_a_short_file_reads() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_rows_survive_the_round_trip(recipe: Recipe) -> None:
-    assert recipe_from_yaml(recipe_to_yaml(recipe)) == recipe
+    text = recipe_to_yaml(recipe)
+    assert recipe_to_yaml(recipe_from_yaml(text)) == text
 
 
 @given(
@@ -88,24 +92,28 @@ def changed(old: str, new: str) -> str:
         (GOOD + "    nose: 1\n", f"stages[0].nose: no such field (available: {STAGE_FIELDS})"),
         (
             changed("select: top_k", "select: {name: top_k, option: {}}"),
-            "stages[0].select.option: no such field (available: name, options)",
+            "stages[0].select.option: no such field (available: name, options, of)",
         ),
         (GOOD + "    share: 0.2\n", "key 'share' is given twice in the mapping at line 3"),
         (changed("name: mine\n", ""), "name: this field is missing"),
-        (changed("    share: 0.5\n", ""), "stages[0].share: this field is missing"),
+        (changed("    share: 0.5\n", ""), "stages[0]: give either a share or a count"),
         (changed("mine", "3"), "name: must be a valid string, not 3"),
         (changed("0.5", "half"), "stages[0].share: must be a valid number, not 'half'"),
         (changed("0.5", "true"), "stages[0].share: must be a valid number, not True"),
         (changed("0.5", "1.5"), "stages[0].share: must be less than or equal to 1, not 1.5"),
-        (changed("0.5", "0"), "stages[0].share: must be greater than 0, not 0"),
+        (changed("0.5", "-1"), "stages[0].share: must be greater than or equal to 0, not -1"),
+        (GOOD + "    count: 0\n", "stages[0].count: must be greater than or equal to 1, not 0"),
+        (GOOD + "    count: 9\n", "stages[0]: give either a share or a count"),
+        (GOOD + "schedule: {name: linear}\n", "schedule.name: no choice 'linear' (available: exponential)"),
+        (GOOD + "schedule: {name: exponential, entri: 1}\n", "schedule.entri: no such field (available: name, entry)"),
         (changed("vision.out", "vision.end"), f"stages[0].site: no site 'vision.end' {SITES}"),
         (changed("vision.out", "decoder.layer"), f"stages[0].site: site 'decoder.layer' is malformed {SITES}"),
         (changed("cls_attention_mean", "cls"), f"stages[0].score: no score 'cls' {SCORES}"),
         (
             changed("top_k", "topk"),
-            "stages[0].select: no selector 'topk' (available: max_min, top_k, top_k_and_uniform)",
+            f"stages[0].select: no selector 'topk' {SELECTORS}",
         ),
-        (GOOD + "    merge: mean\n", "stages[0].merge: no merge 'mean' (available: nearest_target)"),
+        (GOOD + "    merge: mean\n", f"stages[0].merge: no merge 'mean' {MERGES}"),
         (
             changed("score: cls_attention_mean", "score: {name: cls_attention_mean, options: {head: max}}"),
             "stages[0].score.options: cls_attention_mean has no option 'head' (available: heads)",
@@ -127,7 +135,7 @@ def changed(old: str, new: str) -> str:
             GOOD + "    signals: {keys: {}}\n",
             "stages[0].signals: signal 'keys' is not used by this stage (available: cls_attention)",
         ),
-        (GOOD + "    scope: row\n", "stages[0].scope: no choice 'row' (available: image, whole)"),
+        (GOOD + "    scope: row\n", "stages[0].scope: no choice 'row' (available: image, window, whole)"),
         (GOOD + "positions: new\n", "positions: no choice 'new' (available: original, compact)"),
         (
             GOOD + "evidence: rumour\n",

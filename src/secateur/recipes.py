@@ -1,0 +1,26 @@
+"""What a recipe of your own is written with; see docs/writing-a-recipe.md.
+
+from secateur.recipes import Recipe, Site, Stage, Term, score
+"""
+
+from __future__ import annotations
+
+from secateur.compiler.recipe import Grid, Recipe, Setting, Stage, Term
+from secateur.compiler.site import Site
+from secateur.passes.methods.own import merge, score, selector
+from secateur.passes.methods.rows import Scored
+from secateur.passes.methods.select import Selection
+
+__all__ = [
+    "Grid",
+    "Recipe",
+    "Scored",
+    "Selection",
+    "Setting",
+    "Site",
+    "Stage",
+    "Term",
+    "merge",
+    "score",
+    "selector",
+]

@@ -355,5 +355,5 @@ def make_probes(rows: Tensor, directions: int, step: float, seed: int) -> Tensor
 
 def _slopes(probes: Tensor, images: int, step: float) -> Tensor:
     """Projected probes ``[2*m*M,N,D]`` -> finite differences ``[M,m,N,D]``."""
-    forwards, backwards = probes.reshape(2, -1, images, *probes.shape[1:]).unbind(0)
-    return ((forwards - backwards) / (2 * step)).transpose(0, 1)
+    both = probes.reshape(2, -1, images, *probes.shape[1:])
+    return ((both[0] - both[1]) / (2 * step)).transpose(0, 1)

@@ -145,7 +145,7 @@ def _next_state(
             continue
         value = value.reshape(groups, planned.length_in)
         if name == "size" and chosen.mix is not None:
-            value = ((chosen.mix != 0).float() @ value.unsqueeze(-1)).squeeze(-1)
+            value = ((chosen.mix > 0).float() @ value.unsqueeze(-1)).squeeze(-1)
         else:
             value = value.gather(1, chosen.keep)
         found[name] = value.reshape(batch, -1)

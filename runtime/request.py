@@ -34,13 +34,15 @@ class Request:
         shared: dict[str, Buffer] = {}
         for name, shape in cache_shapes(manifest).items():
             shared[name] = shared[present_port(name)] = backend.buffer(shape, manifest.dtype)
-        # Vision writes its features where prefill reads them.
-        shared["features"] = self._buffer("vision", "features")
+        # Vision writes its features, and scores that prefill goes on with, where prefill reads them.
+        for name in ("features", "carried"):
+            if manifest.programs["prefill"].has_input(name):
+                shared[name] = self._buffer("vision", name)
         self._ports: dict[str, dict[str, Buffer]] = {}
         self._bound = {name: self._bind(name, shared) for name in manifest.programs}
         self._kept: dict[str, Ints] = {}
         self._patches: Ints | None = None
-        """Original patch of each feature that prefill will read, int64 [B, F]; None where nobody said."""
+        """Original patch of each visual token that prefill will read, int64 [B, V]; None where nobody said."""
 
     def encode(self, pixel_values: Floats) -> Floats:
         """Run ``vision``: [B*n, 3, H, W] -> the features that prefill will read, [B, F, D]."""
@@ -58,8 +60,9 @@ class Request:
         """Run ``prefill`` on ids [B, N] with ``lengths`` [B] real tokens -> logits [B, vocab].
 
         ``features`` None takes what :meth:`encode` left. Given features [B, F, D] come with ``kept``, int64
-        [B, F]: each feature's original patch in its row. Where the vision side prunes, prefill may need it,
-        and without it :attr:`kept` says nothing of this prompt.
+        [B, V]: each feature's original patch in its row, extra rows (of which a model may have some behind each
+        image) left out. Where the vision side prunes, prefill may need it, and without it :attr:`kept` says
+        nothing of this prompt.
         """
         geometry, ports = self.manifest.geometry, self._ports["prefill"]
         ids = np.asarray(input_ids)
@@ -149,7 +152,7 @@ class Request:
         return self._backend.buffer(port.shape, port.dtype)
 
     def _vision_stages(self) -> list[str]:
-        return [stage.name for stage in self.manifest.recipe.stages if not stage.in_decoder]
+        return [stage.name for stage in self.manifest.recipe.stages if stage.chooses and not stage.in_decoder]
 
     def _all_patches(self) -> Ints:
         """Every patch of every row, int64 [B, n*T]."""
@@ -159,6 +162,12 @@ class Request:
     def _take(self, features: Floats, kept: Ints | None) -> None:
         """Features made elsewhere: what the last ``encode`` kept is not theirs."""
         ports, stages = self._ports["prefill"], self._vision_stages()
+        if "carried" in ports:
+            raise UserError(
+                "this bundle's decoder goes on with scores of its vision program",
+                where="prefill",
+                fix="call encode instead of giving features",
+            )
         if kept is not None:
             kept = check_kept(self.manifest, kept)
         elif "kept" in ports:
@@ -177,6 +186,8 @@ class Request:
         ``patches`` int64 [B, N]: the original patches that enter; returns those that leave.
         """
         for stage in self.manifest.recipe.stages:
+            if stage.in_decoder and program == "prefill" and stage.length_out == 0:
+                self._kept[stage.name] = patches = patches[:, :0]
             port = self._ports[program].get(f"kept.{stage.name}")
             if port is None:
                 continue

@@ -56,20 +56,30 @@ class Model(_Frozen):
     bos_token_id: Count | None = None
     eos_token_ids: list[int]
     pad_token_id: Count
+    video_token_id: Count | None = None
+    """What the checkpoint marks a video with; no program takes one."""
 
 
 class Stage(_Frozen):
-    """One reduction; lengths are per group (an image, or the row when the scope is ``whole``)."""
+    """One reduction; lengths are per group (an image, a window of images or the row, as the scope says).
+
+    Without ``select`` it only scores for later stages; a ``length_out`` of 0 removes every visual token.
+    """
 
     name: str
     site: str
     score: str | None = None
-    select: str
+    select: str | None = None
     merge: str | None = None
     scope: str
     groups: Size
     length_in: Size
-    length_out: Size
+    length_out: Count
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its program reports which tokens it kept."""
+        return self.select is not None and self.length_out > 0
 
     @property
     def in_decoder(self) -> bool:
@@ -90,7 +100,11 @@ class Recipe(_Frozen):
 
 
 class GeometrySizes(_Frozen):
-    """The static shapes. ``tokens_per_image`` is unpruned, ``features_per_image`` after the vision-side stages."""
+    """The static shapes.
+
+    ``tokens_per_image`` is an image's patches, unpruned; ``features_per_image`` what the vision-side stages leave of
+    them and behind that ``extra_rows`` rows, which stand for no patch and which no stage removes.
+    """
 
     batch: Size
     images: Size
@@ -100,12 +114,23 @@ class GeometrySizes(_Frozen):
     image_width: Size
     tokens_per_image: Size
     features_per_image: Size
+    extra_rows: Count = 0
     sequence: Size
 
     @property
     def features(self) -> int:
-        """Visual tokens of a row that enter the decoder."""
+        """Image tokens of a row that enter the decoder."""
         return self.images * self.features_per_image
+
+    @property
+    def patches(self) -> int:
+        """Visual tokens of a row that enter the decoder: its features without the extra rows."""
+        return self.features - self.images * self.extra_rows
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Slots of a row that are no visual tokens: the text bucket and the images' extra rows."""
+        return self.text_tokens + self.images * self.extra_rows
 
 
 class Port(_Frozen):
@@ -167,6 +192,8 @@ class Manifest(_Frozen):
     programs: dict[str, Program]
     segments: list[Segment]
     position_offset: int
+    notes: list[str] = []
+    """What whoever uses the bundle should know."""
     versions: dict[str, str]
     weights: BundlePath
     files: dict[BundlePath, FileEntry]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,7 +126,7 @@ def test_run_mean_averages_tokens_of_one_place(case: tuple[Grid, int, int], seed
 # Pivots and centres
 
 
-def pivot_signals(groups: int, count: int, text: int, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def pivot_signals(groups: int, count: int, text: int, rows: int, seed: int = 0) -> dict[str, Any]:
     return {
         "normed_tokens": normal(groups, count, 6, seed=seed),
         "normed_text": normal(groups, text, 6, seed=seed + 1),

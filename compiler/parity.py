@@ -1,22 +1,69 @@
-"""Compare a bundle with the eager oracle: what it chose, then what it computed with the choice held equal."""
+"""The core of every comparison: did two runs choose the same tokens, and with the choice held equal, did they compute
+the same numbers?
+
+A run that kept other tokens than the eager oracle is judged stage by stage, each stage on what the run's own earlier
+choices left: tied where scores met within the tolerance of :mod:`secateur.compiler.ties`, different otherwise. Its
+numbers are then held against the oracle told to keep the same tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.compiler.inputs import RowInput, batches
 from secateur.compiler.oracle import Oracle, RowRun
 from secateur.compiler.ties import is_tied
-from secateur.runtime.manifest import Manifest
 
 TOLERANCE = 1e-4
 """Largest difference allowed at fp32 in features, hidden rows, keys, values and logits, where the largest
 magnitude compared is at most 1; in proportion to it above: about 800 units in the last place."""
+
+KINDS = ("features", "hidden", "cache", "logits")
+Verdict = Literal["equal", "tied", "different"]
+_RANK: dict[Verdict, int] = {"equal": 0, "tied": 1, "different": 2}
+
+
+class Run(Protocol):
+    """Something that answers rows. ``defines`` says that it is the oracle, whose choice is the definition."""
+
+    @property
+    def defines(self) -> bool: ...
+
+    def run(self, batch: Sequence[RowInput], greedy: int = 0) -> list[RowRun]:
+        """Prefill and decode of the forced tokens; behind them ``greedy`` tokens are chosen, each the likeliest, of which
+        the last is not decoded. All rows of a batch force the same number of tokens."""
+
+
+@dataclass
+class Difference:
+    """``largest`` absolute difference, and the largest magnitude of what was compared."""
+
+    largest: float = 0.0
+    scale: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        return self.largest / self.scale if self.scale else float(self.largest > 0)
+
+
+@dataclass
+class Overlap:
+    """Rows by how one stage chose in them; ``jaccard`` per row is common survivors over all of either run."""
+
+    equal: int = 0
+    tied: int = 0
+    different: int = 0
+    jaccard: list[float] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        mean = sum(self.jaccard) / len(self.jaccard) if self.jaccard else 1.0
+        counts = {"equal": self.equal, "tied": self.tied, "different": self.different}
+        return {**counts, "jaccard": mean, "lowest_jaccard": min(self.jaccard, default=1.0)}
 
 
 @dataclass
@@ -26,136 +73,215 @@ class Parity:
     rows: int = 0
     chose_equally: int = 0
     tied: int = 0
-    """Rows that kept other tokens where two scores met within the tie tolerance."""
+    """Rows that kept other tokens where scores met within the tie tolerance."""
     chose_differently: int = 0
-    features: float = 0.0
-    hidden: float = 0.0
-    cache: float = 0.0
-    logits: float = 0.0
-    scales: dict[str, float] = field(default_factory=dict)
-    """Largest magnitude among the oracle's values, by kind."""
+    stages: dict[str, Overlap] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
+    """By what was compared: ``features``, ``hidden.<stage>``, ``key.<layer>``, ``value.<layer>``, ``logits.<step>``."""
     mismatches: list[str] = field(default_factory=list)
 
     @property
+    def features(self) -> float:
+        return self.kind("features").largest
+
+    @property
+    def hidden(self) -> float:
+        return self.kind("hidden").largest
+
+    @property
+    def cache(self) -> float:
+        return self.kind("cache").largest
+
+    @property
+    def logits(self) -> float:
+        return self.kind("logits").largest
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Largest magnitude among the values compared, by kind."""
+        return {kind: self.kind(kind).scale for kind in KINDS if any(_kind(n) == kind for n in self.differences)}
+
+    def kind(self, kind: str) -> Difference:
+        """The worst of a kind over layers, stages and steps."""
+        found = [d for name, d in self.differences.items() if _kind(name) == kind]
+        return Difference(max((d.largest for d in found), default=0.0), max((d.scale for d in found), default=0.0))
+
+    @property
+    def computed_equally(self) -> bool:
+        return all(self.kind(kind).largest <= TOLERANCE * max(1.0, scale) for kind, scale in self.scales.items())
+
+    @property
     def passed(self) -> bool:
-        return self.rows > 0 and self.chose_differently == 0 and all(
-            getattr(self, kind) <= TOLERANCE * max(1.0, scale) for kind, scale in self.scales.items()
-        )  # fmt: skip
+        return self.rows > 0 and self.chose_differently == 0 and self.computed_equally
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """What differs most for its kind's magnitude, and by how much."""
+        scales = self.scales
+        ranked = {n: d.largest / max(1.0, scales[_kind(n)]) for n, d in self.differences.items()}
+        name = max(ranked, key=lambda n: ranked[n], default="")
+        return name, self.differences[name].largest if name else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return {
+            "rows": self.rows, "chose_equally": self.chose_equally, "tied": self.tied,
+            "chose_differently": self.chose_differently,
+            **{kind: self.kind(kind).largest for kind in KINDS},
+            "scales": self.scales, "mismatches": self.mismatches, "passed": self.passed,
+            "stages": {name: overlap.as_json() for name, overlap in self.stages.items()},
+            "differences": {
+                name: {"largest": d.largest, "relative": d.relative} for name, d in self.differences.items()
+            },
+        }  # fmt: skip
 
-    def note(self, what: str, ours: np.ndarray[Any, Any], theirs: Tensor) -> None:
-        difference = float(np.abs(ours - theirs.numpy()).max()) if ours.size else 0.0
+    def note(self, what: str, ours: Tensor, theirs: Tensor) -> None:
+        difference = float((ours - theirs).abs().max()) if ours.numel() else 0.0
         # NaN compares false with everything: let it fail, not vanish in max().
-        difference = float("inf") if np.isnan(difference) else difference
-        setattr(self, what, max(getattr(self, what), difference))
-        self.scales[what] = max(self.scales.get(what, 0.0), float(theirs.abs().max()) if theirs.numel() else 0.0)
+        difference = float("inf") if difference != difference else difference
+        entry = self.differences.setdefault(what, Difference())
+        entry.largest = max(entry.largest, difference)
+        entry.scale = max(entry.scale, float(theirs.abs().max()) if theirs.numel() else 0.0)
+
+    def note_row(self, ours: RowRun, theirs: RowRun) -> None:
+        """Everything both runs have in the same shape."""
+        pairs = [("features", ours.features, theirs.features)]
+        pairs += [(f"hidden.{n}", rows, theirs.hidden[n]) for n, rows in ours.hidden.items() if n in theirs.hidden]
+        for what in ("keys", "values", "logits"):
+            both = zip(getattr(ours, what), getattr(theirs, what), strict=False)
+            pairs += [(f"{what.removesuffix('s') if what != 'logits' else what}.{i}", *pair) for i, pair in enumerate(both)]
+        for name, one, other in pairs:
+            if one.shape == other.shape:
+                self.note(name, one, other)
+
+    def note_choices(self, verdicts: Mapping[str, Verdict], ours: RowRun, theirs: RowRun) -> None:
+        row, worst = self.rows, max(verdicts.values(), key=_RANK.__getitem__, default="equal")
+        self.rows += 1
+        self.chose_equally += worst == "equal"
+        self.tied += worst == "tied"
+        self.chose_differently += worst == "different"
+        one, other = survivors(ours), survivors(theirs)
+        for name, verdict in verdicts.items():
+            overlap = self.stages.setdefault(name, Overlap())
+            setattr(overlap, verdict, getattr(overlap, verdict) + 1)
+            overlap.jaccard.append(len(one[name] & other[name]) / max(1, len(one[name] | other[name])))
+            if verdict == "different":
+                self.mismatches.append(f"{name} row {row}")
 
 
-@dataclass(frozen=True)
-class RowInput:
-    """One row: unpadded ids with P placeholders an image, ``pixel_values [n,3,H,W]``, tokens to force on decode."""
+def survivors(row: RowRun) -> dict[str, set[int]]:
+    """Stage -> the row's original visual tokens that are left after it."""
+    found: dict[str, set[int]] = {}
+    tokens: Tensor | None = None
+    for name, kept in row.kept.items():
+        tokens = kept if tokens is None else tokens[kept]
+        found[name] = set(tokens.tolist())
+    return found
 
-    input_ids: Sequence[int]
-    pixel_values: np.ndarray[Any, Any]
-    forced_tokens: Sequence[int]
 
-
-def compare_batch(
-    session: Any, oracle: Oracle, batch: Sequence[RowInput], into: Parity, cache: dict[Any, RowRun]
+def compare_runs(
+    ours: Run,
+    theirs: Run,
+    items: Sequence[RowInput],
+    size: int,
+    into: Parity,
+    *,
+    referee: Oracle | None = None,
+    force_keep: bool = True,
+    greedy: int = 0,
+    watch: Callable[[list[RowInput], list[RowRun], list[RowRun]], None] = lambda batch, ours, theirs: None,
 ) -> None:
-    """Run one batch through a session's programs and each row through the oracle; add to ``into``.
+    """Run ``items`` through both in batches of ``size`` and add to ``into``; ``watch`` sees every batch.
 
-    ``cache`` keeps the oracle's free runs by (row identity), so that several bundles can be compared with one run.
-    All rows must force the same number of tokens.
+    ``referee`` judges choices that differ. Without ``force_keep`` numbers are compared as they come. With ``greedy``
+    the rows decode that many tokens: what ``ours`` finds likeliest is forced upon ``theirs``.
     """
-    manifest: Manifest = session.manifest
-    request = session.request()
-    run_rows(session, request, batch)
-    for index, item in enumerate(batch):
-        key = id(item)
-        if key not in cache:
-            cache[key] = oracle.run(item.input_ids, torch.from_numpy(item.pixel_values), item.forced_tokens)
-        free = cache[key]
-        chosen = read_choices(manifest, request, index)
-        into.rows += 1
-        run = free
-        different = [n for n, kept in chosen.items() if not np.array_equal(kept, free.kept[n].numpy())]
-        if different:
-            # Later stages see other tokens once an earlier one chose otherwise: the first is the one to judge.
-            stage = next(s for s in oracle.job.stages if s.planned.name == different[0])
-            kept = torch.from_numpy(chosen[different[0]])
-            again = oracle.run(item.input_ids, torch.from_numpy(item.pixel_values), keep_signals=True)
-            if is_tied(stage, kept, free.score.get(different[0]), again.signals[different[0]]):
-                into.tied += 1
-            else:
-                into.chose_differently += 1
-                into.mismatches.append(f"{different[0]} row {into.rows - 1}")
-            forced = {n: torch.from_numpy(k) for n, k in chosen.items()}
-            run = oracle.run(item.input_ids, torch.from_numpy(item.pixel_values), item.forced_tokens, forced)
-        else:
-            into.chose_equally += 1
-        compare_row(manifest, request, index, item, run, into)
+    for batch in batches(items, size):
+        found = ours.run(batch, greedy)
+        same = [replace(i, forced_tokens=likeliest(r)[:-1]) for i, r in zip(batch, found, strict=True)]
+        batch = same if greedy else batch
+        answers = theirs.run(batch)
+        for item, one, other in zip(batch, found, answers, strict=True):
+            sides = ((ours.defines, one), (theirs.defines, other))
+            compare_row(item, sides, into, referee, force_keep)
+        watch(batch, found, answers)
 
 
-def run_rows(session: Any, request: Any, batch: Sequence[RowInput]) -> None:
-    """Prefill and teacher-forced decode; the logits of every step are kept on the request as ``seen``."""
-    sizes = session.manifest.geometry
-    ids = np.full((sizes.batch, sizes.sequence), session.manifest.model.pad_token_id, np.int64)
-    for index, item in enumerate(batch):
-        ids[index, : len(item.input_ids)] = item.input_ids
-    lengths = np.array([len(i.input_ids) for i in batch], np.int64)
-    pixels = np.concatenate([i.pixel_values for i in batch])
-    request.seen = [session.prefill(request, ids, lengths, pixel_values=pixels).copy()]
-    request.prompt_features = request.read("vision", "features").copy()
-    request.site_rows = {
-        s.name: request.read("prefill", f"hidden.{s.name}").copy()
-        for s in session.manifest.recipe.stages
-        if any(p.name == f"hidden.{s.name}" for p in session.manifest.programs["prefill"].outputs)
-    }
-    for step in range(len(batch[0].forced_tokens)):
-        tokens = np.array([i.forced_tokens[step] for i in batch], np.int64)
-        request.seen.append(session.decode(request, tokens).copy())
+def likeliest(row: RowRun) -> list[int]:
+    return [int(step.argmax()) for step in row.logits]
 
 
-def read_choices(manifest: Manifest, request: Any, index: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Stage -> kept indices of one row, counted among the tokens that entered the stage."""
-    return {
-        s.name: request.read("prefill" if s.in_decoder else "vision", f"kept.{s.name}")[index]
-        for s in manifest.recipe.stages
-        if s.chooses
-    }
+def compare_row(
+    item: RowInput,
+    sides: tuple[tuple[bool, RowRun], tuple[bool, RowRun]],
+    into: Parity,
+    referee: Oracle | None,
+    force_keep: bool = True,
+) -> None:
+    """One row of two runs, each with whether it is the oracle's."""
+    (_, ours), (_, theirs) = sides
+    chosen = [name for name in ours.kept if name in theirs.kept]
+    if all(torch.equal(ours.kept[name], theirs.kept[name]) for name in chosen):
+        into.note_choices(dict.fromkeys(chosen, "equal"), ours, theirs)
+        into.note_row(theirs, ours)
+        return
+    verdicts: dict[str, Verdict] = {}
+    if referee is None:
+        equal = True
+        for name in chosen:  # what stands behind another choice chose among other tokens
+            equal = equal and torch.equal(ours.kept[name], theirs.kept[name])
+            verdicts[name] = "equal" if equal else "different"
+        into.note_choices(verdicts, ours, theirs)
+    else:
+        free = next((row for defines, row in sides if defines), None) or run_oracle(referee, item)
+        verdicts = dict.fromkeys(chosen, "equal")
+        settled = []
+        for defines, row in sides:
+            if defines:
+                continue
+            judged, reference = judge(referee, item, {n: row.kept[n] for n in chosen}, free)
+            verdicts = {n: max(v, judged[n], key=_RANK.__getitem__) for n, v in verdicts.items()}
+            settled.append((row, reference))
+        into.note_choices(verdicts, ours, theirs)
+        if force_keep:
+            for row, reference in settled:
+                into.note_row(row, reference)
+    if not force_keep:
+        into.note_row(theirs, ours)
 
 
-def compare_row(manifest: Manifest, request: Any, index: int, item: RowInput, run: RowRun, into: Parity) -> None:
-    """Features, hidden rows at sites, caches and logits of one row; padding is left out."""
-    into.note("features", request.prompt_features[index], run.features)
-    for name, rows in request.site_rows.items():
-        into.note("hidden", rows[index][: len(run.hidden[name])], run.hidden[name])
-    for step, logits in enumerate(request.seen):
-        into.note("logits", logits[index], run.logits[step])
-    caches = request.cache
-    for layer in range(manifest.model.layers):
-        for role, theirs in (("key", run.keys[layer]), ("value", run.values[layer])):
-            into.note("cache", caches[f"past_{role}.{layer}"][index][:, : theirs.shape[1]], theirs)
+def judge(
+    oracle: Oracle, item: RowInput, chosen: Mapping[str, Tensor], free: RowRun
+) -> tuple[dict[str, Verdict], RowRun]:
+    """How each stage chose among what the stages before it left, and the oracle's run that keeps the same tokens.
+
+    ``free`` is the oracle's own run of ``item``. Greedy and forced tokens are the item's.
+    """
+    verdicts: dict[str, Verdict] = {}
+    forced: dict[str, Tensor] = {}
+    run = free
+    for stage in oracle.job.stages:
+        name = stage.planned.name
+        if name not in chosen:
+            continue
+        kept = chosen[name]
+        if torch.equal(kept, run.kept[name]):
+            verdicts[name], forced[name] = "equal", kept
+            continue
+        seen = run_oracle(oracle, item, forced, keep_signals=True)
+        tied = is_tied(stage, kept, seen.score.get(name), seen.signals[name])
+        verdicts[name], forced[name] = "tied" if tied else "different", kept
+        # Later stages are judged on what this choice left, not on what another would have.
+        run = run_oracle(oracle, item, forced)
+    return verdicts, run
 
 
-def batches(items: Sequence[RowInput], size: int) -> Iterable[list[RowInput]]:
-    """Batches of exactly ``size``; the last one is filled up with the first rows."""
-    for start in range(0, len(items), size):
-        chunk = list(items[start : start + size])
-        yield chunk + list(items[: size - len(chunk)])
+def run_oracle(
+    oracle: Oracle, item: RowInput, forced: Mapping[str, Tensor] | None = None, keep_signals: bool = False
+) -> RowRun:
+    pixels = torch.from_numpy(item.pixel_values)
+    return oracle.run(item.input_ids, pixels, item.forced_tokens, forced, keep_signals)
 
 
-def generate_reference(
-    model: Any, input_ids: Sequence[int], pixel_values: Tensor, new_tokens: int
-) -> Mapping[str, Any]:
-    """Hugging Face's own greedy ``generate`` on one unpadded row: tokens, and logits per step ``[T,vocab]``."""
-    ids = torch.tensor([list(input_ids)])
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixel_values, do_sample=False,
-            max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-    return {"tokens": out.sequences[0, ids.shape[1] :].tolist(), "logits": torch.stack(out.logits)[:, 0].numpy()}
+def _kind(name: str) -> str:
+    kind = name.partition(".")[0]
+    return "cache" if kind in ("key", "value") else kind

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from secateur.compiler.geometry import Geometry
-from secateur.compiler.parity import Parity, RowInput, batches, compare_batch
+from secateur.compiler.inputs import random_rows
+from secateur.compiler.oracle import Oracle
+from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pruned import Job
+from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.compiler.trace import Source, read_source
 from secateur.passes.recipe_file import load_recipe
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest, check_files, hash_file, read_manifest
+from secateur.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -62,33 +64,39 @@ def verify_bundle(
     size = sum(f.bytes for f in manifest.files.values())
     if model_dir is None:
         return Verification(bundle, len(manifest.files), size, None)
+    check_comparable(manifest, str(bundle))
+    oracle = Oracle(recover_job(manifest, read_source(model_dir), plan, recipe))
+    parity = Parity()
+    with Session(bundle, threads=threads) as session:
+        compare_runs(
+            OracleRun(oracle), CompiledRun(manifest, session.request()), random_rows(manifest, rows, new_tokens, seed),
+            manifest.geometry.batch, parity, referee=oracle,
+            watch=lambda batch, ours, theirs: progress(min(parity.rows, rows), rows),
+        )  # fmt: skip
+    return Verification(bundle, len(manifest.files), size, parity)
+
+
+def check_comparable(manifest: Manifest, where: str) -> None:
+    """Refuse a bundle whose programs the CPU cannot run at the oracle's precision."""
     if manifest.target not in ("onnxruntime", "plain") or manifest.dtype != "fp32":
         raise UserError(
             f"a {manifest.dtype} bundle for {manifest.target} cannot be compared on the CPU",
-            where=str(bundle),
-            fix="compile the same recipe with --target onnxruntime and verify that",
+            where=where,
+            fix="compile the same recipe with --target onnxruntime and compare that",
         )
-    from secateur.compiler.oracle import Oracle
-    from secateur.runtime.session import Session
 
-    job = recover_job(manifest, read_source(model_dir), plan, recipe)
-    parity = Parity()
-    seen: dict[Any, Any] = {}
-    batch = manifest.geometry.batch
-    with Session(bundle, threads=threads) as session:
-        oracle = Oracle(job)
-        items = random_rows(manifest, rows, new_tokens, seed)
-        for done, chunk in enumerate(batches(items, batch)):
-            compare_batch(session, oracle, chunk, parity, seen)
-            progress(min((done + 1) * batch, rows), rows)
-    return Verification(bundle, len(manifest.files), size, parity)
+
+def check_model(manifest: Manifest, source: Source) -> None:
+    """Refuse a model whose configuration is not the one a bundle was compiled from."""
+    if hash_file(source.path / "config.json") != manifest.model.config_sha256:
+        raise UserError(
+            "config.json is not the one the bundle was compiled from", where=str(source.path), fix="give that model"
+        )
 
 
 def recover_job(manifest: Manifest, source: Source, plan: Callable[..., Job], recipe: str | None) -> Job:
     """The job a bundle was compiled from; its digests must match the manifest's."""
-    where = str(source.path)
-    if hash_file(source.path / "config.json") != manifest.model.config_sha256:
-        raise UserError("config.json is not the one the bundle was compiled from", where=where, fix="give that model")
+    check_model(manifest, source)
     sizes = manifest.geometry
     geometry = Geometry(sizes.batch, sizes.images, sizes.text_tokens, sizes.new_tokens)
     row = load_recipe(recipe or manifest.recipe.name)
@@ -99,25 +107,3 @@ def recover_job(manifest: Manifest, source: Source, plan: Callable[..., Job], re
             fix="give the recipe file it was compiled with, or compile again",
         )  # fmt: skip
     return job
-
-
-def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> list[RowInput]:
-    """Seeded rows of different length: random text around the images' placeholders, noise for pixels."""
-    sizes, model = manifest.geometry, manifest.model
-    rng = np.random.default_rng(seed)
-    special = {model.image_token_id, model.pad_token_id, *model.eos_token_ids}
-    words = np.array([t for t in range(model.vocab_size) if t not in special])
-    items = []
-    for _ in range(rows):
-        count = int(rng.integers(min(2, sizes.text_tokens), sizes.text_tokens + 1))
-        text = rng.choice(words, count).tolist()
-        # An image may stand anywhere but last: the model answers the text behind it.
-        cuts = sorted(int(rng.integers(0, count)) for _ in range(sizes.images))
-        image = [model.image_token_id] * sizes.features_per_image
-        ids = text[: cuts[0]]
-        for start, end in zip(cuts, [*cuts[1:], count], strict=True):
-            ids = ids + image + text[start:end]
-        shape = (sizes.images, 3, sizes.image_height, sizes.image_width)
-        steps = min(new_tokens, sizes.new_tokens)
-        items.append(RowInput(ids, rng.standard_normal(shape).astype(np.float32), rng.choice(words, steps).tolist()))
-    return items

@@ -20,9 +20,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from secateur.compiler.inputs import RowInput
 from secateur.compiler.oracle import Oracle, load_recording_model
-from secateur.compiler.parity import TOLERANCE, Parity, RowInput, batches, compare_batch
+from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import RECIPES, Geometry, Recipe, plan_job
+from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.runtime.session import Session
 from secateur.tools.bench.bundles import Bundles, choose_recipes
 from secateur.tools.bench.records import (
@@ -38,7 +40,6 @@ from secateur.tools.console import notes, results, set_up_logging
 
 NEW_TOKENS = 4
 TEXT_TOKENS = 24
-KINDS = ("features", "hidden", "cache", "logits")
 Tick = Callable[[], None]
 
 
@@ -115,18 +116,18 @@ class Sweep:
         """Choices and numbers; the oracle runs a row once for all batch sizes."""
         source = self.bundles(1).source
         oracle = Oracle(plan_job(source, _geometry(1), recipe, keep), self.hf)
+        reference = OracleRun(oracle)
         found: dict[str, Any] = {}
         items: list[RowInput] = []
-        seen: dict[Any, Any] = {}
         for size in batch_sizes:
             parity = Parity()
             made = self.bundles(size).borrow(recipe, keep, expose=True)
             with made as path, Session(path, threads=self.threads) as session:
                 items = items or [self._row(session, asked) for asked in self.asked]
-                for chunk in batches(items, size):
-                    compare_batch(session, oracle, chunk, parity, seen)
-                    for _ in chunk:
-                        tick()
+                compare_runs(
+                    reference, CompiledRun(session.manifest, session.request()), items, size, parity, referee=oracle,
+                    watch=lambda batch, ours, theirs: [tick() for _ in batch],
+                )  # fmt: skip
             found[str(size)] = parity.as_json()
         return found
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from secateur.compiler.inputs import random_rows
 from secateur.compiler.oracle import Oracle
-from secateur.compiler.parity import TOLERANCE, Parity, batches, compare_batch
+from secateur.compiler.parity import TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import RECIPES, plan_job
-from secateur.compiler.verify import random_rows
+from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.runtime.session import Session
 from secateur.tools.parity import Sweep, passed
 
@@ -25,6 +26,12 @@ ROWS = [name for name, recipe in RECIPES.items() if recipe.stages]
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     torch.set_num_threads(1)
     return Sweep(MODEL, tmp_path_factory.mktemp("parity"), QUESTIONS, threads=1)
+
+
+def compare(session: Session, oracle: Oracle, parity: Parity) -> None:
+    """Two random rows through both."""
+    ours, rows = CompiledRun(session.manifest, session.request()), random_rows(session.manifest, 2, 2, seed=0)
+    compare_runs(OracleRun(oracle), ours, rows, 1, parity, referee=oracle)
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.identity_at_one])
@@ -56,8 +63,7 @@ def test_another_choice_is_noticed_and_told_from_another_computation(sweep: Swee
     oracle = Oracle(plan_job(source, sweep.bundles(1).geometry, other, 0.5), sweep.hf)
     parity = Parity()
     with sweep.bundles(1).borrow(recipe, 0.5) as path, Session(path, threads=1) as session:
-        for chunk in batches(random_rows(session.manifest, 2, 2, seed=0), 1):
-            compare_batch(session, oracle, chunk, parity, {})
+        compare(session, oracle, parity)
     assert parity.chose_differently == 2
     assert not parity.passed
     assert max(parity.features, parity.cache, parity.logits) <= TOLERANCE
@@ -78,8 +84,7 @@ def test_another_computation_is_noticed(sweep: Sweep) -> None:
         block[::1000] *= 1.5
         weights.write_bytes(bytes(raw[:start]) + block.tobytes())
         with Session(path, threads=1) as session:  # graphs are hashed on opening, weights on `verify`
-            for chunk in batches(random_rows(session.manifest, 2, 2, seed=0), 1):
-                compare_batch(session, oracle, chunk, parity, {})
+            compare(session, oracle, parity)
     assert parity.chose_equally == 2
     assert not parity.passed
     assert max(parity.features, parity.cache, parity.logits) > TOLERANCE

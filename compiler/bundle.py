@@ -21,6 +21,8 @@ from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.exporters.onnx import Exported, port_name
 from secateur.exporters.weights import WEIGHTS_FILE
+from secateur.passes.check_function import every_term
+from secateur.passes.methods.own import digest_own
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
 
@@ -119,9 +121,25 @@ def make_manifest(
         programs=_programs(pruned.programs, unpruned, engines),
         segments=[m.Segment(**vars(s)) for s in pruned.programs.segments],
         position_offset=job.position_offset,
+        notes=list(job.notes),
         versions=versions,
         weights=WEIGHTS_FILE,
         files=files,
+    )
+
+
+def outline(job: Job, programs: ProgramSet | None = None) -> m.Manifest:
+    """What a bundle of this job would say of model, recipe, shapes and ports. It names no file, so nothing can load it:
+    for running programs, and preparing their inputs, without a bundle."""
+    told = {} if programs is None else _programs(programs, dict.fromkeys(programs.programs, 0), {})
+    return m.Manifest.model_construct(
+        model=_model(job, weights_sha256="0" * 64),
+        recipe=_recipe(job),
+        geometry=_geometry(job),
+        dtype="fp32",
+        programs=told,
+        segments=[m.Segment(**vars(s)) for s in programs.segments] if programs else [],
+        position_offset=job.position_offset,
     )
 
 
@@ -166,6 +184,7 @@ def _model(job: Job, weights_sha256: str) -> m.Model:
         bos_token_id=getattr(text, "bos_token_id", None),
         eos_token_ids=_stop_tokens(source.path, source.config),
         pad_token_id=source.pad_token,
+        video_token_id=getattr(source.config, "video_token_id", None),
     )
 
 
@@ -173,15 +192,17 @@ def _recipe(job: Job) -> m.Recipe:
     recipe = job.plan.recipe
     stages = [
         m.Stage(
-            name=s.name, site=str(s.site), score=str(s.score) if s.score else None, select=str(s.select),
+            name=s.name, site=str(s.site), score=str(s.score) if s.score else None,
+            select=str(s.select) if s.select else None,
             merge=str(s.merge) if s.merge else None, scope=s.scope, groups=s.groups,
             length_in=s.length_in, length_out=s.length_out,
         )
         for s in job.plan.stages
     ]  # fmt: skip
+    own = digest_own(term.function for stage in job.stages for term in every_term(stage.bound))
     return m.Recipe(
         name=recipe.name, title=recipe.title, link=recipe.link, keep=float(job.plan.keep), positions=recipe.positions,
-        sha256=hashlib.sha256(str(job.plan).encode()).hexdigest(), notes=recipe.notes, stages=stages,
+        sha256=hashlib.sha256(f"{job.plan}{own}".encode()).hexdigest(), notes=recipe.notes, stages=stages,
     )  # fmt: skip
 
 
@@ -190,7 +211,7 @@ def _geometry(job: Job) -> m.GeometrySizes:
     return m.GeometrySizes(
         batch=geometry.batch, images=geometry.images, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
         image_height=vision.image_size[0], image_width=vision.image_size[1], tokens_per_image=vision.tokens_per_image,
-        features_per_image=job.kept_per_image, sequence=job.sequence,
+        features_per_image=job.features_per_image, extra_rows=vision.extra_rows, sequence=job.sequence,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class ExplainedStage:
     name: str
     site: str
     score: str | None
-    select: str
+    select: str | None
     merge: str | None
     signals: Mapping[str, Mapping[str, str]]
     """Options by signal, defaults filled in."""
@@ -75,6 +75,8 @@ class Explanation:
     stages: tuple[ExplainedStage, ...]
     visual_tokens: tuple[int, ...]
     """Visual tokens of one row at each decoder layer; ``geometry.text_tokens`` slots of text come on top."""
+    extra_tokens: int
+    """Slots of one row for what the family puts behind its images; no stage removes them."""
     flops: Mapping[str, Change]
     """By program, one run of the whole batch; see docs/flops.md."""
     kv_bytes: Change
@@ -98,10 +100,13 @@ class Explanation:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; every change carries its ratio, every layer its length."""
-        text = self.geometry.text_tokens
+        text, extra = self.geometry.text_tokens, self.extra_tokens
         changes = {name: asdict(c) | {"ratio": c.ratio} for name, c in (*self.flops.items(), ("kv", self.kv_bytes))}
         kv_bytes = changes.pop("kv")
-        layers = [{"layer": i, "visual": n, "text": text, "length": n + text} for i, n in enumerate(self.visual_tokens)]
+        layers = [
+            {"layer": i, "visual": n, "text": text, "length": n + text + extra}
+            for i, n in enumerate(self.visual_tokens)
+        ]
         return asdict(self) | {
             "flops": changes, "kv_bytes": kv_bytes, "layers": layers, "mean_keep": self.mean_keep,
         }  # fmt: skip
@@ -115,8 +120,9 @@ class Explanation:
             f"text tokens {g.text_tokens} new tokens {g.new_tokens}"
         )
         lines += map(str, self.stages)
+        extra = f" + {self.extra_tokens} behind the images" if self.extra_tokens else ""
         for first, last, visual in self.segments():
-            lines.append(f"layers {first}-{last}: {visual} visual + {g.text_tokens} text")
+            lines.append(f"layers {first}-{last}: {visual} visual + {g.text_tokens} text{extra}")
         lines += [f"flops {name} {change}" for name, change in self.flops.items()]
         lines.append(f"kv bytes {self.kv_bytes}")
         return "\n".join(lines)
@@ -130,8 +136,9 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
     """Read everything off the pruned programs and those of the same model and geometry without the recipe."""
     job = pruned.job
     recipe, source = job.plan.recipe, job.source
-    text = job.geometry.text_tokens
-    visual = [s.length - text for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
+    extra = source.vision.extra_rows * job.geometry.images
+    fixed = job.geometry.text_tokens + extra
+    visual = [s.length - fixed for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
     programs, whole = pruned.programs, unpruned.programs
     return Explanation(
         recipe=recipe.name, title=recipe.title, link=recipe.link, evidence=recipe.evidence, notes=recipe.notes,
@@ -140,6 +147,7 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
               f"{source.decoder_layers} layers)",
         dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=source.vision.tokens_per_image,
         stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(visual),
+        extra_tokens=extra,
         flops={
             name: Change(count_flops(whole[name]), count_flops(program)) for name, program in programs.programs.items()
         },
@@ -151,7 +159,7 @@ def _describe_stage(stage: StageFunction) -> ExplainedStage:
     planned = stage.planned
     return ExplainedStage(
         name=planned.name, site=str(planned.site), score=str(planned.score) if planned.score else None,
-        select=str(planned.select), merge=str(planned.merge) if planned.merge else None,
+        select=str(planned.select) if planned.select else None, merge=str(planned.merge) if planned.merge else None,
         signals={name: dict(stage.signal_options[name]) for name in stage.signals}, scope=planned.scope,
         groups=planned.groups, length_in=planned.length_in, length_out=planned.length_out,
     )  # fmt: skip

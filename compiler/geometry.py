@@ -11,8 +11,9 @@ from secateur.runtime.errors import UserError
 class Geometry:
     """Sizes the user chooses. Everything else follows from the model's configuration.
 
-    ``text_tokens`` is the bucket for every token that is not a prunable placeholder (template, BOS
-    and separators included); ``new_tokens`` is how many tokens decode may add; ``images`` is per row.
+    ``text_tokens`` is the bucket for every token that is no image's placeholder (template, BOS and separators
+    included; rows a family appends to an image are the image's); ``new_tokens`` is how many tokens decode may add;
+    ``images`` is per row.
     """
 
     batch: int = 1

@@ -27,13 +27,15 @@ from secateur.exporters.checkpoint import Checkpoint, list_tensors, tied_names
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.weights import WEIGHTS_FILE, plan_weights, write_weights
+from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
+from secateur.passes.check_stages import check_stages
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
-from secateur.passes.insert_vision_stages import check_vision_stages, insert_vision_stages
+from secateur.passes.insert_vision_stages import insert_vision_stages
 from secateur.passes.join_phases import join_decode, join_prefill
 from secateur.passes.recipe_file import load_recipe
 from secateur.passes.recipes import RECIPES
@@ -77,16 +79,24 @@ def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
 def _vision_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     source = job.source
     pruned = insert_vision_stages(
-        programs["vision"], job.vision_stages, source.family, source.vision, job.geometry.images
+        programs["vision"], job.vision_stages, source.family, source.vision, job.geometry.images, job.carries
     )
     return programs.update(pruned)
+
+
+def _extra_rows(programs: ProgramSet, job: Job) -> ProgramSet:
+    if not job.source.vision.extra_rows:
+        return programs
+    vision = append_rows(programs["vision"], programs["extra_rows"], job.geometry.images)
+    return programs.update(vision, drop=["extra_rows"])
 
 
 def _decoder_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     layers = job.source.family.decoder_layers
     prefill = insert_decoder_stages(
-        programs["prefill_decoder"], job.decoder_stages, layers, job.geometry.batch, job.sequence
-    )
+        programs["prefill_decoder"], job.decoder_stages, layers, job.geometry.batch, job.sequence, job.carries,
+        job.source.vision.extra_rows,
+    )  # fmt: skip
     decode = programs["decode_decoder"]
     if job.plan.recipe.positions == "compact":
         decode = renumber_decode(decode, layers, programs.segments)
@@ -111,6 +121,7 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
         features=features, sequence=job.sequence, image_token=config.image_token_id,
         pad_token=job.source.pad_token, tokens_per_image=job.source.vision.tokens_per_image,
         kept_per_image=job.kept_per_image, original_positions=job.original_positions,
+        extra_rows=job.source.vision.extra_rows,
     )  # fmt: skip
     decode = join_decode(programs["decode_decoder"], programs["embedding"], programs["head"], batch)
     return programs.update(prefill, decode, drop=["prefill_decoder", "decode_decoder", "embedding", "head"])
@@ -124,6 +135,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("fold_rotary", _each(fold_rotary)),
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
+    Pass("append_rows", _extra_rows),
     Pass("split_segments", _segments),
     Pass("split_phases", _phases),
     Pass("insert_decoder_stages", _decoder_stages),
@@ -150,9 +162,10 @@ def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         tokens_per_image=source.vision.tokens_per_image,
         vision_layers=source.vision.layers,
         decoder_layers=source.decoder_layers,
+        grid=source.vision.grid,
     )
     job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
-    check_vision_stages(job.vision_stages)
+    check_stages(job.stages, source.vision)
     return job
 
 
@@ -256,6 +269,8 @@ def compile(
     # What cannot work fails here, before the model is traced.
     source = read_source(Path(model_dir))
     job = plan_job(source, geometry, row, keep)
+    for note in job.notes:
+        _log.warning("%s", note)
     if stop_after is None:
         check_processor_files(job)
         list_tensors(source.path)

@@ -32,15 +32,20 @@ class Job:
 
     @property
     def kept_per_image(self) -> int:
-        """P: tokens of one image that reach the decoder."""
+        """P: patches of one image that reach the decoder."""
         if not self.vision_stages:
             return self.source.vision.tokens_per_image
         return int(self.vision_stages[-1].planned.length_out)
 
     @property
+    def features_per_image(self) -> int:
+        """P + E: placeholders of one image in the prompt as prefill receives it."""
+        return self.kept_per_image + self.source.vision.extra_rows
+
+    @property
     def features_per_row(self) -> int:
-        """F: image tokens of a row that reach the decoder."""
-        return self.kept_per_image * self.geometry.images
+        """F: image tokens of a row that reach the decoder, the images' extra rows included."""
+        return self.features_per_image * self.geometry.images
 
     @property
     def sequence(self) -> int:
@@ -50,13 +55,30 @@ class Job:
     @property
     def original_positions(self) -> bool:
         """Whether features removed before the decoder leave gaps in the numbering."""
-        return bool(self.vision_stages) and self.plan.recipe.positions == "original"
+        return bool(self.vision_stages) and self.vision_stages[-1].planned.positions == "original"
+
+    @property
+    def carries(self) -> bool:
+        """Whether a score of the vision side is read inside the decoder (signal ``carried``)."""
+        told = any(s.bound.score is not None for s in self.vision_stages)
+        for stage in self.decoder_stages:
+            if "carried" in stage.signals:
+                return told
+            if stage.bound.score is not None:
+                return False
+        return False
 
     @property
     def position_offset(self) -> int:
         """What a new token's position lies above its slot in the first segment."""
-        removed = self.source.vision.tokens_per_image * self.geometry.images - self.features_per_row
-        return removed if self.original_positions else 0
+        removed = self.source.vision.tokens_per_image - self.kept_per_image
+        return removed * self.geometry.images if self.original_positions else 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever uses the bundle should know."""
+        said = self.source.vision.single_image
+        return (said,) if said and self.geometry.images == 1 else ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, VisionFacts
 from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
-from secateur.compiler.program import ProgramSet
+from secateur.compiler.program import Program, ProgramSet
 from secateur.runtime.errors import UserError
 
 ATTENTION = "secateur"
@@ -118,7 +118,7 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
     ``position_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``.
-    ``head``: ``[B,D]`` -> float32 logits.
+    ``head``: ``[B,D]`` -> float32 logits. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``.
     """
     model = build_meta_model(source, dtype)
     batch, facts = geometry.batch, source.vision
@@ -157,7 +157,23 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
             "head", lambda row: head(row).float(), {"row": hidden[:, 0].contiguous()}, ("logits",), own(family.head)
         ),
     ]  # fmt: skip
+    if family.extra_rows:
+        programs.append(_trace_parameter("extra_rows", model, family.extra_rows))
     return Traced(source, geometry, dtype, model, ProgramSet({p.name: p for p in programs}))
+
+
+def _trace_parameter(name: str, model: nn.Module, path: str) -> Program:
+    """A program without inputs that returns a parameter ``[D]`` or ``[E,D]`` as rows ``[E,D]``."""
+    parent, _, leaf = path.rpartition(".")
+    # The exporter takes over every parameter of a module it owns: give it one that has this parameter alone.
+    owner = nn.Module()
+    owner.register_parameter(leaf, model.get_parameter(path))
+
+    def read() -> Tensor:
+        rows: Tensor = getattr(owner, leaf)
+        return rows.reshape(-1, rows.shape[-1])
+
+    return trace_function(name, read, {}, ("rows",), {parent: owner})
 
 
 def build_meta_model(source: Source, dtype: str) -> nn.Module:

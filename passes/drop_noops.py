@@ -18,6 +18,10 @@ def drop_noops(program: Program) -> Program:
         elif is_call(node, aten.view.default, aten._unsafe_view.default):
             # Strides are a matter of the backend; without the copies a view may no longer exist.
             node.target = aten.reshape.default
+        elif is_call(node, aten.conv2d.padding) and args_of(node)[4:5] in ((), ("valid",)):
+            # "valid" is no padding; so is leaving it out.
+            node.args = (*args_of(node)[:4], [0, 0], *args_of(node)[5:])
+            node.target = aten.conv2d.default
         elif (
             (is_call(node, aten.dropout.default) and not args_of(node)[2])
             or (is_call(node, aten.mul.Tensor) and isinstance(args_of(node)[1], float) and args_of(node)[1] == 1.0)

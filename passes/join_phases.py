@@ -29,31 +29,48 @@ def join_prefill(
     tokens_per_image: int,
     kept_per_image: int,
     original_positions: bool,
+    extra_rows: int = 0,
 ) -> Program:
-    """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,F]``) -> ``logits`` and more.
+    """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
 
+    An image's features are ``kept_per_image`` patches, ``V`` in a row, and ``extra_rows`` rows that are not prunable.
     ``original_positions`` numbers the features by the patches they came from: image j's tokens start after
-    ``j * tokens_per_image`` image tokens, survivor p of it at ``kept``'s index, and text counts all patches.
+    ``j * (tokens_per_image + extra_rows)`` image tokens, survivor p of it at ``kept``'s index, its extra rows behind
+    all its patches, and text counts all of them. The decoder may read ``carried [B,V]``, which becomes an input here.
     """
     batch, count = features.shape[0], features.shape[1]
+    per_image, whole = kept_per_image + extra_rows, tokens_per_image + extra_rows
+    images = count // per_image
 
     def enter(input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        prunable = input_ids == image_token
-        rank = (torch.cumsum(prunable.to(torch.int64), 1) - 1).clamp(0, count - 1)
-        return torch.where(prunable, pad_token, input_ids), prunable, rank, lengths - 1
+        image = input_ids == image_token
+        rank = (torch.cumsum(image.to(torch.int64), 1) - 1).clamp(0, count - 1)
+        entered = torch.where(image, pad_token, input_ids), image, rank, lengths - 1
+        if not extra_rows:
+            return entered
+        return *entered, image & (rank - rank // per_image * per_image < kept_per_image)
 
-    def mix(prunable: Tensor, rank: Tensor, features: Tensor, embedded: Tensor) -> Tensor:
-        return torch.where(prunable[..., None], ops.take_rows(features, rank), embedded)
+    def mix(image: Tensor, rank: Tensor, features: Tensor, embedded: Tensor) -> Tensor:
+        return torch.where(image[..., None], ops.take_rows(features, rank), embedded)
 
     def count_slots(input_ids: Tensor) -> Tensor:
         return torch.arange(sequence).expand(batch, sequence)
 
-    def count_patches(prunable: Tensor, rank: Tensor, kept: Tensor) -> Tensor:
-        text = torch.arange(sequence) - torch.cumsum(prunable.to(torch.int64), 1)
-        done = (rank + 1) // kept_per_image * tokens_per_image
+    def count_patches(image: Tensor, rank: Tensor, kept: Tensor) -> Tensor:
+        text = torch.arange(sequence) - torch.cumsum(image.to(torch.int64), 1)
+        done = (rank + 1) // per_image * whole
         # A slot before the first image has rank 0 and has completed none.
-        done = torch.where(torch.cumsum(prunable.to(torch.int64), 1) > 0, done, 0)
-        return torch.where(prunable, text + 1 + kept.gather(1, rank), text + done)
+        done = torch.where(torch.cumsum(image.to(torch.int64), 1) > 0, done, 0)
+        return torch.where(image, text + 1 + number_features(kept).gather(1, rank), text + done)
+
+    def number_features(kept: Tensor) -> Tensor:
+        """Each feature's place among all the image tokens of an unpruned row: ``[B,V]`` -> ``[B,F]``."""
+        if not extra_rows:
+            return kept
+        image = torch.arange(images)[:, None]
+        patches = kept.reshape(batch, images, kept_per_image) + image * extra_rows
+        behind = image * whole + tokens_per_image + torch.arange(extra_rows)
+        return torch.cat((patches, behind.expand(batch, images, extra_rows)), 2).reshape(batch, count)
 
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     flags, rows = torch.ones(batch, sequence, dtype=torch.bool), torch.zeros(batch, sequence, dtype=torch.int64)
@@ -62,36 +79,36 @@ def join_prefill(
     names = ["input_ids", "lengths", "features", *(["kept"] if original_positions else [])]
     port = {name: graph.placeholder(name) for name in names}
     for node in decoder.graph.nodes:
-        if node.op == "placeholder" and node.name.startswith("past_"):
+        if node.op == "placeholder" and (node.name == "carried" or node.name.startswith("past_")):
             port[node.name] = graph.placeholder(node.name)
             port[node.name].meta = dict(node.meta)
     port["input_ids"].meta["val"], port["features"].meta["val"] = ids, features
     port["lengths"].meta["val"] = torch.zeros(batch, dtype=torch.int64)
-    entry = trace_function(
-        "enter", enter, {"input_ids": ids, "lengths": ids[:, 0].contiguous()}, ("ids", "prunable", "rank", "last")
-    )
-    text, prunable, rank, last = splice(module, entry, port)
+    outputs = ("ids", "image", "rank", "last", *(["prunable"] if extra_rows else []))
+    entry = trace_function("enter", enter, {"input_ids": ids, "lengths": ids[:, 0].contiguous()}, outputs)
+    text, image, rank, last, *patches = splice(module, entry, port)
     (embedded,) = splice(module, embedding, {"ids": text})
     values = {
-        "prunable": flags,
+        "image": flags,
         "rank": rows,
         "features": features,
         "embedded": features.new_zeros(*ids.shape, features.shape[2]),
     }
     (hidden,) = splice(
         module, trace_function("mix", mix, values, ("hidden",)),
-        {"prunable": prunable, "rank": rank, "features": port["features"], "embedded": embedded},
+        {"image": image, "rank": rank, "features": port["features"], "embedded": embedded},
     )  # fmt: skip
     if original_positions:
-        kept = torch.zeros(batch, count, dtype=torch.int64)
+        kept = torch.zeros(batch, images * kept_per_image, dtype=torch.int64)
         port["kept"].meta["val"] = kept
         numbering = trace_function(
-            "count_patches", count_patches, {"prunable": flags, "rank": rows, "kept": kept}, ("positions",)
+            "count_patches", count_patches, {"image": flags, "rank": rows, "kept": kept}, ("positions",)
         )
-        (positions,) = splice(module, numbering, {"prunable": prunable, "rank": rank, "kept": port["kept"]})
+        (positions,) = splice(module, numbering, {"image": image, "rank": rank, "kept": port["kept"]})
     else:
         numbering = trace_function("count_slots", count_slots, {"input_ids": ids}, ("positions",))
         (positions,) = splice(module, numbering, port)
+    prunable = patches[0] if patches else image
     feed = {**port, "hidden": hidden, "position_ids": positions, "prunable": prunable, "last": last}
     normed, end, *rest = splice(module, decoder, feed)
     index = graph.call_function(aten.unsqueeze.default, (end, 1))

@@ -94,7 +94,7 @@ class TextStream(Iterator[Piece]):
         self._metrics = Metrics(
             preprocess_s=preprocess_s,
             cache_bytes=cache_bytes(manifest),
-            visual_tokens={s.name: s.length - manifest.geometry.text_tokens for s in manifest.segments},
+            visual_tokens={s.name: s.length - manifest.geometry.fixed_tokens for s in manifest.segments},
         )
         self._over = False
         self._pieces = self._run()

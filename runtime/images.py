@@ -35,15 +35,28 @@ _SIGLIP = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"CLIPImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
+_LLAVA_ONEVISION = {
+    **_CLIP,
+    "size": {"height": 384, "width": 384},
+    "crop_size": None,
+    "do_center_crop": False,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "CLIPImageProcessor": _CLIP,
+    "SiglipImageProcessor": _SIGLIP,
+    "LlavaOnevisionImageProcessor": _LLAVA_ONEVISION,
+}
 """What a configuration leaves unsaid, by processor type; also the list of supported types."""
 ACCEPTED = "a file's path, a Pillow image, or a uint8 array [height, width, 3]"
 _WHERE = "preprocessor_config.json"
+_SQUARE = ("LlavaOnevisionImageProcessor",)
+"""Types that pad an image to a square of the mean colour, first of all. (This one does so where a prompt has several
+images; of one alone it makes tiles, which are not supported.)"""
 
 
 @dataclass(frozen=True)
 class ImagePipeline:
-    """Resize, centre crop, rescale, normalise: one image to float32 [3, H, W]."""
+    """Pad to a square, resize, centre crop, rescale, normalise: one image to float32 [3, H, W]."""
 
     size: tuple[int, int] | int | None
     """(height, width), or the length of the shorter edge; None leaves the image as it is."""
@@ -52,6 +65,8 @@ class ImagePipeline:
     rescale: float | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    square: tuple[int, int, int] | None = None
+    """Colour of the padding, 0 to 255; None does not pad."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImagePipeline:
@@ -66,12 +81,12 @@ class ImagePipeline:
             raise UserError(f"no image processor {name!r}", where=_WHERE, available=DEFAULTS)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
         try:
-            return cls._from_values(values)
+            return cls._from_values(values, square=kind in _SQUARE)
         except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(str(error), where=_WHERE) from None
 
     @classmethod
-    def _from_values(cls, values: Mapping[str, Any]) -> ImagePipeline:
+    def _from_values(cls, values: Mapping[str, Any], square: bool) -> ImagePipeline:
         normalize = values.get("do_normalize", True)
         std = _three(values["image_std"]) if normalize else None
         if std is not None and np.array(std, dtype=np.float32).min() <= 0:
@@ -83,6 +98,7 @@ class ImagePipeline:
             rescale=float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else None,
             mean=_three(values["image_mean"]) if normalize else None,
             std=std,
+            square=_mean_colour(values["image_mean"]) if square else None,
         )
 
     @property
@@ -92,6 +108,8 @@ class ImagePipeline:
 
     def __call__(self, image: ImageLike) -> NDArray[np.float32]:
         rgb = read_rgb(image)
+        if self.square is not None:
+            rgb = pad_square(rgb, self.square)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else _keep_aspect(rgb, self.size)
             rgb = rgb.resize((width, height), resample=self.resample)
@@ -147,6 +165,16 @@ def is_image(value: object) -> bool:
     return isinstance(value, (str, PathLike, Image.Image, np.ndarray))
 
 
+def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square as wide as its longer edge; an odd pixel of padding comes behind it."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def center_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """The middle [C, height, width] of [C, H, W]; where the image is smaller, zeros stand around it."""
     for axis, want in zip((1, 2), size, strict=True):
@@ -193,6 +221,11 @@ def _read_size(size: Any, field: str) -> tuple[int, int] | int:
 def _read_crop(size: Any) -> tuple[int, int]:
     read = _read_size(size, "crop_size")
     return read if isinstance(read, tuple) else (read, read)
+
+
+def _mean_colour(mean: Any) -> tuple[int, int, int]:
+    red, green, blue = (int(255 * value) for value in _three(mean))
+    return red, green, blue
 
 
 def _three(values: Any) -> tuple[float, ...]:

@@ -81,6 +81,10 @@ class Processor:
         geometry = self._manifest.geometry
         text, add_special_tokens = self.prompts.render(prompt, geometry.images)
         ids = self.prompts.encode(text, add_special_tokens)
+        if self._manifest.model.video_token_id in ids:
+            raise UserError(
+                "the prompt holds a video", where=where, fix="this version takes images; give frames as such"
+            )
         self._expect_images(ids.count(self.prompts.placeholder_id), f"{where}, placeholders in the prompt")
         words = len(ids) - geometry.images
         if words > geometry.text_tokens:

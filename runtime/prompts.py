@@ -93,6 +93,9 @@ def _check_message(message: Message) -> Message:
             where="messages",
             fix="content is text, or a list of {'type': 'image'} and {'type': 'text', 'text': …}",
         )
+    kinds = [part.get("type") for part in content] if isinstance(content, (list, tuple)) else []
+    if other := next((kind for kind in kinds if kind in ("video", "audio")), None):
+        raise UserError(f"a message holds {other}", where="messages", fix="this version takes images and text only")
     return message
 
 

@@ -95,7 +95,7 @@ class Session:
 
         ``input_ids`` int64 [B, N], right padded, placeholders expanded; ``lengths`` int64 [B]. Give either
         ``pixel_values`` [B*n, 3, H, W] (vision runs first) or ``features`` [B, F, D]. Where the
-        vision side prunes, features come with ``kept`` [B, F], their patches (see :meth:`Request.prefill`).
+        vision side prunes, features come with ``kept`` [B, V], their patches (see :meth:`Request.prefill`).
         """
         if (pixel_values is None) == (features is None):
             raise UserError("prefill takes either pixel_values or features", where="prefill")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.runtime.errors import UserError
+
 
 @dataclass(frozen=True)
 class VisionFacts:
@@ -13,13 +15,22 @@ class VisionFacts:
 
     image_size: tuple[int, int]
     """Height, width in pixels."""
-    tokens_per_image: int
-    """Placeholders one image stands for before pruning."""
+    grid: tuple[int, int]
+    """Rows, columns of patches."""
     layers: int
     feature_layer: int
     """0-based tower layer whose output the projector reads."""
     has_cls: bool
     channels: int = 3
+    extra_rows: int = 0
+    """Rows that follow each image's patches in the prompt and that no stage may remove."""
+    single_image: str = ""
+    """What a bundle for one image per prompt does otherwise than transformers; empty if it does the same."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patches of one image: what stages may remove, before any did."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -42,5 +53,34 @@ class Family:
     read_vision: Callable[[Any], VisionFacts]
     """configuration -> facts; raises UserError for a layout that is not supported."""
     vision_forward: Callable[[Any, Any], tuple[Any, Any]]
-    """(model, pixel_values [M,3,H,W]) -> (features [M,N,D], last tower state): every tower layer must be
-    reachable from the two, so that signals may be read from layers the features do not need."""
+    """(model, pixel_values [M,3,H,W]) -> (features [M,N,D] of the patches, last tower state): every tower layer
+    must be reachable from the two, so that signals may be read from layers the features do not need."""
+    extra_rows: str = ""
+    """Path of the parameter ``[D]`` or ``[E,D]`` that follows each image's features; empty if nothing does."""
+
+
+def read_feature_layer(config: Any, where: str, usual: str) -> int:
+    """0-based tower layer whose output the projector reads; ``usual`` (an example) goes into the error."""
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise UserError(
+            f"vision_feature_layer is {layer!r}", where=where, fix=f"only a single feature layer is supported; {usual}"
+        )
+    # hidden_states[0] is the embedding, so hidden_states[-2] is the output of 0-based layer L-2.
+    index = layer if layer >= 0 else depth + 1 + layer
+    if not 1 <= index <= depth:
+        raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {depth} layers", where=where)
+    return index - 1
+
+
+def read_grid(config: Any, where: str) -> tuple[int, int]:
+    """Rows, columns of whole patches in the tower's square image."""
+    image_size, patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    if not (isinstance(image_size, int) and isinstance(patch_size, int) and 1 <= patch_size <= image_size):
+        raise UserError(
+            f"an image of image_size {image_size} cannot be cut into patches of patch_size {patch_size}",
+            where=where,
+            fix="check vision_config; both are numbers of pixels",
+        )
+    side = image_size // patch_size
+    return side, side

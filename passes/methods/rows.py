@@ -32,5 +32,6 @@ def ranks(score: Tensor) -> Tensor:
     Of equal scores the lower index comes first.
     """
     order = score.argsort(dim=-1, stable=True)
-    place = torch.arange(score.shape[-1], dtype=torch.float32, device=score.device).unsqueeze(0).expand_as(order)
+    place = torch.arange(score.shape[-1], dtype=torch.float32, device=score.device)
+    place = place.unsqueeze(0).expand(*order.shape)
     return torch.zeros_like(score).scatter(1, order, place)

@@ -55,7 +55,7 @@ def _permute(b: Builder, node: fx.Node) -> ir.Value:
     return emit(b, node, "Transpose", read(b, args_of(node)[0]), perm=[int(a) % rank for a in args_of(node)[1]])
 
 
-@lowers(aten.expand.default)
+@lowers(aten.expand.default, aten.expand_as.default)
 def _expand(b: Builder, node: fx.Node) -> ir.Value:
     return b.expand(read(b, args_of(node)[0]), output(node)[1])
 

@@ -119,14 +119,12 @@ def _match_once(metric: Tensor, k: int, sources: Side) -> tuple[Tensor, Tensor]:
     position = torch.arange(count, device=metric.device)
     first = 0 if sources == "even" else 1
     units = unit_rows(metric)
-    source, destination = position[first::2], position[1 - first :: 2]
     alike = units[:, first::2] @ units[:, 1 - first :: 2].transpose(1, 2)
     closest = alike.amax(dim=2).topk(count - k, dim=1).indices
-    merged = torch.zeros(groups, count, device=metric.device).scatter(1, source[closest], 1.0)
-    # Where each token goes: a merged source to its destination, everything else nowhere.
-    nearest = position.unsqueeze(0).expand(groups, count)
-    target = destination[alike.argmax(dim=2)]
-    nearest = nearest.scatter(1, source.unsqueeze(0).expand(groups, -1), target)
+    merged = torch.zeros(groups, count, device=metric.device).scatter(1, closest * 2 + first, 1.0)
+    source = position[first::2].unsqueeze(0).expand(groups, -1)
+    destination = alike.argmax(dim=2) * 2 + 1 - first
+    nearest = position.unsqueeze(0).expand(groups, count).scatter(1, source, destination)
     keep, place = _close_ranks(merged, k)
     return keep, torch.where(merged > 0, place.gather(1, nearest), place)
 

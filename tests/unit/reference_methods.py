@@ -1,4 +1,4 @@
-"""The papers' definitions, written out as slow loops over single tokens in NumPy.
+"""Options that no row of the table uses, written out as slow loops over single tokens in NumPy.
 
 Nothing here is shared with the vocabulary in ``secateur.passes.methods``: the two must agree because both follow the
 paper. One group at a time, no batch axis. ``attention [H,N]`` is the one query row a paper scores with.
@@ -34,40 +34,6 @@ def keep_most_attended(attention: np.ndarray, k: int, heads: str = "mean") -> li
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
     return dot / math.sqrt(sum(float(x) ** 2 for x in a)) / math.sqrt(sum(float(y) ** 2 for y in b))
-
-
-def keep_max_min_diverse(tokens: np.ndarray, k: int) -> list[int]:
-    """DivPrune on ``tokens [N,D]``, every distance to the selected set worked out anew at every step."""
-    count = len(tokens)
-    distance = [[1.0 - cosine(tokens[i], tokens[j]) for j in range(count)] for i in range(count)]
-    selected: list[int] = []
-    while len(selected) < k:
-        best, best_value = -1, -math.inf
-        for candidate in range(count):
-            if candidate in selected:
-                continue
-            if selected:
-                value = min(distance[chosen][candidate] for chosen in selected)
-            elif count > 1:
-                value = sorted(distance[other][candidate] for other in range(count))[1]
-            else:
-                value = 0.0
-            if value > best_value:
-                best, best_value = candidate, value
-        selected.append(best)
-    return sorted(selected)
-
-
-def select_dominant_and_contextual(
-    attention: np.ndarray, dominant: int, contextual: int
-) -> tuple[list[int], list[int]]:
-    """VisionZip: the most attended tokens, and targets at even steps among the others, first ones first."""
-    chosen = sorted(rank_by_attention(attention, "sum")[:dominant])
-    others = [token for token in range(attention.shape[1]) if token not in chosen]
-    if contextual == 0:
-        return chosen, []
-    step = len(others) // contextual
-    return chosen, [others[place] for place in range(0, len(others), step)][:contextual]
 
 
 def merge_into_targets(

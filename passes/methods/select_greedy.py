@@ -99,7 +99,7 @@ def determinant(tokens: Tensor, score: Tensor, k: int) -> Selection:
     groups, count = score.shape
     if k == count:
         return _everything(score)
-    alike = _cosines(tokens)
+    alike, score = _cosines(tokens), score.detach()
     position = torch.arange(count, device=score.device)
     offset = torch.arange(groups, device=score.device) * count
     table = alike.reshape(groups * count, count)

@@ -52,7 +52,7 @@ class RowRun:
     """Per layer ``[Hkv,L,d]``, prompt rows and those of decode."""
     values: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    """``[vocab]`` after the prompt and after each forced token."""
+    """``[vocab]`` after the prompt and after each token that was decoded."""
 
 
 class Oracle:
@@ -80,12 +80,13 @@ class Oracle:
         forced_tokens: Sequence[int] = (),
         forced_kept: Mapping[str, Tensor] | None = None,
         keep_signals: bool = False,
+        greedy: int = 0,
     ) -> RowRun:
         """One row. ``input_ids`` as prefill receives it (P + E placeholders per image, no padding); pixels
         ``[n,3,H,W]``.
 
         ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of
-        stages, ``[groups*K]`` each.
+        stages, ``[groups*K]`` each. Behind the forced tokens come ``greedy`` more, each the likeliest.
         """
         row = RowRun()
         self.keep_signals, self.carried = keep_signals, None
@@ -97,11 +98,7 @@ class Oracle:
             hidden = self.embedding(ids)
             hidden[image] = row.features
             positions = self._positions(image[0], row)[None]
-            prunable = image.clone()
-            extra = self.job.source.vision.extra_rows
-            if extra:
-                slots = image[0].nonzero()[:, 0].reshape(self.job.geometry.images, -1)
-                prunable[0, slots[:, -extra:].flatten()] = False
+            prunable = mark_prunable(self.job, image)
             from transformers import DynamicCache
 
             cache: Any = DynamicCache(config=self.decoder.config)
@@ -112,7 +109,8 @@ class Oracle:
                 ).last_hidden_state
             row.logits.append(self.head(out[0, -1]).float())
             removed = {s.first_layer: s.removed for s in walk.segments}
-            for step, token in enumerate(forced_tokens):
+            for step in range(len(forced_tokens) + greedy):
+                token = forced_tokens[step] if step < len(forced_tokens) else int(row.logits[-1].argmax())
                 at = len(input_ids) + step
                 step_positions = torch.tensor([[at + self.job.position_offset]])
                 with self._decode_positions(removed, at):
@@ -187,8 +185,8 @@ class Oracle:
         if self.job.carries:
             self.carried = state["carried"].reshape(1, -1)
         if self.job.source.family.extra_rows:
-            behind = self.model.get_parameter(self.job.source.family.extra_rows)
-            behind = behind.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
+            added = self.model.get_parameter(self.job.source.family.extra_rows)
+            behind = added.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
             features = torch.cat([features, behind], 1)
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
@@ -248,6 +246,15 @@ class Oracle:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def mark_prunable(job: Job, image: Tensor) -> Tensor:
+    """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows."""
+    prunable, extra = image.clone(), job.source.vision.extra_rows
+    if extra:
+        slots = image[0].nonzero()[:, 0].reshape(job.geometry.images, -1)
+        prunable[0, slots[:, -extra:].flatten()] = False
+    return prunable
 
 
 class _Walk:

@@ -13,14 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.output import check_output, whole_directory
+from secateur.compiler.plan_job import choose_keep, compare_flops, plan_for, plan_job
 from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
-from secateur.compiler.recipe import Recipe, plan_recipe
+from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters.checkpoint import Checkpoint, list_tensors, tied_names
@@ -29,7 +31,6 @@ from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.weights import WEIGHTS_FILE, plan_weights, write_weights
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
-from secateur.passes.check_stages import check_stages
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
 from secateur.passes.fold_rms_norm import fold_rms_norm
@@ -40,7 +41,6 @@ from secateur.passes.join_phases import join_decode, join_prefill
 from secateur.passes.recipe_file import load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
-from secateur.passes.stage import stage_function
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import write_manifest
 
@@ -147,28 +147,6 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> Job:
-    """Fix every number of a recipe for a model and geometry and resolve its functions."""
-    if not recipe.stages and keep not in (None, 1.0):
-        raise UserError(
-            f"recipe {recipe.name} keeps every token",
-            where=f"--keep {keep:g}",
-            fix="leave --keep out or choose a recipe",
-        )
-    plan = plan_recipe(
-        recipe,
-        keep=keep,
-        images=geometry.images,
-        tokens_per_image=source.vision.tokens_per_image,
-        vision_layers=source.vision.layers,
-        decoder_layers=source.decoder_layers,
-        grid=source.vision.grid,
-    )
-    job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
-    check_stages(job.stages, source.vision)
-    return job
-
-
 def prune(
     traced: Traced,
     recipe: Recipe,
@@ -242,6 +220,8 @@ def compile(
     *,
     recipe: Recipe | str = "none",
     keep: float | None = None,
+    mean_keep: float | None = None,
+    flops_keep: float | None = None,
     geometry: Geometry | None = None,
     target: str = "onnxruntime",
     dtype: str | None = None,
@@ -253,11 +233,12 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is a table name, a YAML file or a :class:`Recipe`; ``keep`` the fraction of visual tokens left after the
-    last stage (the published one by default). ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime,
-    fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default; ``sm`` the GPU architecture for
-    tensorrt-rtx. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
-    returned.
+    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
+    tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
+    decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``target`` is one of ``TARGETS``;
+    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default; ``sm``
+    the GPU architecture for tensorrt-rtx. Returns ``out``; with ``stop_after`` nothing is written and the programs as
+    that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
@@ -268,6 +249,8 @@ def compile(
         check_output(out, force)
     # What cannot work fails here, before the model is traced.
     source = read_source(Path(model_dir))
+    budget = Budget(keep, mean_keep, flops_keep)
+    keep = choose_keep(source, geometry, row, budget)
     job = plan_job(source, geometry, row, keep)
     for note in job.notes:
         _log.warning("%s", note)
@@ -282,6 +265,8 @@ def compile(
         pruned = prune(traced, row, keep, dump_dir=dump_dir, stop_after=stop_after)
     if stop_after is not None:
         return pruned
+    if budget.flops_keep is not None:
+        compare_flops(budget, count_flops(pruned.programs["prefill"]), count_unpruned(traced)["prefill"])
     with _phase("export", progress):
         exported = export(pruned, goal.dialect)
     if dump_dir is not None:
@@ -294,6 +279,8 @@ def explain(
     model_dir: Path | str,
     *,
     keep: float | None = None,
+    mean_keep: float | None = None,
+    flops_keep: float | None = None,
     geometry: Geometry | None = None,
     dtype: str = "fp32",
     progress: Progress | None = None,
@@ -307,13 +294,17 @@ def explain(
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
+    budget = Budget(keep, mean_keep, flops_keep)
+    keep = choose_keep(source, geometry, row, budget)
     plan_job(source, geometry, row, keep)
     with _phase("trace", progress):
         traced = trace_model(source, geometry, dtype)
     with _phase("prune", progress):
         pruned = prune(traced, row, keep)
         unpruned = prune(traced, RECIPES["none"]) if pruned.job.stages else pruned
-    return describe_pruned(pruned, unpruned)
+    found = describe_pruned(pruned, unpruned)
+    compare_flops(budget, found.flops["prefill"].after, found.flops["prefill"].before)
+    return found
 
 
 def verify(bundle: Path | str, model_dir: Path | str | None = None, **how: Any) -> Verification:
@@ -401,13 +392,16 @@ def _phase(name: str, tell: Progress | None = None) -> Iterator[None]:
 __all__ = [
     "PASSES",
     "TARGETS",
+    "Budget",
     "Geometry",
     "Pass",
     "Source",
     "build",
+    "choose_keep",
     "compile",
     "explain",
     "export",
+    "plan_for",
     "plan_job",
     "prune",
     "verify",

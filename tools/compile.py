@@ -22,10 +22,16 @@ def compile_model(
         Path | None, typer.Option("--output", "-o", help="Directory for the bundle; appears whole or not at all.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="A name that `secateur recipes` lists, or a recipe file (.yaml).")
+        str, typer.Option(help="A name that `secateur recipes` lists, FILE.yaml, FILE.py:NAME, or several joined by +.")
     ] = "none",
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
+    ] = None,
+    mean_keep: Annotated[
+        float | None, typer.Option(help="Instead: their mean over the decoder's layers, as a fraction.")
+    ] = None,
+    flops_keep: Annotated[
+        float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
@@ -61,7 +67,8 @@ def compile_model(
     geometry = pipeline.Geometry(batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens)
     with show_progress() as tell:
         made = pipeline.compile(
-            model_dir, out or Path(), recipe=recipe, keep=keep, geometry=geometry, target=target, dtype=dtype, sm=sm,
+            model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=mean_keep, flops_keep=flops_keep,
+            geometry=geometry, target=target, dtype=dtype, sm=sm,
             force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
         )  # fmt: skip
     if not isinstance(made, Path):

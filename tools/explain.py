@@ -15,10 +15,19 @@ if TYPE_CHECKING:
 
 
 def explain(
-    recipe: Annotated[str, typer.Argument(help="A name that `secateur recipes` lists, or a recipe file (.yaml).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A name that `secateur recipes` lists, FILE.yaml, FILE.py:NAME, or several joined by +."),
+    ],
     model_dir: Annotated[Path, typer.Argument(help="A Hugging Face directory; its config.json is enough.")],
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
+    ] = None,
+    mean_keep: Annotated[
+        float | None, typer.Option(help="Instead: their mean over the decoder's layers, as a fraction.")
+    ] = None,
+    flops_keep: Annotated[
+        float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
@@ -34,6 +43,8 @@ def explain(
     \b
       secateur explain fastv MODEL_DIR --keep 0.25
       secateur explain my_recipe.yaml MODEL_DIR --images 2 --json
+      secateur explain divprune:keep=0.5+fastv:keep=0.5 MODEL_DIR
+      secateur explain pyramiddrop MODEL_DIR --mean-keep 0.4
     """
     from secateur.compiler.pipeline import Geometry
     from secateur.compiler.pipeline import explain as explain_recipe
@@ -41,7 +52,16 @@ def explain(
 
     geometry = Geometry(batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens)
     with show_progress() as tell:
-        found = explain_recipe(recipe, model_dir, keep=keep, geometry=geometry, dtype=dtype, progress=tell)
+        found = explain_recipe(
+            recipe,
+            model_dir,
+            keep=keep,
+            mean_keep=mean_keep,
+            flops_keep=flops_keep,
+            geometry=geometry,
+            dtype=dtype,
+            progress=tell,
+        )
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1, ensure_ascii=False))
         return found

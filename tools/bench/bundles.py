@@ -17,7 +17,7 @@ from secateur.compiler.pipeline import (
     build,
     check_target,
     export,
-    plan_recipe,
+    plan_for,
     prune,
     read_source,
     trace_model,
@@ -45,15 +45,7 @@ class Bundles:
 
     def plan(self, recipe: Recipe, keep: float) -> Any:
         """Layers and token counts, without tracing."""
-        vision = self.source.vision
-        return plan_recipe(
-            recipe,
-            keep=_keep(recipe, keep),
-            images=self.geometry.images,
-            tokens_per_image=vision.tokens_per_image,
-            vision_layers=vision.layers,
-            decoder_layers=self.source.decoder_layers,
-        )
+        return plan_for(self.source, self.geometry, recipe, _keep(recipe, keep))
 
     def compile(self, recipe: Recipe, keep: float, out: Path, expose: bool = False) -> Path:
         pruned = prune(self.traced, recipe, _keep(recipe, keep), expose=expose)

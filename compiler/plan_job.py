@@ -1,0 +1,74 @@
+"""From what the user asked for to a job: every number fixed, every function resolved."""
+
+from __future__ import annotations
+
+import logging
+
+from secateur.compiler.budget import Budget, PrefillCost, solve_budget
+from secateur.compiler.geometry import Geometry
+from secateur.compiler.pruned import Job
+from secateur.compiler.recipe import PlannedRecipe, Recipe, plan_recipe
+from secateur.compiler.trace import Source
+from secateur.passes.check_stages import check_stages
+from secateur.passes.stage import stage_function
+from secateur.runtime.errors import UserError
+
+FLOPS_MISS = 0.02
+"""By how much of the unpruned prefill the exact count may miss ``--flops-keep`` before that is said aloud."""
+
+_log = logging.getLogger(__name__)
+
+
+def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> Job:
+    """Fix every number of a recipe for a model and geometry and resolve its functions."""
+    plan = plan_for(source, geometry, recipe, keep)
+    job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
+    check_stages(job.stages, source.vision)
+    return job
+
+
+def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> PlannedRecipe:
+    """Layers and token counts of a recipe for a model and geometry; nothing is looked up or traced."""
+    if not recipe.stages and keep not in (None, 1.0):
+        raise UserError(
+            f"recipe {recipe.name} keeps every token",
+            where=f"--keep {keep:g}",
+            fix="leave --keep out or choose a recipe",
+        )
+    return plan_recipe(
+        recipe,
+        keep=keep,
+        images=geometry.images,
+        tokens_per_image=source.vision.tokens_per_image,
+        vision_layers=source.vision.layers,
+        decoder_layers=source.decoder_layers,
+        grid=source.vision.grid,
+    )
+
+
+def choose_keep(source: Source, geometry: Geometry, recipe: Recipe, budget: Budget) -> float | None:
+    """The keep ratio that meets a budget; None takes the published one."""
+    if budget.mean_keep is None and budget.flops_keep is None:
+        return budget.keep
+    tokens = source.vision.tokens_per_image * geometry.images
+    fixed = geometry.text_tokens + source.vision.extra_rows * geometry.images
+    keep = solve_budget(
+        budget,
+        lambda ratio: plan_for(source, geometry, recipe, ratio if recipe.stages else None),
+        tokens,
+        source.decoder_layers,
+        PrefillCost.of(source.text, fixed),
+    )
+    asked = "mean-keep" if budget.mean_keep is not None else "flops-keep"
+    _log.info("--%s %g is met by --keep %g", asked, budget.mean_keep or budget.flops_keep, keep)
+    return keep
+
+
+def compare_flops(budget: Budget, pruned: int, unpruned: int) -> None:
+    """Say what the prefill's exact count, stages included, makes of ``--flops-keep``; a warning if it is far off."""
+    if budget.flops_keep is None:
+        return
+    exact = pruned / unpruned
+    level = logging.INFO if abs(exact - budget.flops_keep) <= FLOPS_MISS else logging.WARNING
+    _log.log(level, "--flops-keep %g: prefill takes %.3g of the unpruned FLOPs, scoring included",
+             budget.flops_keep, exact)  # fmt: skip

@@ -188,22 +188,20 @@ def compare_runs(
     referee: Oracle | None = None,
     force_keep: bool = True,
     greedy: int = 0,
-    watch: Callable[[list[RowInput], list[RowRun], list[RowRun]], None] = lambda batch, ours, theirs: None,
+    watch: Callable[[RowInput, RowRun, RowRun], None] = lambda item, ours, theirs: None,
 ) -> None:
-    """Run ``items`` through both in batches of ``size`` and add to ``into``; ``watch`` sees every batch.
+    """Run ``items`` through both in batches of ``size`` and add to ``into``; ``watch`` sees every row.
 
     ``referee`` judges choices that differ. Without ``force_keep`` numbers are compared as they come. With ``greedy``
     the rows decode that many tokens: what ``ours`` finds likeliest is forced upon ``theirs``.
     """
     for batch in batches(items, size):
         found = ours.run(batch, greedy)
-        same = [replace(i, forced_tokens=likeliest(r)[:-1]) for i, r in zip(batch, found, strict=True)]
-        batch = same if greedy else batch
-        answers = theirs.run(batch)
-        for item, one, other in zip(batch, found, answers, strict=True):
-            sides = ((ours.defines, one), (theirs.defines, other))
-            compare_row(item, sides, into, referee, force_keep)
-        watch(batch, found, answers)
+        if greedy:
+            batch = [replace(i, forced_tokens=likeliest(row)[:-1]) for i, row in zip(batch, found, strict=True)]
+        for item, one, other in zip(batch, found, theirs.run(batch), strict=True):
+            compare_row(item, ((ours.defines, one), (theirs.defines, other)), into, referee, force_keep)
+            watch(item, one, other)
 
 
 def likeliest(row: RowRun) -> list[int]:

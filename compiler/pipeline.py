@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
+from secateur.compiler.compare import Comparison, Toolchain, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
@@ -38,7 +39,7 @@ from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
 from secateur.passes.insert_vision_stages import insert_vision_stages
 from secateur.passes.join_phases import join_decode, join_prefill
-from secateur.passes.recipe_file import load_recipe
+from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.runtime.errors import UserError
@@ -312,6 +313,17 @@ def verify(bundle: Path | str, model_dir: Path | str | None = None, **how: Any) 
     return verify_bundle(Path(bundle), None if model_dir is None else Path(model_dir), plan_job, **how)
 
 
+def compare(a: Path | str, b: Path | str, **how: Any) -> Comparison:
+    """Two runs over the same rows, each ``oracle``, ``fx``, ``plain``, ``onnxruntime`` or the directory of a bundle:
+    choices, numbers, answers, and the first pass that changes numbers; see ``compare_named`` for the options."""
+
+    def make(pruned: Pruned, target: str, out: Path) -> Path:
+        goal = check_target(target, "fp32", None)
+        return build(pruned, export(pruned, goal.dialect), goal, out)
+
+    return compare_named(str(a), str(b), Toolchain(plan_job, trace_model, prune, make, PASSES), **how)
+
+
 def check_target(target: str, dtype: str | None, sm: int | None) -> Target:
     """Resolve defaults and refuse what no backend runs; TensorRT's library must be there."""
     if target not in TARGETS:
@@ -399,8 +411,10 @@ __all__ = [
     "build",
     "choose_keep",
     "compile",
+    "digest_recipe",
     "explain",
     "export",
+    "load_recipe",
     "plan_for",
     "plan_job",
     "prune",

@@ -112,10 +112,10 @@ class Respaced:
         return self.inner.run([respace(item, *self.spacing) for item in batch], greedy)
 
 
-def answer(run: Run, batch: Sequence[RowInput], tokens: int) -> list[list[int]]:
-    """Greedy tokens of each row."""
-    free = [RowInput(item.input_ids, item.pixel_values) for item in batch]
-    return [likeliest(row) for row in run.run(free, tokens)]
+def answer(run: Run, item: RowInput, batch: int, tokens: int) -> list[int]:
+    """A row's greedy tokens; it stands in every place of the ``batch``."""
+    free = RowInput(item.input_ids, item.pixel_values)
+    return likeliest(run.run([free] * batch, tokens)[0])
 
 
 class Weights:

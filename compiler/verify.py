@@ -71,7 +71,7 @@ def verify_bundle(
         compare_runs(
             OracleRun(oracle), CompiledRun(manifest, session.request()), random_rows(manifest, rows, new_tokens, seed),
             manifest.geometry.batch, parity, referee=oracle,
-            watch=lambda batch, ours, theirs: progress(min(parity.rows, rows), rows),
+            watch=lambda item, ours, theirs: progress(min(parity.rows, rows), rows),
         )  # fmt: skip
     return Verification(bundle, len(manifest.files), size, parity)
 

@@ -26,8 +26,8 @@ from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import RECIPES, Geometry, Recipe, plan_job
 from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.runtime.session import Session
-from secateur.tools.bench.bundles import Bundles, choose_recipes
-from secateur.tools.bench.records import (
+from secateur.tools.sweep.bundles import Bundles, choose_recipes
+from secateur.tools.sweep.records import (
     PROGRAM_SOURCES,
     cell_key,
     digest_model,
@@ -126,7 +126,7 @@ class Sweep:
                 items = items or [self._row(session, asked) for asked in self.asked]
                 compare_runs(
                     reference, CompiledRun(session.manifest, session.request()), items, size, parity, referee=oracle,
-                    watch=lambda batch, ours, theirs: [tick() for _ in batch],
+                    watch=lambda item, ours, theirs: tick(),
                 )  # fmt: skip
             found[str(size)] = parity.as_json()
         return found

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from secateur.compiler.questions import Question
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest
 from secateur.runtime.processing import Processor
+
+
+class Asked(Protocol):
+    """A question about images; ``where`` is for error messages."""
+
+    @property
+    def images(self) -> Sequence[Any]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def where(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> li
     return items
 
 
-def question_rows(processor: Processor, images: int, questions: Sequence[Question]) -> list[RowInput]:
+def question_rows(processor: Processor, images: int, questions: Sequence[Asked]) -> list[RowInput]:
     """Questions as a bundle with this processor takes them; each must show ``images`` images."""
     items = []
     for question in questions:
@@ -57,7 +67,7 @@ def question_rows(processor: Processor, images: int, questions: Sequence[Questio
             )
         try:
             pixels = np.stack([processor.pixel_values(image) for image in question.images])
-            items.append(RowInput(processor.encode(question.prompt), pixels))
+            items.append(RowInput(processor.encode(question.text), pixels))
         except UserError as error:
             raise UserError(str(error), where=question.where) from None
     return items

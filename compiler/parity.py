@@ -35,8 +35,8 @@ class Run(Protocol):
     def defines(self) -> bool: ...
 
     def run(self, batch: Sequence[RowInput], greedy: int = 0) -> list[RowRun]:
-        """Prefill and decode of the forced tokens; behind them ``greedy`` tokens are chosen, each the likeliest, of which
-        the last is not decoded. All rows of a batch force the same number of tokens."""
+        """Prefill and decode of the forced tokens; behind them ``greedy`` tokens are chosen, each the likeliest, and
+        all but the last decoded. All rows of a batch force the same number of tokens."""
 
 
 @dataclass
@@ -114,6 +114,10 @@ class Parity:
     def passed(self) -> bool:
         return self.rows > 0 and self.chose_differently == 0 and self.computed_equally
 
+    def worst_of(self, kind: str) -> str:
+        """The layer, stage or step of a kind that differs most."""
+        return max((n for n in self.differences if _kind(n) == kind), key=lambda n: self.differences[n].largest)
+
     @property
     def worst(self) -> tuple[str, float]:
         """What differs most for its kind's magnitude, and by how much."""
@@ -146,9 +150,9 @@ class Parity:
         """Everything both runs have in the same shape."""
         pairs = [("features", ours.features, theirs.features)]
         pairs += [(f"hidden.{n}", rows, theirs.hidden[n]) for n, rows in ours.hidden.items() if n in theirs.hidden]
-        for what in ("keys", "values", "logits"):
-            both = zip(getattr(ours, what), getattr(theirs, what), strict=False)
-            pairs += [(f"{what.removesuffix('s') if what != 'logits' else what}.{i}", *pair) for i, pair in enumerate(both)]
+        for what, where in (("key", "keys"), ("value", "values"), ("logits", "logits")):
+            both = zip(getattr(ours, where), getattr(theirs, where), strict=False)
+            pairs += [(f"{what}.{index}", *pair) for index, pair in enumerate(both)]
         for name, one, other in pairs:
             if one.shape == other.shape:
                 self.note(name, one, other)

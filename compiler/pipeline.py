@@ -15,7 +15,8 @@ from torch import Tensor
 
 from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
-from secateur.compiler.compare import Comparison, Toolchain, compare_named
+from secateur.compiler.common_ground import Toolchain
+from secateur.compiler.compare import Comparison, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
@@ -23,6 +24,7 @@ from secateur.compiler.output import check_output, whole_directory
 from secateur.compiler.plan_job import choose_keep, compare_flops, plan_for, plan_job
 from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
+from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
@@ -418,5 +420,6 @@ __all__ = [
     "plan_for",
     "plan_job",
     "prune",
+    "read_questions",
     "verify",
 ]

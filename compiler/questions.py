@@ -19,7 +19,7 @@ class Question:
     """``where`` is the line it stands on, for error messages."""
 
     images: tuple[Path, ...]
-    prompt: str
+    text: str
     answer: str | None
     where: str
 
@@ -29,16 +29,18 @@ def read_questions(path: Path, count: int | None = None) -> list[Question]:
 
     Raises UserError with the line's number for a line that is not a question or shows an image that is not there.
     """
+    found: list[Question] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if count is not None and len(found) >= count:
+                    break
+                if line.strip():
+                    found.append(_read_line(line, path.parent, f"{path}:{number}"))
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError:
         raise UserError("not a text file in UTF-8", where=str(path)) from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and (count is None or len(found) < count):
-            found.append(_read_line(line, path.parent, f"{path}:{number}"))
     if not found:
         raise UserError("no question in it", where=str(path), fix='a line is {"image": "a.png", "question": "..."}')
     return found
@@ -54,14 +56,14 @@ def _read_line(line: str, folder: Path, where: str) -> Question:
     for name in ("image", "question"):
         if name not in fields:
             raise UserError(f"no field {name!r}", where=where, available=fields)
-    named, prompt, answer = fields["image"], fields["question"], fields.get("answer")
+    named, text, answer = fields["image"], fields["question"], fields.get("answer")
     images = named if isinstance(named, list) else [named]
     if not images or not all(isinstance(image, str) for image in images):
         raise UserError("image must be a path or a list of paths", where=where)
-    if not isinstance(prompt, str) or not isinstance(answer, (str, type(None))):
+    if not isinstance(text, str) or not isinstance(answer, (str, type(None))):
         raise UserError("question and answer must be text", where=where)
     paths = tuple(folder / image for image in images)
     for image in paths:
         if not image.is_file():
             raise UserError(f"no image {image}", where=where, fix="paths count from the file's own directory")
-    return Question(paths, prompt, answer, where)
+    return Question(paths, text, answer, where)

@@ -16,8 +16,8 @@ from secateur.compiler.program import Program
 from secateur.compiler.trace import Source
 from secateur.exporters.checkpoint import Checkpoint, tied_names
 from secateur.exporters.onnx import port_name
+from secateur.runtime.manifest import Manifest
 from secateur.runtime.request import Request
-from secateur.runtime.schema import Manifest
 
 
 class OracleRun:

@@ -103,9 +103,7 @@ def _part_of(job: Job, done: Container[str]) -> Job:
     return replace(job, plan=plan, stages=tuple(function for function, _ in chosen))
 
 
-def _judge(
-    name: str, seen: RowRun, reference: _Reference, before: tuple[_Reference, RowRun] | None
-) -> Footprint:
+def _judge(name: str, seen: RowRun, reference: _Reference, before: tuple[_Reference, RowRun] | None) -> Footprint:
     parity = Parity()
     if before is not None and before[0] is reference and _holds(before[1], seen):
         parity.note_choices(dict.fromkeys(seen.kept, "equal"), before[1], seen)

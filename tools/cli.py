@@ -33,6 +33,8 @@ VERBS = {
     "explain": "explain",
     "inspect": "inspect",
     "verify": "verify",
+    "sweep": "sweep",
+    "compare": "compare",
     "recipes": "recipes",
 }
 

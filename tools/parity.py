@@ -26,6 +26,7 @@ from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import RECIPES, Geometry, Recipe, plan_job
 from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.runtime.session import Session
+from secateur.tools.console import notes, results, set_up_logging
 from secateur.tools.sweep.bundles import Bundles, choose_recipes
 from secateur.tools.sweep.records import (
     PROGRAM_SOURCES,
@@ -36,7 +37,6 @@ from secateur.tools.sweep.records import (
     read_record,
     write_record,
 )
-from secateur.tools.console import notes, results, set_up_logging
 
 NEW_TOKENS = 4
 TEXT_TOKENS = 24

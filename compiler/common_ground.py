@@ -1,0 +1,198 @@
+"""What two compared runs stand on: the model, the job, one trace, one loaded checkpoint, the same rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from secateur.compiler.bundle import outline
+from secateur.compiler.geometry import Geometry
+from secateur.compiler.inputs import Asked, RowInput, question_rows, random_rows
+from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.parity import Run
+from secateur.compiler.pruned import Job, Pruned
+from secateur.compiler.questions import read_questions
+from secateur.compiler.recipe import Recipe
+from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Respaced, Weights
+from secateur.compiler.trace import Source, Traced, read_source
+from secateur.compiler.trail import Footprint, Step, follow_passes
+from secateur.compiler.verify import check_comparable, check_model, recover_job
+from secateur.passes.recipe_file import load_recipe
+from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import Manifest, read_manifest
+from secateur.runtime.processing import Processor
+from secateur.runtime.request import Request
+from secateur.runtime.session import Session
+
+RUNS = ("oracle", "fx", "plain", "onnxruntime")
+RANDOM_ROWS = 8
+
+
+class Toolchain(NamedTuple):
+    """The pipeline's steps. ``compile`` builds a bundle of pruned programs: (pruned, target, directory)."""
+
+    plan: Callable[..., Job]
+    trace: Callable[[Source, Geometry], Traced]
+    prune: Callable[..., Pruned]
+    compile: Callable[[Pruned, str, Path], Path]
+    passes: Sequence[Step]
+
+
+class CommonGround:
+    """Made once for both runs, each part when it is first asked for. ``job`` is None for two bundles without a model;
+    ``manifest`` says what the rows are for."""
+
+    def __init__(
+        self,
+        names: tuple[str, str],
+        tools: Toolchain,
+        model_dir: Path | None,
+        recipe: Recipe | str | None,
+        keep: float | None,
+        geometry: Geometry | None,
+        threads: int | None,
+    ) -> None:
+        self.tools, self.threads, self.bundles = tools, threads, _read_bundles(names)
+        needs = [name for name in names if name in RUNS]
+        if model_dir is None and (needs or recipe is not None):
+            raise UserError(
+                f"run {needs[0]!r} needs the model" if needs else "a recipe needs the model it is for",
+                where="--model",
+                fix="give its directory",
+            )
+        if keep is not None and recipe is None:
+            raise UserError("a keep ratio needs a recipe", where="--keep", fix="give --recipe as well")
+        self.job: Job | None = None
+        manifests = list(self.bundles.values())
+        if model_dir is not None:
+            source = read_source(model_dir)
+            for manifest in manifests:
+                check_model(manifest, source)
+            if recipe is None and manifests:
+                self.job = recover_job(manifests[0], source, tools.plan, None)
+            else:
+                row = load_recipe(recipe or "none") if isinstance(recipe, (str, type(None))) else recipe
+                self.job = tools.plan(source, geometry or _geometry_of(manifests), row, keep)
+        self.manifest = manifests[0] if self.job is None else outline(self.job)
+        self.directory = model_dir or Path(next(iter(self.bundles)))
+        _check_geometry(self.bundles, geometry, self.manifest)
+
+    @cached_property
+    def model(self) -> Any:
+        assert self.job is not None
+        return load_recording_model(self.job.source)
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        assert self.job is not None
+        return Oracle(self.job, self.model)
+
+    @cached_property
+    def traced(self) -> Traced:
+        assert self.job is not None
+        return self.tools.trace(self.job.source, self.job.geometry)
+
+    @cached_property
+    def pruned(self) -> Pruned:
+        """The job's programs, with the hidden rows at sites among their results."""
+        assert self.job is not None
+        plan = self.job.plan
+        return self.tools.prune(self.traced, plan.recipe, plan.keep if plan.recipe.stages else None, expose=True)
+
+    def read_rows(self, data: Path | Sequence[Asked] | None, count: int | None, seed: int) -> list[RowInput]:
+        if data is None:
+            return random_rows(self.manifest, count or RANDOM_ROWS, 0, seed)
+        processor = Processor(self.directory, self.manifest)
+        asked = read_questions(data, count) if isinstance(data, Path) else data[:count]
+        return question_rows(processor, self.manifest.geometry.images, asked)
+
+    def follow(self, item: RowInput, progress: Callable[[str, int, int], None]) -> list[Footprint]:
+        if self.job is None:
+            raise UserError("passes are looked at in a model", where="--passes", fix="give --model")
+        names = ["trace", *(step.name for step in self.tools.passes)]
+        return follow_passes(
+            self.traced, self.job, self.tools.passes, self.model, item,
+            lambda name: progress(f"pass: {name}", names.index(name), len(names)),
+        )  # fmt: skip
+
+
+class OpenRun:
+    """One run while it is open; ``layout`` says where it takes out how many tokens."""
+
+    def __init__(self, ground: CommonGround, name: str) -> None:
+        self.ground, self.name = ground, name
+        self._stack = ExitStack()
+
+    def __enter__(self) -> OpenRun:
+        ground, name = self.ground, self.name
+        manifest = ground.bundles.get(name, ground.manifest)
+        self.layout = layout_of(manifest)
+        run = self._open(manifest)
+        before, after = (m.geometry.features_per_image for m in (ground.manifest, manifest))
+        if before != after:
+            run = Respaced(run, manifest.model.image_token_id, before, after)
+        self.run = run
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _open(self, manifest: Manifest) -> Run:
+        ground, name = self.ground, self.name
+        if name == "oracle":
+            return OracleRun(ground.oracle)
+        if name == "fx":
+            pruned = ground.pruned
+            programs = pruned.programs.programs
+            backend = EagerBackend(programs, Weights(pruned.job.source, pruned.traced.model))
+            told = outline(pruned.job, pruned.programs)
+            return CompiledRun(told, Request(backend, told))
+        path = Path(name)
+        if name in RUNS:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-compare-"))
+            path = ground.tools.compile(ground.pruned, name, Path(folder) / "bundle")
+        session = self._stack.enter_context(Session(path, threads=ground.threads))
+        return CompiledRun(session.manifest, session.request())
+
+
+def _read_bundles(names: Sequence[str]) -> dict[str, Manifest]:
+    found = {}
+    for name in names:
+        if name in RUNS:
+            continue
+        if not Path(name).is_dir():
+            raise UserError(f"no run {name!r}", available=RUNS, fix="or give the directory of a bundle")
+        found[name] = read_manifest(Path(name))
+        check_comparable(found[name], name)
+    return found
+
+
+def _geometry_of(manifests: Sequence[Manifest]) -> Geometry:
+    if not manifests:
+        return Geometry()
+    sizes = manifests[0].geometry
+    return Geometry(sizes.batch, sizes.images, sizes.text_tokens, sizes.new_tokens)
+
+
+def _check_geometry(bundles: dict[str, Manifest], wanted: Geometry | None, other: Manifest) -> None:
+    """Every run must take the same rows."""
+    for name, manifest in bundles.items():
+        for size in ("batch", "images", "text_tokens", "new_tokens", "image_height", "image_width"):
+            own = getattr(manifest.geometry, size)
+            asked = getattr(wanted, size, None) if wanted else None
+            against = getattr(other.geometry, size) if asked is None else asked
+            if own != against:
+                raise UserError(
+                    f"compiled for {size} {own}, the other run for {against}", where=name,
+                    fix="compile both for one geometry, or leave its options out",
+                )  # fmt: skip
+        if manifest.model.vocab_size != other.model.vocab_size:
+            raise UserError("the two runs are of different models", where=name, fix="compare bundles of one model")
+
+
+def layout_of(manifest: Manifest) -> list[tuple[object, ...]]:
+    return [(s.name, s.site, s.groups, s.length_in, s.length_out, s.chooses) for s in manifest.recipe.stages]

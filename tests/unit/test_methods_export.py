@@ -13,6 +13,8 @@ from secateur.passes.methods.select import max_min
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import StageFunction, stage_function
 
+from .transcriptions.draw import draw_signals
+
 # torch's own: its export copies tree specs through a deprecated check.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
@@ -27,21 +29,23 @@ class StageModule(torch.nn.Module):
         self.stage = stage
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        token_map = self.stage(dict(zip(self.stage.signals, tensors, strict=True)))
+        # What is carried from stage to stage is optional, and missing at the first one.
+        names = [name for name in self.stage.signals if name != "carried" or self.stage.bound.needs(name)]
+        token_map = self.stage(dict(zip(names, tensors, strict=True)))
         return [tensor for tensor in token_map if tensor is not None]
 
 
 def first_stage(name: str, count: int, keep: float) -> StageFunction:
     recipe = RECIPES[name]
-    plan = plan_recipe(recipe, keep=keep, images=1, tokens_per_image=count, vision_layers=4, decoder_layers=4)
+    plan = plan_recipe(
+        recipe, keep=keep, images=1, tokens_per_image=count, vision_layers=24, decoder_layers=32, grid=(2, count // 2)
+    )
     return stage_function(plan.stages[0])
 
 
 def inputs_for(stage: StageFunction, groups: int) -> tuple[torch.Tensor, ...]:
-    source = torch.Generator().manual_seed(7)
-    count = stage.planned.length_in
-    shapes = {"tokens": (count, 9), "keys": (2, count, 4)}
-    return tuple(torch.rand(groups, *shapes.get(name, (2, count)), generator=source) for name in stage.signals)
+    signals = draw_signals(stage, groups, seed=7)
+    return tuple(signals[name] for name in stage.signals if name in signals)
 
 
 def count_scans(graph: torch.fx.Graph) -> int:

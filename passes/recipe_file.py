@@ -13,6 +13,8 @@ A term without options may be its bare name. The table of papers and a file give
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -186,6 +188,18 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         **({"schedule": {"name": "exponential", "entry": recipe.schedule.entry}} if recipe.schedule else {}),
         "stages": [_write_stage(stage) for stage in recipe.stages],
     }
+
+
+def digest_recipe(recipe: Recipe) -> str:
+    """SHA-256 of what a recipe says, and of the text of those of its functions that are not this package's."""
+    from secateur.passes.check_function import every_term  # imports torch
+    from secateur.passes.methods.own import digest_own
+    from secateur.passes.vocabulary import bind_stage
+
+    bound = [bind_stage(stage, f"recipe {recipe.name}") for stage in recipe.stages]
+    own = digest_own(term.function for stage in bound for term in every_term(stage))
+    text = json.dumps(recipe_to_data(recipe), sort_keys=True) + own
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_stage(stage: Stage) -> dict[str, Any]:

@@ -28,6 +28,7 @@ EXTRAS = {
     "onnx_ir": "compile",
     "onnxruntime": "cpu",
     "onnxscript": "compile",
+    "matplotlib": "sweep",
     "polygraphy": "tensorrt-rtx",
     "safetensors": "compile",
     "tensorrt": "tensorrt",

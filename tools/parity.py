@@ -27,7 +27,8 @@ from secateur.compiler.pipeline import RECIPES, Geometry, Recipe, plan_job
 from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.runtime.session import Session
 from secateur.tools.console import notes, results, set_up_logging
-from secateur.tools.sweep.bundles import Bundles, choose_recipes
+from secateur.tools.sweep.bundles import Bundles
+from secateur.tools.sweep.cells import choose_recipes
 from secateur.tools.sweep.records import (
     PROGRAM_SOURCES,
     cell_key,

@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ from rich.console import Console
 from secateur.compiler.pipeline import RECIPES, Geometry
 from secateur.runtime.errors import UserError
 from secateur.runtime.session import Session
-from secateur.tools.bench import accuracy
+from secateur.tools.bench.accuracy import KEEPS
 from secateur.tools.bench.accuracy_page import draw, judge_ceiling, markdown, table_rows, write
-from secateur.tools.bench.answer import Asked, choose_patches
-from secateur.tools.bench.bundles import Bundles, choose_recipes
-from secateur.tools.bench.grid import KEEPS, ORACLE, ORACLE_COMPACT, Cell, list_cells, oracle_recipe
+from secateur.tools.sweep.bundles import Bundles
+from secateur.tools.sweep.cells import ORACLE, ORACLE_COMPACT, choose_recipes, list_cells, oracle_recipe
 
 from .tiny_model import BOS, IMAGE, write_model
 
@@ -26,8 +24,9 @@ KINDS = ("count", "exists")
 def record(row: str, keep: float, score: float, **changes: Any) -> dict[str, Any]:
     programs = {"vision": 100, "prefill": 1000, "decode": 10}
     return {
-        "row": row, "keep": keep, "accuracy": score, "questions": 1000, "kinds": dict.fromkeys(KINDS, score),
-        "segments": [[1, 196], [7, round(196 * keep)]], "flops": programs, "unpruned_flops": programs, **changes,
+        "row": row, "ratio": keep, "keep": keep, "accuracy": score, "questions": 1000,
+        "kinds": dict.fromkeys(KINDS, score), "segments": [[1, 196], [7, round(196 * keep)]],
+        "flops": programs, "unpruned_flops": programs, **changes,
     }  # fmt: skip
 
 
@@ -75,46 +74,6 @@ def test_page_says_what_each_cell_costs() -> None:
     assert "| fastv | 0.25 | 1 × 196, 7 × 49 | 100 (1.00×) | 400 (2.50×) | 10 (1.00×) | 50.0 |" in page
     assert "| fastv | 50.0 | 50.0 |" in page
     assert "`abababababababab…`" in page
-
-
-def test_summary_counts_by_kind() -> None:
-    blank = np.zeros((1, 1, 3), np.uint8)
-    asked = [Asked(KINDS[i % 2], blank, "?", "1", np.arange(4)) for i in range(4)]
-    found = accuracy.summarize(asked, [True, False, True, True])
-    assert found == {"questions": 4, "accuracy": 0.75, "kinds": {"count": 1.0, "exists": 0.5}, "right": "1011"}
-
-
-def test_oracle_takes_the_best_patches_in_image_order() -> None:
-    assert choose_patches(np.array([7, 2, 9, 0]), 3).tolist() == [2, 7, 9]
-
-
-def test_finished_cells_are_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[str] = []
-
-    def measure(self: accuracy.Bench, cell: Cell, *rest: Any) -> dict[str, Any]:
-        measured.append(cell.row)
-        return {"key": self.key(cell), "row": cell.row}
-
-    monkeypatch.setattr(accuracy.Bench, "_measure", measure)
-    monkeypatch.setattr(accuracy, "UnprunedVision", lambda *rest: SimpleNamespace(close=lambda: None))
-    monkeypatch.setattr(Bundles, "plan", lambda self, recipe, keep: f"{recipe.name} {keep}")
-    monkeypatch.setattr(Bundles, "compile", lambda self, recipe, keep, out, *rest: out)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"early")
-    cells = list_cells(choose_recipes(["fastv"]), [0.5], oracle=False)
-
-    def run() -> None:
-        bundles = Bundles(model, Geometry(), tmp_path / "work")
-        accuracy.Bench(bundles, 0, threads=1, fresh=False).run(cells)
-
-    run()
-    assert measured == ["none", "fastv"]
-    run()
-    assert measured == ["none", "fastv"], "both hold"
-    (model / "model.safetensors").write_bytes(b"trained")
-    run()
-    assert measured == ["none", "fastv"] * 2, "new weights make every cell stale"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.tools.bench.records import (
+from secateur.tools.sweep.records import (
     cell_key,
     digest,
     digest_model,

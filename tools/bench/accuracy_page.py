@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from secateur.tools.bench.grid import ORACLE, ORACLE_COMPACT
 from secateur.tools.inspect import flops_text
+from secateur.tools.sweep.cells import ORACLE, ORACLE_COMPACT
 
 Record = dict[str, Any]
 CEILING = 0.99
@@ -23,7 +23,7 @@ def percent(share: float) -> str:
 
 def grid(records: Sequence[Record]) -> tuple[list[str], list[float], dict[tuple[str, float], Record]]:
     """Rows and keep ratios in the order they first occur, and the records by both."""
-    found = {(r["row"], r["keep"]): r for r in records}
+    found = {(r["row"], r["ratio"]): r for r in records}
     rows = list(dict.fromkeys(row for row, _ in found))
     keeps = sorted({keep for _, keep in found}, reverse=True)
     return rows, keeps, found
@@ -133,5 +133,5 @@ def _cost_rows(records: Sequence[Record]) -> list[list[str]]:
         segments = ", ".join(f"{layers} × {tokens}" for layers, tokens in record["segments"])
         flops, whole = record["flops"], record["unpruned_flops"]
         costs = [f"{flops_text(flops[p])} ({whole[p] / flops[p]:.2f}×)" for p in ("vision", "prefill", "decode")]
-        lines.append([record["row"], f"{record['keep']:g}", segments, *costs, percent(record["accuracy"])])
+        lines.append([record["row"], f"{record['ratio']:g}", segments, *costs, percent(record["accuracy"])])
     return lines

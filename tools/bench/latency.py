@@ -21,8 +21,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from secateur.compiler.pipeline import RECIPES, Geometry, Recipe
-from secateur.tools.bench.bundles import Bundles, choose_recipes
-from secateur.tools.bench.records import (
+from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.sweep.bundles import Bundles
+from secateur.tools.sweep.cells import choose_recipes
+from secateur.tools.sweep.records import (
     PROGRAM_SOURCES,
     cell_key,
     digest_model,
@@ -31,7 +33,6 @@ from secateur.tools.bench.records import (
     read_record,
     write_record,
 )
-from secateur.tools.console import notes, results, set_up_logging
 
 QUIET = 1.0
 """Load of the machine above which times are not worth writing down."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.compiler.pipeline import (
-    RECIPES,
     Geometry,
     Recipe,
     build,
@@ -22,7 +21,6 @@ from secateur.compiler.pipeline import (
     read_source,
     trace_model,
 )
-from secateur.runtime.errors import UserError
 
 TARGET = "onnxruntime"
 
@@ -56,15 +54,7 @@ class Bundles:
         """A bundle that is deleted afterwards; ``expose`` adds the hidden rows at sites to its outputs."""
         self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="bundle-", dir=self.work) as folder:
-            yield self.compile(recipe, keep, Path(folder) / recipe.name, expose)
-
-
-def choose_recipes(names: list[str] | None) -> list[Recipe]:
-    """Rows of the table by name, in the table's order, without ``none``; all of them for None."""
-    for name in names or ():
-        if name not in RECIPES:
-            raise UserError(f"no recipe {name!r}", where="--recipes", available=sorted(RECIPES))
-    return [row for name, row in RECIPES.items() if row.stages and (names is None or name in names)]
+            yield self.compile(recipe, keep, Path(folder) / "bundle", expose)
 
 
 def _keep(recipe: Recipe, keep: float) -> float | None:

@@ -37,12 +37,17 @@ def top_mask(score: Tensor, count: int) -> Tensor:
 
 
 def rank_within(score: Tensor, part: Sequence[int]) -> Tensor:
-    """How many tokens of the same ``part`` (N numbers) go before each of ``score [G,N]``; ties by index. float32."""
-    place = torch.arange(len(part), device=score.device)
-    mine = torch.tensor(part, device=score.device)
-    behind, ahead = score.unsqueeze(2), score.unsqueeze(1)
+    """How many tokens of the same ``part`` (N numbers) go before each of ``score [G,N]``; ties by index. float32.
+
+    Tokens are compared within their part alone, so many small parts cost less than one large one.
+    """
+    layout = _Layout(part)
+    inside = layout.gather(score.unsqueeze(-1)).squeeze(-1)
+    inside = torch.where(layout.there, inside, -torch.inf)
+    behind, ahead = inside.unsqueeze(-1), inside.unsqueeze(-2)
+    place = torch.arange(inside.shape[-1], device=score.device)
     before = (ahead > behind) | ((ahead == behind) & (place < place.unsqueeze(1)))
-    return (before & (mine == mine.unsqueeze(1))).to(torch.float32).sum(dim=2)
+    return before.to(torch.float32).sum(dim=-1).flatten(1).index_select(1, layout.back)
 
 
 def windows_first(scores: tuple[Tensor, ...], k: int, grid: Grid, side: Count = 6, share: Share = 0.5) -> Tensor:
@@ -110,15 +115,15 @@ def chunks_first(score: Tensor, tokens: Tensor, k: int, chunks: Count = 16, vari
     chunks = min(chunks, count)
     sizes = [count // chunks + (index < count % chunks) for index in range(chunks)]
     part = [index for index, size in enumerate(sizes) for _ in range(size)]
-    members = _members(part, score)
-    same = members @ members.transpose(0, 1)
-    others = (same.sum(dim=1) - 1.0).clamp_min(1.0)
-    unit = unit_rows(tokens)
-    place = torch.arange(count, device=score.device)
-    alike = unit @ unit.transpose(1, 2) * same * (place == place.unsqueeze(1)).logical_not().to(same.dtype)
-    mean = alike.sum(dim=2) / others
-    deviation = (alike - mean.unsqueeze(2)) * same
-    spread = (deviation * deviation).sum(dim=2) / others
+    members, layout = _members(part, score), _Layout(part)
+    unit = layout.gather(unit_rows(tokens))
+    place = torch.arange(unit.shape[2], device=score.device)
+    pairs = layout.there.unsqueeze(1) & layout.there.unsqueeze(2) & (place == place.unsqueeze(1)).logical_not()
+    alike = unit @ unit.transpose(2, 3) * pairs.to(score.dtype)
+    others = (members.sum(dim=0) - 1.0).clamp_min(1.0).unsqueeze(1)
+    mean = alike.sum(dim=3) / others
+    deviation = (alike - mean.unsqueeze(3)) * layout.there.unsqueeze(1).to(score.dtype)
+    spread = ((deviation * deviation).sum(dim=3) / others).flatten(1).index_select(1, layout.back)
     attention = 1000.0 * score
 
     average = members / members.sum(dim=0)
@@ -169,7 +174,7 @@ def distinct(score: Tensor, tokens: Tensor, k: int, important: Share = 0.5, step
     lengths, places = _plan_rounds(count - first, left, step)
     unit = take_rows(unit_rows(tokens.detach()), rest)
     size = count - first
-    evens, odds = (size + 1) // 2, size // 2
+    evens = (size + 1) // 2
     rows = (unit @ unit.transpose(1, 2)).reshape(groups * size, size)
     offset = (torch.arange(groups, device=score.device) * size).unsqueeze(1)
     start = torch.arange(size, device=score.device).unsqueeze(0).expand(groups, size).clone()
@@ -178,11 +183,12 @@ def distinct(score: Tensor, tokens: Tensor, k: int, important: Share = 0.5, step
         state: Tensor, length: Tensor, places: Tensor, rows: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor]:
         even, odd = state[:, ::2], state[:, 1::2]
+        there = (torch.arange(size, device=state.device) < length).unsqueeze(0).expand(groups, size)
+        # Only tokens at odd places may be the nearest: all others are put infinitely far.
+        far = torch.full((groups, size), -torch.inf, device=state.device)
+        far = far.scatter(1, odd, torch.where(there[:, 1::2], 0.0, -torch.inf))
         alike = rows.index_select(0, (even + offset).reshape(groups * evens)).reshape(groups, evens, size)
-        alike = alike.gather(2, odd.unsqueeze(1).expand(groups, evens, odds))
-        there = torch.arange(size, device=state.device) < length
-        nearest = torch.where(there[1::2], alike, -torch.inf).amax(dim=2)
-        nearest = torch.where(there[::2], nearest, -torch.inf)
+        nearest = torch.where(there[:, ::2], (alike + far.unsqueeze(1)).amax(dim=2), -torch.inf)
         ranked = even.gather(1, nearest.argsort(dim=1, descending=True))
         after = torch.cat([ranked, odd], dim=1).gather(1, places.unsqueeze(0).expand(groups, size))
         return after, length.clone()
@@ -195,13 +201,13 @@ def distinct(score: Tensor, tokens: Tensor, k: int, important: Share = 0.5, step
 
 def _plan_rounds(size: int, left: int, step: int) -> tuple[list[int], list[list[int]]]:
     """Of every round: how many tokens enter it, and for each of ``size`` places afterwards the place it is taken from
-    in [even places by similarity, odd places]. Places beyond the tokens that are left are taken from place 0."""
+    in [even places by similarity, odd places]. The tokens that are dropped follow the ones that are left."""
     lengths, places, length, evens = [], [], size, (size + 1) // 2
     while length > left:
         drop = min(step, length - left, length // 2)
         there = list(range(drop, (length + 1) // 2)) + list(range(evens, evens + length // 2))
         lengths.append(length)
-        places.append(there + [0] * (size - len(there)))
+        places.append(there + sorted(set(range(size)) - set(there)))
         length -= drop
     return lengths, places
 
@@ -214,6 +220,28 @@ def grid_parts(grid: Grid, rows: int, columns: int) -> list[int]:
         for row in range(grid.rows)
         for column in range(grid.columns)
     ]
+
+
+class _Layout:
+    """Tokens by part, ``[P,S]`` for P parts of at most S tokens: to compare those of a part with each other alone.
+
+    ``there [P,S]`` bool marks real places; ``back [N]`` is each token's place in the flattened layout.
+    """
+
+    def __init__(self, part: Sequence[int]) -> None:
+        inside: list[list[int]] = [[] for _ in range(max(part) + 1)]
+        for token, number in enumerate(part):
+            inside[number].append(token)
+        size = max(map(len, inside))
+        place = {token: number * size + at for number, row in enumerate(inside) for at, token in enumerate(row)}
+        self._shape = (len(inside), size)
+        self._from = torch.tensor([token for row in inside for token in row + [0] * (size - len(row))])
+        self.there = torch.tensor([[at < len(row) for at in range(size)] for row in inside])
+        self.back = torch.tensor([place[token] for token in range(len(part))])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """``rows [G,N,D]`` as ``[G,P,S,D]``; places that are not real hold token 0."""
+        return rows.index_select(1, self._from).reshape(rows.shape[0], *self._shape, rows.shape[2])
 
 
 def _members(part: Sequence[int], like: Tensor) -> Tensor:

@@ -90,7 +90,9 @@ ROWS = (
         positions="compact",
         notes="The rounds of pruning are the authors', order within a round included; they need an even number of "
         "tokens in every round but the last, here an odd one gives the even places one token more. A round drops at "
-        "most half of what is left. Needs a tower with a CLS token; `vispruner_siglip` is the form for others.",
+        "most half of what is left. The order decides which tokens the next round compares, so that a difference in "
+        "rounding can change several tokens of a large image. Needs a tower with a CLS token; `vispruner_siglip` is "
+        "the form for others.",
         settings=(
             Setting("LLaVA-1.5", 128 / 576, "64 important and 64 diverse tokens"),
             Setting("LLaVA-1.5", 64 / 576, "on MME 48 important and 16 diverse: important=0.75"),

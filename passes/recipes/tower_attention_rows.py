@@ -9,7 +9,7 @@ _TWO_LAYERS = (
     Term("cls_attention_layers_mean", {"layers": "first"}),
     Term("cls_attention_layers_mean", {"layers": "last"}),
 )
-_UPPER_HALF = (*(f"{layer}/24" for layer in range(12, 22)), "read")
+_UPPER_HALF = [*(f"{layer}/24" for layer in range(12, 22)), "read"]
 _JOINT = {"cls_attention": {"layer": "next", "heads": "joint"}}
 _JOINT_AND_KEYS = {**_JOINT, "keys": {"layer": "next"}}
 _RECOVERY = {"visual": 0.5, "text": 0.25}
@@ -178,7 +178,7 @@ ROWS = (
                 ),
                 select=Term("top_k"),
                 share=192 / 576,
-                signals={"received_attention_layers": {"layers": ("8/24", "read")}},
+                signals={"received_attention_layers": {"layers": ["8/24", "read"]}},
             ),
         ),
         positions="compact",
@@ -232,7 +232,7 @@ ROWS = (
                 ),
                 select=Term("top_k"),
                 share=0.2,
-                signals={"cls_attention_layers": {"layers": ("0/24", "read")}},
+                signals={"cls_attention_layers": {"layers": ["0/24", "read"]}},
             ),
         ),
         positions="compact",
@@ -258,7 +258,7 @@ ROWS = (
                 select=Term("top_k"),
                 merge=Term("nearest_mean"),
                 share=96 / 576,
-                signals={"cls_attention_layers": {"layers": ("5/24", "read")}},
+                signals={"cls_attention_layers": {"layers": ["5/24", "read"]}},
             ),
             Stage(
                 Site("decoder.layer", 16, 32),

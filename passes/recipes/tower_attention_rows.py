@@ -32,6 +32,11 @@ ROWS = (
         notes="The authors mask after the projector; it works row by row, so pruning before it keeps the same rows at "
         "less cost. Needs a tower with a CLS token. The default is the mildest of the published budgets, 144 of 576. "
         "The link is to version 1: from version 2 on the paper describes another method.",
+        settings=(
+            Setting("LLaVA-1.5", 144 / 576, "75 % pruned"),
+            Setting("LLaVA-1.5", 58 / 576, "90 % pruned"),
+            Setting("LLaVA-1.5", 29 / 576, "95 % pruned"),
+        ),
     ),
     Recipe(
         name="visionzip",
@@ -51,6 +56,11 @@ ROWS = (
         "the 162 and put the 30 last; here CLS never becomes a token, one more patch is kept instead, and all stay in "
         "image order. Merging adds the mean of the assigned tokens to the target, as the authors' code does "
         "(about twice the norm); average='all' is the normalised mean that some other implementations use.",
+        settings=(
+            Setting("LLaVA-1.5", 192 / 576, "162 dominant and 30 contextual tokens"),
+            Setting("LLaVA-1.5", 128 / 576, "108 and 20"),
+            Setting("LLaVA-1.5", 64 / 576, "54 and 10"),
+        ),
     ),
     Recipe(
         name="vtc_cls",

@@ -54,7 +54,7 @@ def sum_to_one(score: Tensor) -> Tensor:
     return score / score.sum(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def position_bias(score: Tensor, weights: Annotated[Numbers, Field(min_length=1)]) -> Tensor:
+def position_bias(score: Tensor, weights: Annotated[Numbers, Field(min_length=1)] = (1.0,)) -> Tensor:
     """``score [G,N]`` times a weight for each place among the N tokens: undoes the pull of late positions.
 
     ``weights`` of another length than N are resampled linearly, first on first and last on last.
@@ -116,7 +116,7 @@ def sink_mask(
     return torch.where(sink > tau, 0.0, score)
 
 
-def top_share(score: Tensor, share: Annotated[float, Field(gt=0, le=1)]) -> Tensor:
+def top_share(score: Tensor, share: Annotated[float, Field(gt=0, le=1)] = 0.08) -> Tensor:
     """1 for the ceil(``share`` * N) highest of ``score [G,N]``, 0 for the others: a set that later stages spare."""
     best = score.topk(math.ceil(share * score.shape[1]), dim=1).indices
     return torch.zeros_like(score).scatter(1, best, 1.0)

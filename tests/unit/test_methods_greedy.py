@@ -180,6 +180,22 @@ def test_a_graph_without_edges_keeps_the_norms() -> None:
     assert graph_flow(torch.zeros(1, 4, 3)).isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("threshold", "temperature"), [(0.5, 0.03), (0.0, 0.5)])
+def test_norms_flow_step_by_step(steps: int, threshold: float, temperature: float) -> None:
+    """Three wide, so that tokens have many neighbours; the power of the table, as the authors write it."""
+    tokens, _ = draw_rows(10, 1, 12, width=3)
+    found = graph_flow(tokens, threshold=threshold, temperature=temperature, steps=steps)[0]
+    alike = np.array(table(tokens[0].numpy()))
+    near = alike >= threshold
+    assert 3 < near.sum(axis=1).mean() < 12
+    shares = np.where(near, np.exp(alike / temperature), 0.0)
+    shares /= shares.sum(axis=1, keepdims=True)
+    norms = np.linalg.norm(tokens[0].double().numpy(), axis=1)
+    expected = norms @ np.linalg.matrix_power(shares, steps) / near.sum(axis=1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+
+
 def test_flow_carries_half_of_what_came_before() -> None:
     source = torch.Generator().manual_seed(1)
     attention = torch.rand(2, 3, 7, generator=source).softmax(-1)

@@ -26,8 +26,9 @@ from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 from secateur.runtime.errors import UserError
 
+from .transcriptions import View
 from .transcriptions.draw import draw_signals
-from .transcriptions.tower import cosine
+from .transcriptions.tower import ROWS, cosine
 
 SETTINGS = settings(max_examples=40, deadline=None)
 PAIR: dict[str, Callable[[Tensor, Tensor, int], Selection]] = {
@@ -183,3 +184,26 @@ def test_forced_survivors_take_nothing_with_them(name: str) -> None:
     assert own.mix is not None
     assert again.mix is not None
     torch.testing.assert_close(again.mix, own.mix)
+
+
+@pytest.mark.parametrize("name", ["tome", "crossget"])
+@pytest.mark.parametrize("keep", [0.2, 0.5])
+def test_rows_of_several_sizes_follow_the_paper(name: str, keep: float) -> None:
+    """The table's own test draws tokens of size 1."""
+    plan = plan_recipe(
+        RECIPES[name], keep=keep, images=1, tokens_per_image=25, vision_layers=24, decoder_layers=32, grid=(5, 5)
+    )
+    planned = plan.stages[1]
+    stage = stage_function(planned)
+    signals = draw_signals(stage, 2, seed=1)
+    source = torch.Generator().manual_seed(2)
+    signals["size"] = torch.randint(1, 9, (2, planned.length_in), generator=source).float()
+    keep_found, mix = stage(signals)
+    assert mix is not None
+    for group in range(2):
+        one = {signal: value[group].numpy() for signal, value in signals.items()}
+        expected = ROWS[name](View(1, planned.length_out, None, one))
+        assert keep_found[group].tolist() == list(expected.keep)
+        assert expected.rows is not None
+        rows = (mix[group] @ signals["tokens"][group]).numpy()
+        np.testing.assert_allclose(rows, expected.rows, rtol=1e-4, atol=1e-4)

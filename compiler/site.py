@@ -27,6 +27,11 @@ class Site:
     def __str__(self) -> str:
         return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
 
+    @property
+    def written(self) -> str:
+        """As a recipe file has it, with the published depth; :meth:`parse` reads it back."""
+        return f"{self.kind}[{self.layer}/{self.depth}]" if self.depth else str(self)
+
     @classmethod
     def parse(cls, text: str, where: str = "site") -> Site:
         """Read ``decoder.layer[2]``, ``decoder.layer[2/32]`` (published layer/depth) or ``vision.out``.

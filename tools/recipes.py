@@ -3,40 +3,166 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from secateur.passes.recipe_file import recipe_to_data
+from secateur.passes.recipe_file import load_recipe, recipe_to_yaml
+from secateur.passes.recipe_module import installed_recipes
 from secateur.passes.recipes import RECIPES
+from secateur.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from secateur.compiler.recipe import Recipe, Stage
+
+WIDTH = 100
+"""Columns the table is made to be read in."""
 
 
 def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Show one in full: a name, FILE.yaml, FILE.py:NAME, or several joined by +.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every field as JSON.")] = False,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print the one as a recipe file: save it, change it, compile with it.")
+    ] = False,
+    vocabulary: Annotated[
+        bool, typer.Option("--vocabulary", help="List the functions and signals that recipes are written with.")
+    ] = False,
 ) -> list[dict[str, Any]]:
-    """List the published methods that can be compiled.
-
-    Each row --json shows is the content of a recipe file (YAML reads JSON): save one, change it, compile with it.
+    """List the published methods that can be compiled, and those of installed packages.
 
     \b
       secateur recipes
+      secateur recipes fastv
+      secateur recipes fastv --yaml > my_recipe.yaml
       secateur recipes --json
     """
-    rows = [recipe_to_data(recipe) for recipe in RECIPES.values()]
+    if as_yaml and (name is None or as_json or vocabulary):
+        raise UserError("--yaml is for one recipe", fix="name it: secateur recipes fastv --yaml")
+    if vocabulary:
+        return _show_vocabulary(as_json)
+    rows = list((RECIPES | installed_recipes()).values()) if name is None else [load_recipe(name)]
+    if as_yaml:
+        if rows[0].parts:
+            raise UserError(f"{name} is composed", fix="a recipe file holds one recipe: save its parts")
+        typer.echo(recipe_to_yaml(rows[0]), nl=False)
+        return []
     if as_json:
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        Console().print(_draw_table(rows))
-    return rows
+        from secateur.passes.describe import describe_recipe
+
+        data = [describe_recipe(row) for row in rows]
+        typer.echo(json.dumps(data if name is None else data[0], indent=1, ensure_ascii=False))
+        return data
+    if name is not None:
+        _print_one(rows[0])
+        return []
+    from rich.console import Console
+
+    from secateur.tools.console import results
+
+    # Into a file or a pipe as wide as it takes; rich would fold it at 80 columns.
+    (results if results.is_terminal else Console(highlight=False, width=WIDTH)).print(_draw_table(rows))
+    return []
 
 
-def _draw_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("recipe", "keep", "where", "paper", box=None, pad_edge=False)
+def show_sites(recipe: Recipe) -> str:
+    """Where a recipe acts, runs of layers together: ``vision.out, decoder.layer[8,16,24/32]``."""
+    found: list[str] = []
+    previous: Stage | None = None
+    for stage in recipe.stages:
+        site = stage.site
+        depth = f"/{site.depth}" if site.depth else ""
+        if site.layer is None:
+            found.append(site.kind)
+        elif previous is not None and (previous.site.kind, previous.site.depth) == (site.kind, site.depth):
+            found[-1] = f"{found[-1].removesuffix(f'{depth}]')},{site.layer}{depth}]"
+        else:
+            found.append(f"{site.kind}[{site.layer}{depth}]")
+        previous = stage
+    return ", ".join(found) or "nowhere"
+
+
+def _draw_table(rows: list[Recipe]) -> Table:
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    where = Column("where", overflow="fold")
+    table = Table("recipe", "keep", where, "paper", box=None, pad_edge=False)
+    table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for row in rows:
-        sites = "\n".join(stage["site"] for stage in row["stages"]) or "nowhere"
-        paper = f"{row['title']}\n{row['link']}".strip()
-        table.add_row(row["name"], f"{RECIPES[row['name']].default_keep:.3g}", Text(sites), Text(paper))
+        table.add_row(row.name, f"{row.default_keep:.3g}", Text(show_sites(row)), Text(row.link))
+    table.caption = "keep is the published ratio; `secateur recipes NAME` shows one in full"
+    table.caption_justify = "left"
     return table
+
+
+def _print_one(recipe: Recipe) -> None:
+    """Everything the row says, a stage at a time."""
+    from rich.text import Text
+
+    from secateur.passes.describe import describe_term
+    from secateur.tools.console import results
+    from secateur.tools.inspect import make_table
+
+    overview = make_table("what", "value", title=recipe.name)
+    overview.show_header = False
+    same = "leaves the output unchanged" if recipe.identity_at_one else "changes the output too"
+    settings = [f"{s.model}: {s.keep:.3g}{f' ({s.note})' if s.note else ''}" for s in recipe.settings]
+    for what, value in (
+        ("title", recipe.title), ("link", recipe.link), ("evidence", recipe.evidence),
+        ("positions", recipe.positions), ("keep 1", same), ("published", "\n".join(settings)),
+        ("schedule", str(recipe.schedule or "")), ("notes", recipe.notes),
+    ):  # fmt: skip
+        if value:
+            overview.add_row(what, Text(value))
+    results.print(overview)
+    for index, stage in enumerate(recipe.stages):
+        table = make_table("what", "value", title=f"\nstage {index} at {stage.site.written}")
+        table.show_header = False
+        for role in ("score", "select", "merge"):
+            term = getattr(stage, role)
+            if term is not None:
+                table.add_row(role, Text(f"{term}\n{describe_term(role, term)}"))
+        table.add_row("leaves", show_budget(stage))
+        table.add_row("scope", stage.scope if stage.scope != "window" else f"windows of {stage.window} images")
+        for signal, options in stage.signals.items():
+            table.add_row("signal", Text(", ".join([signal, *(f"{k} {v}" for k, v in options.items())])))
+        results.print(table)
+
+
+def show_budget(stage: Stage) -> str:
+    """How many tokens a stage leaves, in words."""
+    if stage.select is None:
+        return "every token: it only scores"
+    if stage.count is not None:
+        return f"{stage.count} tokens of each group"
+    return f"{100 * stage.share:.3g} % of the original tokens" if stage.share else "none: text goes on alone"
+
+
+def _show_vocabulary(as_json: bool) -> list[dict[str, Any]]:
+    from secateur.passes.describe import list_functions, list_signals
+
+    functions, signals = [vars(function) for function in list_functions()], list_signals()
+    if as_json:
+        typer.echo(json.dumps({"functions": functions, "signals": signals}, indent=1, ensure_ascii=False))
+        return [*functions, *signals]
+    from rich.text import Text
+
+    from secateur.tools.console import results
+    from secateur.tools.inspect import make_table
+
+    words = make_table("role", "function", "what it does", title="Functions")
+    for f in functions:
+        takes = ", ".join([*f["takes"], *(f"{k}: {v}" for k, v in f["options"].items())])
+        words.add_row(f["role"], f["name"], Text(f"{f['summary']}\n({takes})"))
+    table = make_table("signal", "shape", "what it is", title="\nSignals")
+    for s in signals:
+        options = "".join(f"\n{k}: {v}" for k, v in s["options"].items())
+        table.add_row(s["name"], Text(s["shape"]), Text(f"{s['doc']} (at {', '.join(s['sites'])}){options}"))
+    results.print(words)
+    results.print(table)
+    return [*functions, *signals]

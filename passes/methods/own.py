@@ -18,7 +18,7 @@ _OWN: dict[str, Callable[..., Any]] = {}
 def score(function: Function) -> Function:
     """Make ``function`` a score under its own name: it returns ``[G,N]`` float32, higher = keep, or ``Scored``.
 
-    Parameters named like signals receive them (``secateur recipes --signals`` lists them all), other parameters are
+    Parameters named like signals receive them (``secateur recipes --vocabulary`` lists them all), other parameters are
     options of the recipe and need type hints.
     """
     return _join(SCORES, "score", function)

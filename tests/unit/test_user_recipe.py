@@ -278,6 +278,17 @@ def test_installed_packages_offer_recipes(
     assert len(caplog.records) == 2
 
 
+def test_the_guide_works_as_it_is_written(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "writing-a-recipe.md").read_text(encoding="utf-8")
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    path = tmp_path / "loud.py"
+    path.write_text(code)
+    stage = bind(f"{path}:LOUD")
+    assert stage.signals == ("last_query_attention", "values")
+    assert stage.planned.length_out == 4
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+
+
 @pytest.mark.slow
 def test_a_recipe_of_ones_own_becomes_a_bundle(
     model_dir: Callable[..., Path], tmp_path: Path, write: Callable[[str], Path]

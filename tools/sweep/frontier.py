@@ -75,6 +75,7 @@ def draw(report: Record) -> Table:
 
     title = f"{report['model']} on {report['questions']} questions of {report['data']}, ratios are --{report['budget']}"
     table = make_table(*COLUMNS, title=title)
+    table.columns[0].min_width = 20
     for column in table.columns[1:]:
         column.justify = "right"
     best = set(report["frontier"])

@@ -16,10 +16,10 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not device"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench parity clean
+.PHONY: help setup demo test test-matrix lint bench parity clean
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with everything the other targets need
 
@@ -35,6 +35,9 @@ demo: $(STAMP)  ## compile the demo model, ask it the sample questions, draw wha
 
 test: $(STAMP)  ## run every test that needs no GPU
 	$(PYTEST) -n $(WORKERS) --dist loadfile tests
+
+test-matrix: $(STAMP)  ## compile every row for every layout: equal to its oracle, engines build; writes docs/
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --jobs $(WORKERS)
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ SEED = 0
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 
 
-def random_config() -> Any:
-    """The `LlavaConfig`: 358 M parameters in the decoder's layers, 38 M in the tower's."""
+def random_config(image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None = None) -> Any:
+    """The `LlavaConfig`: 358 M parameters in the decoder's layers, 38 M in the tower's.
+
+    ``image_size`` in pixels; ``tower`` changes fields of the tower's part.
+    """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     from secateur.tools.demo.architecture import VOCABULARY_SIZE, build_config
 
     demo = build_config()
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
     vision = CLIPVisionConfig(
-        image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_size=512, intermediate_size=2048,
-        num_hidden_layers=12, num_attention_heads=8, projection_dim=512, hidden_act="quick_gelu",
+        image_size=image_size, patch_size=PATCH_SIZE, projection_dim=512, hidden_act="quick_gelu",
+        **(sizes | dict(tower or {})),
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=VOCABULARY_SIZE, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
@@ -35,13 +40,16 @@ def random_config() -> Any:
     )  # fmt: skip
     return LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=demo.image_token_index,
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2, projector_hidden_act="gelu", vision_feature_layer=-2,
+        image_seq_length=(image_size // PATCH_SIZE) ** 2, projector_hidden_act="gelu", vision_feature_layer=-2,
         vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
 
 
-def make_random_model(directory: Path) -> Path:
-    """Write the model once, seeded, in half precision (0.8 GB); a directory that is there is used as it is."""
+def make_random_model(directory: Path, image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None = None) -> Path:
+    """Write the model once, seeded, in half precision (0.8 GB); a directory that is there is used as it is.
+
+    The other arguments are those of :func:`random_config`.
+    """
     if directory.is_dir():
         return directory
     import torch
@@ -53,10 +61,10 @@ def make_random_model(directory: Path) -> Path:
     work = Path(tempfile.mkdtemp(prefix=".random-", dir=directory.parent))
     try:
         torch.manual_seed(SEED)
-        model: Any = LlavaForConditionalGeneration(random_config())
+        model: Any = LlavaForConditionalGeneration(random_config(image_size, tower))
         model = model.to(torch.float16)
         model.save_pretrained(work)
-        _save_processor(work)
+        _save_processor(work, image_size)
         os.replace(work, directory)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -64,13 +72,13 @@ def make_random_model(directory: Path) -> Path:
     return directory
 
 
-def _save_processor(directory: Path) -> None:
+def _save_processor(directory: Path, image_size: int) -> None:
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from secateur.tools.demo.language import CHAT_TEMPLATE, build_tokenizer
 
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    size = {"height": image_size, "width": image_size}
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size=size, crop_size=size), tokenizer=build_tokenizer(),
         patch_size=PATCH_SIZE, vision_feature_select_strategy="default", num_additional_image_tokens=1,

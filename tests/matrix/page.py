@@ -1,0 +1,115 @@
+"""``docs/matrix.md``: a line per row and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from secateur.compiler.parity import KINDS, TOLERANCE
+from secateur.tools.bench.accuracy_page import markdown
+
+from .layouts import DECODER_LAYERS, LAYOUTS, SIDE_PATCHES, TOWER_LAYERS
+from .work import QUESTIONS
+
+HEADER = [
+    "recipe", "layout", "kept equal", "ties", "different", "features", "hidden", "cache", "logits", "keep 1.0",
+    "engines",
+]  # fmt: skip
+Record = dict[str, Any]
+
+
+def table_rows(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> list[list[str]]:
+    """Header and a line per (row, layout), in the order cells come; ``skipped``: why a pair does not apply."""
+    pairs: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        pairs.setdefault((record["cell"]["recipe"], record["cell"]["layout"]), []).append(record)
+    lines = [HEADER]
+    done: set[str] = set()
+    for (recipe, layout), found in pairs.items():
+        lines.append([recipe, layout, *_figures(found)])
+        if recipe not in done:
+            # What does not apply stands below the row's first layout.
+            lines += [[recipe, other, f"does not apply: {why}"] + [""] * 8 for (r, other), why in skipped.items()
+                      if r == recipe]  # fmt: skip
+            done.add(recipe)
+    return lines
+
+
+def _figures(records: Sequence[Record]) -> list[str]:
+    compared = [r["outcome"] for r in records if r["cell"]["kind"] == "parity"]
+    figures = [str(sum(o.get(n, 0) for o in compared)) for n in ("chose_equally", "tied", "chose_differently")]
+    for kind in KINDS:
+        known = [o[kind] for o in compared if kind in o and (kind != "hidden" or "hidden" in o["scales"])]
+        figures.append(f"{max(known):.1e}" if known else "")
+    if any("error" in o for o in compared):
+        figures[0] += " **(failed)**"
+    return [*figures, _verdict(records, "identity"), _engines(records)]
+
+
+def _verdict(records: Iterable[Record], kind: str) -> str:
+    found = [r["outcome"] for r in records if r["cell"]["kind"] == kind]
+    if not found:
+        return ""
+    worst = [o["logits"] for o in found if "logits" in o]
+    return f"{max(worst):.1e}" if worst and all(o["passed"] for o in found) else "**failed**"
+
+
+def _engines(records: Iterable[Record]) -> str:
+    found = [r["outcome"] for r in records if r["cell"]["kind"] == "engine"]
+    if not found:
+        return ""
+    if any(o["passed"] is None for o in found):
+        return "not built: no library"
+    return "build" if all(o["passed"] for o in found) else "**failed**"
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """A line per cell that failed: what it is, and what was wrong."""
+    return [f"{r['name']}: {_reason(r['outcome'])}" for r in records if r["outcome"]["passed"] is False]
+
+
+def _reason(outcome: Mapping[str, Any]) -> str:
+    if "error" in outcome:
+        return str(outcome["error"])
+    said = []
+    if outcome.get("chose_differently"):
+        said.append(f"{outcome['chose_differently']} rows chose differently ({', '.join(outcome['mismatches'][:4])})")
+    said += [f"{kind} differ by {outcome[kind]:.2e}" for kind in KINDS if outcome.get(kind, 0.0) > TOLERANCE]
+    if outcome.get("same_tokens") != outcome.get("steps"):
+        said.append(f"{outcome['same_tokens']} of {outcome['steps']} tokens are those of the unpruned model")
+    for name, program in outcome.get("programs", {}).items():
+        said += [f"{name}: {line}" for line in (*program["warnings"], *program.get("lint", ()))]
+    return "; ".join(said) or "failed"
+
+
+def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> str:
+    failed = failures(records)
+    unbuilt = sum(r["outcome"]["passed"] is None for r in records)
+    library = sorted({r["outcome"]["library"] for r in records if "library" in r["outcome"]})
+    verdict = "Every cell is within the bar." if not failed else f"**{len(failed)} cells are not within the bar.**"
+    if unbuilt:
+        verdict += f" **{unbuilt} engines were not built, because the library is not installed.**"
+    listed = "".join(f"\n* {line}" for line in failed)
+    layouts = "\n".join(f"* `{layout.name}`: {layout.title}." for layout in LAYOUTS.values())
+    return f"""# Every row on every layout
+
+Made by `make test-matrix`; edits are overwritten. {len(records)} cells. {verdict}
+{listed}
+
+Tiny models with seeded random weights: {SIDE_PATCHES}x{SIDE_PATCHES} patches an image, {TOWER_LAYERS} tower layers,
+{DECODER_LAYERS} decoder layers.
+
+{layouts}
+
+Each row is compiled at keep 0.5 and 0.1, for batches of 1 and 3, and where it compares or shares between images for
+four images as well. {QUESTIONS} questions of different lengths go through the ONNX Runtime bundle and through the
+eager oracle. *Kept equal*, *ties* and *different* count questions over all of these: every stage kept the oracle's
+tokens; scores that met within rounding explain the choice; anything else. The next four columns are the largest
+absolute differences with the choice held equal: projected features, hidden rows each decoder stage leaves, keys and
+values of all layers, logits after the prompt and two forced tokens. The bar is no different choice and {TOLERANCE:g}.
+*keep 1.0*: where a row keeps all tokens unchanged at that ratio, the largest difference of its logits from the
+unpruned model's, whose most likely tokens must be the same. *Engines*: every program of the row at its published keep
+ratio, fp16, batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
+
+{markdown(table_rows(records, skipped))}
+"""

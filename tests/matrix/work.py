@@ -1,0 +1,191 @@
+"""Run one cell. Models, traces and reference models are made once per process and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.compiler.inputs import RowInput, random_rows
+from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
+from secateur.compiler.pipeline import Geometry, export, plan_job, prune, trace_model
+from secateur.compiler.recipe import Recipe
+from secateur.compiler.runs import CompiledRun, OracleRun
+from secateur.exporters.checkpoint import Checkpoint
+from secateur.exporters.lint import lint_graph
+from secateur.exporters.onnx import save_model
+from secateur.exporters.tensorrt import build_engine
+from secateur.exporters.tensorrt_library import load_library
+from secateur.exporters.weights import WEIGHTS_FILE, write_weights
+from secateur.passes.recipes import RECIPES
+from secateur.runtime.errors import UserError
+from secateur.runtime.session import Session
+from secateur.tools.sweep.bundles import Bundles
+
+from .cells import Cell
+from .layouts import LAYOUTS
+
+TEXT_TOKENS, NEW_TOKENS, FORCED, QUESTIONS = 24, 4, 2, 6
+FLAVOUR = "tensorrt-rtx"
+
+
+class NoLibraryError(Exception):
+    """TensorRT-RTX is not installed: its cells say nothing."""
+
+
+@dataclass
+class Workshop:
+    """Where cells are made. ``work`` holds models, bundles while they are compared, and notes on built graphs."""
+
+    work: Path
+    bundles_made: dict[tuple[str, int, int], Bundles] = field(default_factory=dict)
+    references: dict[str, Any] = field(default_factory=dict)
+    half: dict[tuple[str, int, int, str], Any] = field(default_factory=dict)
+
+    @cached_property
+    def models(self) -> Path:
+        """Seeded, so that every process writes the same; one of its own each, so that none reads half a model."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="models-", dir=self.work))
+
+    def model(self, layout: str) -> Path:
+        path = self.models / layout
+        return path if path.is_dir() else LAYOUTS[layout].write(path)
+
+    def bundles(self, layout: str, batch: int, images: int) -> Bundles:
+        key = layout, batch, images
+        if key not in self.bundles_made:
+            geometry = Geometry(batch=batch, images=images, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
+            self.bundles_made[key] = Bundles(self.model(layout), geometry, self.work)
+        return self.bundles_made[key]
+
+    def has_cls(self, layout: str) -> bool:
+        return bool(self.bundles(layout, 1, 1).source.vision.has_cls)
+
+    def oracle(self, cell: Cell, recipe: Recipe, keep: float | None) -> Oracle:
+        made = self.bundles(cell.layout, cell.batch, cell.images)
+        if cell.layout not in self.references:
+            self.references[cell.layout] = load_recording_model(made.source)
+        return Oracle(plan_job(made.source, made.geometry, recipe, keep), self.references[cell.layout])
+
+    def traced(self, cell: Cell) -> Any:
+        """In half precision, for engines."""
+        key = cell.layout, cell.batch, cell.images, cell.dtype
+        if key not in self.half:
+            made = self.bundles(*key[:3])
+            self.half[key] = trace_model(made.source, made.geometry, cell.dtype)
+        return self.half[key]
+
+
+def run_cell(cell: Cell, shop: Workshop) -> dict[str, Any]:
+    """What came out, as JSON; ``passed`` is None where nothing could be said."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe = RECIPES[cell.recipe]
+        if cell.kind == "parity":
+            return compare(cell, recipe, shop)
+        return identify(cell, recipe, shop) if cell.kind == "identity" else build(cell, recipe, shop)
+
+
+def try_cell(cell: Cell, shop: Workshop) -> dict[str, Any]:
+    """As :func:`run_cell`; what goes wrong is part of the record."""
+    logging.getLogger("secateur").setLevel(logging.ERROR)
+    try:
+        return run_cell(cell, shop)
+    except NoLibraryError as error:
+        return {"passed": None, "error": str(error)}
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        return {"passed": False, "error": f"{type(error).__name__}: {line}"}
+
+
+def compare(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
+    """The bundle on ONNX Runtime against the eager oracle, rows of different length side by side."""
+    made = shop.bundles(cell.layout, cell.batch, cell.images)
+    oracle = shop.oracle(cell, recipe, cell.keep)
+    parity = Parity()
+    keep = 1.0 if cell.keep is None else cell.keep
+    with made.borrow(recipe, keep, expose=True) as path, Session(path, threads=1) as session:
+        ours = CompiledRun(session.manifest, session.request())
+        compare_runs(OracleRun(oracle), ours, questions(session), cell.batch, parity, referee=oracle)
+    found = parity.as_json()
+    within = all(found[kind] <= TOLERANCE for kind in KINDS)
+    kept = ("rows", "chose_equally", "tied", "chose_differently", "scales", "mismatches", *KINDS)
+    return {name: found[name] for name in kept} | {
+        "passed": parity.rows > 0 and not parity.chose_differently and within
+    }
+
+
+def identify(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
+    """At keep 1.0 against the unpruned Hugging Face model: logits after the prompt and after forced tokens."""
+    made = shop.bundles(cell.layout, cell.batch, cell.images)
+    reference = OracleRun(shop.oracle(cell, RECIPES["none"], None))
+    worst, same, steps = 0.0, 0, 0
+    with made.borrow(recipe, 1.0) as path, Session(path, threads=1) as session:
+        ours = CompiledRun(session.manifest, session.request())
+        for item in questions(session)[: QUESTIONS // 2]:
+            (own,), (theirs,) = ours.run([item]), reference.run([item])
+            for one, other in zip(own.logits, theirs.logits, strict=True):
+                difference = float((one - other).abs().max())
+                worst = max(worst, difference if difference == difference else float("inf"))
+                same += int(one.argmax() == other.argmax())
+                steps += 1
+    return {"logits": worst, "same_tokens": same, "steps": steps, "passed": worst <= TOLERANCE and same == steps}
+
+
+def questions(session: Session) -> list[RowInput]:
+    return random_rows(session.manifest, QUESTIONS, FORCED, seed=0)
+
+
+def build(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
+    """Every program as a TensorRT-RTX engine. A graph that was built before, for any row, is not built again."""
+    try:
+        version = load_library(FLAVOUR).version
+    except UserError as error:
+        raise NoLibraryError(f"not built: {error}") from None
+    traced = shop.traced(cell)
+    exported = export(prune(traced, recipe, cell.keep), "tensorrt")
+    programs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="engine-", dir=shop.work) as folder:
+        work = Path(folder)
+        write_weights(exported.layout, Checkpoint(traced.source.path, traced.model), work / WEIGHTS_FILE)
+        for name, graph in exported.models.items():
+            wrong = [str(found) for found in lint_graph(graph, FLAVOUR, cell.dtype, 89)]
+            save_model(graph, work / f"{name}.onnx")
+            digest = hashlib.sha256(f"{version} {cell.layout} {cell.dtype} ".encode())
+            digest.update((work / f"{name}.onnx").read_bytes())
+            note = shop.work / "engines" / f"{digest.hexdigest()}.json"
+            programs[name] = _read_note(note) or _build_one(work / f"{name}.onnx", note)
+            if wrong:
+                programs[name] = programs[name] | {"lint": wrong}
+    passed = all(p["bytes"] and not p["warnings"] and not p.get("lint") for p in programs.values())
+    return {"library": f"{FLAVOUR} {version}", "programs": programs, "passed": passed}
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    return {}
+
+
+def _build_one(graph: Path, note: Path) -> dict[str, Any]:
+    info = build_engine(graph, graph.with_suffix(".engine"), flavour=FLAVOUR)
+    graph.with_suffix(".engine").unlink()
+    found = {"bytes": info.bytes, "warnings": list(info.warnings)}
+    note.parent.mkdir(parents=True, exist_ok=True)
+    partial = note.with_name(f"{graph.parent.name}.partial")
+    partial.write_text(json.dumps(found))
+    partial.replace(note)
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pruned import Job
 from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.compiler.trace import Source, read_source
+from secateur.passes.check_function import digest_plan
 from secateur.passes.recipe_file import load_recipe
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest, check_files, hash_file, read_manifest
@@ -101,7 +101,7 @@ def recover_job(manifest: Manifest, source: Source, plan: Callable[..., Job], re
     geometry = Geometry(sizes.batch, sizes.images, sizes.text_tokens, sizes.new_tokens)
     row = load_recipe(recipe or manifest.recipe.name)
     job = plan(source, geometry, row, manifest.recipe.keep if row.stages else None)
-    if hashlib.sha256(str(job.plan).encode()).hexdigest() != manifest.recipe.sha256:
+    if digest_plan(job.plan, job.stages) != manifest.recipe.sha256:
         raise UserError(
             f"recipe {row.name} is not the one the bundle was compiled with", where="--recipe",
             fix="give the recipe file it was compiled with, or compile again",

@@ -5,8 +5,9 @@ Their mistakes then come as one line that names the user's own file, not as a fa
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from secateur.compiler.blame import blame_error
 from secateur.compiler.function import first_line, trace_function
+from secateur.compiler.recipe import PlannedRecipe
 from secateur.passes.methods.own import digest_own, is_own, place_of
 from secateur.passes.signal_table import SIGNALS
 from secateur.passes.vocabulary import BoundStage, BoundTerm
@@ -34,6 +36,12 @@ def every_term(bound: BoundStage) -> list[BoundTerm]:
         found.append(term)
         waiting += term.of
     return found
+
+
+def digest_plan(plan: PlannedRecipe, stages: Iterable[Any]) -> str:
+    """SHA-256 of a planned recipe and of the text of those functions of its ``stages`` that are not this package's."""
+    own = digest_own(term.function for stage in stages for term in every_term(stage.bound))
+    return hashlib.sha256(f"{plan}{own}".encode()).hexdigest()
 
 
 def check_stage(stage: Any) -> None:

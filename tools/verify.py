@@ -16,7 +16,7 @@ def verify(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="NAME|FILE.yaml"),
+        typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="FILE.yaml|FILE.py:NAME"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Random rows to compare.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the random rows.")] = 0,

@@ -312,5 +312,6 @@ def test_a_recipe_of_ones_own_becomes_a_bundle(
         assert manifest.recipe.stages[0].length_out == 4
     assert digests[0] != digests[1], "the function's text is part of the recipe's digest"
     picture = np.zeros((32, 32, 3), np.uint8)
+    assert secateur.verify(tmp_path / "bundle", model_dir(), recipe=f"{path}:LOUD", rows=2).passed
     with secateur.Session(tmp_path / "bundle", threads=1) as session:
         assert session.generate("hello", picture, max_new_tokens=2).metrics.kept["stage0"].shape == (1, 4)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
+from secateur.compiler.calibrate import calibrate_model, write_calibrated
+from secateur.compiler.calibration import Calibration
 from secateur.compiler.common_ground import Toolchain
 from secateur.compiler.compare import Comparison, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
@@ -315,6 +317,12 @@ def verify(bundle: Path | str, model_dir: Path | str | None = None, **how: Any) 
     return verify_bundle(Path(bundle), None if model_dir is None else Path(model_dir), plan_job, **how)
 
 
+def calibrate(model_dir: Path | str, data: Any, **how: Any) -> Calibration:
+    """Measure a recipe's scores on questions: weights by place, sink dimensions, counts; see ``calibrate_model``."""
+    source = Path(data) if isinstance(data, str) else data
+    return calibrate_model(Path(model_dir), source, plan_job, **how)
+
+
 def compare(a: Path | str, b: Path | str, **how: Any) -> Comparison:
     """Two runs over the same rows, each ``oracle``, ``fx``, ``plain``, ``onnxruntime`` or the directory of a bundle:
     choices, numbers, answers, and the first pass that changes numbers; see ``compare_named`` for the options."""
@@ -411,6 +419,7 @@ __all__ = [
     "Pass",
     "Source",
     "build",
+    "calibrate",
     "choose_keep",
     "compile",
     "digest_recipe",
@@ -422,4 +431,5 @@ __all__ = [
     "prune",
     "read_questions",
     "verify",
+    "write_calibrated",
 ]

@@ -49,7 +49,7 @@ def read_questions(path: Path, count: int | None = None) -> list[Question]:
 def _read_line(line: str, folder: Path, where: str) -> Question:
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError("not a line of JSON", where=where) from None
     if not isinstance(fields, dict):
         raise UserError("not a JSON object", where=where, fix='write {"image": "a.png", "question": "..."}')

@@ -96,6 +96,8 @@ class Recipe(_Frozen):
     positions: Literal["original", "compact"]
     sha256: Digest
     notes: str = ""
+    calibrations: dict[str, Digest] = {}
+    """File name -> digest of the calibration files its numbers come from."""
     stages: list[Stage]
 
 

@@ -35,6 +35,7 @@ VERBS = {
     "verify": "verify",
     "sweep": "sweep",
     "compare": "compare",
+    "calibrate": "calibrate",
     "recipes": "recipes",
 }
 

@@ -46,7 +46,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Store both outputs and the report in this new directory.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> Comparison:
+) -> Any:
     """Compare two runs of a recipe: which tokens they keep, what they compute, what they answer.
 
     oracle is the unmodified Hugging Face model with the recipe's stages under hooks, fx the pruned programs in
@@ -124,7 +124,8 @@ def draw(found: Comparison) -> list[Table]:
         table = make_table("pass", "held against", "largest difference", "at", "", title="Passes")
         for step in found.footprints:
             where, size = step.parity.worst
-            table.add_row(step.name, step.against, f"{size:.1e}", where, "changes" if step.changes else "")
+            at, found_out = where if size else "", "changes" if step.changes else ""
+            table.add_row(step.name, step.against, f"{size:.1e}", at, found_out)
         tables.append(table)
     return tables
 

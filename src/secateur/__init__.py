@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from secateur.compiler.geometry import Geometry
-    from secateur.compiler.pipeline import compare, compile, explain, verify
+    from secateur.compiler.pipeline import calibrate, compare, compile, explain, verify
     from secateur.runtime.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["Geometry", "Session", "__version__", "compare", "compile", "explain", "verify"]
+__all__ = ["Geometry", "Session", "__version__", "calibrate", "compare", "compile", "explain", "verify"]
 
 _HOMES = {
     "Geometry": "secateur.compiler.geometry",
     "Session": "secateur.runtime.session",
+    "calibrate": "secateur.compiler.pipeline",
     "compare": "secateur.compiler.pipeline",
     "compile": "secateur.compiler.pipeline",
     "explain": "secateur.compiler.pipeline",

@@ -5,6 +5,7 @@ from secateur.recipes import Recipe, Site, Stage, Term, score
 
 from __future__ import annotations
 
+from secateur.compiler.calibration import read_reference
 from secateur.compiler.recipe import Grid, Recipe, Setting, Stage, Term
 from secateur.compiler.site import Site
 from secateur.passes.methods.own import merge, score, selector
@@ -21,6 +22,7 @@ __all__ = [
     "Stage",
     "Term",
     "merge",
+    "read_reference",
     "score",
     "selector",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from secateur.compiler.budget import Budget, PrefillCost, solve_budget
+from secateur.compiler.calibration import check_calibrated
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pruned import Job
 from secateur.compiler.recipe import PlannedRecipe, Recipe, plan_recipe
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> Job:
     """Fix every number of a recipe for a model and geometry and resolve its functions."""
     plan = plan_for(source, geometry, recipe, keep)
+    check_calibrated(plan.stages, source.path / "config.json")
     job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
     check_stages(job.stages, source.vision)
     return job
@@ -43,6 +45,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         vision_layers=source.vision.layers,
         decoder_layers=source.decoder_layers,
         grid=source.vision.grid,
+        vision_running=source.vision.feature_layer + 1,
     )
 
 

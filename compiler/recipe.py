@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from secateur.compiler.place_sites import place_sites
+from secateur.compiler.place_sites import drop_crowded, place_sites
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import SITE_KINDS as SITE_KINDS
 from secateur.compiler.site import Site
@@ -99,6 +99,9 @@ class Recipe:
     """Whether keep-ratio 1.0 leaves the model's output unchanged (false for rows that always merge, and for those
     that drop everything in late layers)."""
     settings: tuple[Setting, ...] = ()
+    collapses: bool = False
+    """Whether the stages are points of a schedule that runs through all layers: in a shallower model those that fall
+    on one layer become one."""
     schedule: Exponential | None = None
     """How the stages share a budget, if not in the proportions of their published shares."""
     parts: tuple[Part, ...] = ()
@@ -228,13 +231,15 @@ def plan_recipe(
     vision_layers: int,
     decoder_layers: int,
     grid: tuple[int, int] | None = None,
+    vision_running: int | None = None,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
 
     ``keep`` is the fraction of the prunable tokens left after the last stage that leaves any. With published shares
     ``p_i`` stage i leaves ``keep ** (ln p_i / ln p_last)`` of them: the published values when ``keep`` is
     ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before. In a composed recipe the same
-    holds inside each part, for the tokens that enter it. ``grid`` is an image's rows and columns of tokens.
+    holds inside each part, for the tokens that enter it. ``grid`` is an image's rows and columns of tokens,
+    ``vision_running`` the number of tower layers the projector needs, where it is not all of them.
     """
     keep = recipe.default_keep if keep is None else keep
     if not 0.0 < keep <= 1.0:
@@ -243,7 +248,10 @@ def plan_recipe(
             where="--keep",
             fix="1 keeps every visual token, 0.25 a quarter of them",
         )
-    sites = place_sites(recipe, {"vision": vision_layers, "decoder": decoder_layers})
+    layers = {"vision": vision_layers, "decoder": decoder_layers}
+    running = {"vision": vision_running or vision_layers}
+    recipe = drop_crowded(recipe, layers, running)
+    sites = place_sites(recipe, layers, running)
     stages: list[PlannedStage] = []
     groups, length, whole = images, tokens_per_image, True
     index = 0

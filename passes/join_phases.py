@@ -120,7 +120,10 @@ def join_prefill(
 
 
 def join_decode(decoder: Program, embedding: Program, head: Program, batch: int) -> Program:
-    """``input_ids [B,1]``, ``position [B]``, ``slot_<s> [B]``, caches -> ``logits`` and the caches."""
+    """``input_ids [B,1]``, ``position [B]``, ``slot_<s> [B]``, caches -> ``logits`` and the caches.
+
+    Where every segment numbers its tokens by their slots there is no ``position``.
+    """
     module = fx.GraphModule(nn.Module(), fx.Graph())
     graph = module.graph
     port: dict[str, Node] = {name: graph.placeholder(name) for name in ("input_ids", "position")}
@@ -140,6 +143,8 @@ def join_decode(decoder: Program, embedding: Program, head: Program, batch: int)
     (logits,) = splice(module, head, {"row": graph.call_function(aten.squeeze.dim, (normed, 1))})
     graph.output((logits, *rest))
     _fix_length(module, 1)
+    if not port["position"].users:
+        graph.erase_node(port["position"])
     return Program("decode", module, ("logits", *decoder.outputs[1:])).with_module(module)
 
 

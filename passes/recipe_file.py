@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.compiler.calibration import resolve_references, write_value
 from secateur.compiler.compose import compose
 from secateur.compiler.recipe import Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
 from secateur.compiler.schedule import Exponential
@@ -83,6 +84,7 @@ class _RecipeFields(BaseModel):
     evidence: Evidence = "reconstructed"
     notes: str = ""
     identity_at_one: bool = True
+    collapses: bool = False
     settings: list[_SettingFields] = Field(default_factory=list)
     schedule: _ScheduleFields | None = None
     stages: list[_StageFields]
@@ -130,7 +132,7 @@ def _read_keep(text: str, where: str) -> float:
 def _load_one(text: str) -> Recipe:
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
-        return recipe_from_yaml(_read_text(path), where=text)
+        return recipe_from_yaml(_read_text(path), where=text, folder=path.parent)
     if module := re.fullmatch(r"(.+\.py)(?::(.*))?", text):
         return recipe_from_file(Path(module[1]), module[2])
     return get_recipe(text)
@@ -145,10 +147,11 @@ def _read_text(path: Path) -> str:
         raise UserError("not a text file in UTF-8", where=str(path)) from None
 
 
-def recipe_from_yaml(text: str, where: str = "recipe") -> Recipe:
-    """The recipe written in ``text``; every name in it is looked up. ``where`` opens the error messages."""
+def recipe_from_yaml(text: str, where: str = "recipe", folder: Path = Path()) -> Recipe:
+    """The recipe written in ``text``; every name in it is looked up. ``where`` opens the error messages; paths of
+    calibration files count from ``folder``."""
     try:
-        fields = _RecipeFields.model_validate(_parse_yaml(text, where))
+        fields = _RecipeFields.model_validate(resolve_references(_parse_yaml(text, where), folder, where))
     except ValidationError as error:
         raise _describe(error, where) from None
     stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
@@ -184,6 +187,7 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         "evidence": recipe.evidence,
         "notes": recipe.notes,
         "identity_at_one": recipe.identity_at_one,
+        "collapses": recipe.collapses,
         "settings": [{"model": s.model, "keep": s.keep, "note": s.note} for s in recipe.settings],
         **({"schedule": {"name": "exponential", "entry": recipe.schedule.entry}} if recipe.schedule else {}),
         "stages": [_write_stage(stage) for stage in recipe.stages],
@@ -205,7 +209,7 @@ def digest_recipe(recipe: Recipe) -> str:
 def _write_stage(stage: Stage) -> dict[str, Any]:
     terms = {"score": stage.score, "select": stage.select, "merge": stage.merge}
     return {
-        "site": f"{stage.site.kind}[{stage.site.layer}/{stage.site.depth}]" if stage.site.depth else str(stage.site),
+        "site": stage.site.written,
         **{role: _write_term(term) for role, term in terms.items() if term},
         **({"count": stage.count} if stage.count is not None else {"share": stage.share} if stage.select else {}),
         "scope": stage.scope,
@@ -216,7 +220,7 @@ def _write_stage(stage: Stage) -> dict[str, Any]:
 
 def _write_term(term: Term) -> dict[str, Any]:
     of = {"of": [_write_term(inner) for inner in term.of]} if term.of else {}
-    return {"name": term.name, "options": dict(term.options), **of}
+    return {"name": term.name, "options": {k: write_value(v) for k, v in term.options.items()}, **of}
 
 
 def _read_stage(fields: _StageFields, where: str) -> Stage:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from secateur.compiler.recipe import Recipe, Setting, Site, Stage, Term
 
 _LLAVA = tuple(Setting("LLaVA-1.5-7B", count / 576, f"{count} tokens") for count in (192, 128, 64))
 _RECEIVED = Term("received_attention_mean", {"heads": "mean"})
+_AFTER_EACH_LAYER = (*(Site("vision.layer", layer, 24) for layer in range(1, 23)), Site("vision.out"))
+"""Behind each of the 23 layers of CLIP-L that LLaVA-1.5 uses."""
+
+
+def _flow_shares(tokens: int = 576, left: int = 192, entropy_term: float = 0.3) -> list[float]:
+    """FlowCut's schedule: after every second layer (N - left) / sqrt(layers to come) * term tokens go, at last all."""
+    shares, count = [], tokens
+    for to_come in range(20, -1, -2):
+        count = left if to_come == 0 else count - round((count - left) / math.sqrt(to_come) * entropy_term)
+        shares.append(count / tokens)
+    return shares
+
 
 ROWS = (
     Recipe(
@@ -129,18 +143,18 @@ ROWS = (
                 site,
                 select=Term("bipartite_keys", {"sources": "odd"}),
                 merge=Term("merge_assigned", {"average": "size"}),
-                share=share,
+                share=1 - 2 / 3 * layer / len(_AFTER_EACH_LAYER),
             )
-            for site, share in ((Site("vision.layer", 8, 24), 0.51), (Site("vision.out"), 1 / 3))
+            for layer, site in enumerate(_AFTER_EACH_LAYER, 1)
         ),
         positions="compact",
-        notes="The authors merge r tokens in every block, between attention and MLP. Here they merge twice, after the "
-        "MLP: after a third of the tower and behind it, the first time to as many tokens as make the mean over the "
-        "layers that of merging evenly in every layer. One matching can remove half of the tokens; a smaller budget "
-        "takes several in a row, the later ones on the mean keys of what was merged. Survivors stay in image order, "
-        "the authors put unmerged sources first, so that later matchings split the tokens otherwise. The size of a "
-        "token weighs in merges but not in attention (no proportional attention). CLS is never merged. The budgets "
-        "are those at which SparseVLM's authors ran ToMe.",
+        collapses=True,
+        notes="As many tokens are merged after each of the 23 layers LLaVA uses; the authors merge inside the block, "
+        "between attention and MLP. In a shallower tower the merges that fall on one layer become one. One matching "
+        "can remove half of the tokens; a smaller budget takes several in a row, the later ones on the mean keys of "
+        "what was merged. Survivors stay in image order, the authors put unmerged sources first, so that later "
+        "matchings split the tokens otherwise. The size of a token weighs in merges but not in attention (no "
+        "proportional attention). CLS is never merged. The budgets are those at which SparseVLM's authors ran ToMe.",
         settings=_LLAVA,
     ),
     Recipe(
@@ -153,17 +167,18 @@ ROWS = (
                 score=_RECEIVED,
                 select=Term("complete_graph_keys"),
                 merge=Term("merge_by_importance"),
-                share=share,
+                share=1 - 13 * layer / 576,
             )
-            for site, share in ((Site("vision.layer", 8, 24), 0.62), (Site("vision.out"), 277 / 576))
+            for layer, site in enumerate(_AFTER_EACH_LAYER, 1)
         ),
         positions="compact",
+        collapses=True,
         evidence="reconstructed",
-        notes="Matching and merging are the authors'. Their cross tokens are trained, and what these attend to is part "
-        "of the importance; without them it is the attention a patch receives, mean over heads and queries. They merge "
-        "13 tokens in each of the 23 layers LLaVA uses, between attention and MLP; here merging happens after a third "
-        "of the tower and behind it, the first time to as many tokens as make the mean over layers theirs. They allow "
-        "at most half of the tokens to go at once, here there is no such limit. No proportional attention.",
+        notes="Matching, merging and 13 tokens a layer are the authors'. Their cross tokens are trained, and what they "
+        "attend to is part of the importance; without them it is the attention a patch receives, mean over heads and "
+        "queries. Merging stands behind the MLP, theirs between attention and MLP. In a shallower tower the merges "
+        "that fall on one layer become one. They allow at most half of the tokens to go at once, here there is no such "
+        "limit. No proportional attention.",
         settings=(Setting("LLaVA-1.5-7B", 277 / 576, "r = 13"),),
     ),
     Recipe(
@@ -171,14 +186,20 @@ ROWS = (
         title="FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
         link="https://arxiv.org/abs/2505.19536",
         stages=tuple(
-            Stage(site, score=Term("attention_flow", {"momentum": 0.5}), select=Term("top_k"), share=share)
-            for site, share in ((Site("vision.layer", 10, 24), 0.58), (Site("vision.out"), 1 / 3))
+            Stage(
+                site,
+                score=Term("attention_flow", {"momentum": 0.5}),
+                select=Term("top_k") if layer % 2 == 0 else None,
+                share=_flow_shares()[layer // 2 - 1] if layer % 2 == 0 else 1.0,
+            )
+            for layer, site in enumerate(_AFTER_EACH_LAYER[:22], 1)
         ),
         positions="compact",
-        notes="The authors score in every layer and prune after every second one, by a number that depends on the "
-        "entropy of the attention. Here tokens are scored and pruned twice: at layer 10 of 24 and behind the tower, "
-        "and the second score is averaged with the first. The first time leaves as many tokens as make the mean over "
-        "layers theirs, their entropy term taken as 0.3, which is an assumption. Needs a tower with a CLS token.",
+        collapses=True,
+        notes="Scores are averaged over every layer and tokens go after every second one, as the authors have it. How "
+        "many go at once depends on the entropy of the attention in theirs; here that term is a constant 0.3, which "
+        "is an assumption, and the last cut before the layer LLaVA reads leaves exactly the budget, as in theirs. In a "
+        "shallower tower the cuts that fall on one layer become one. Needs a tower with a CLS token.",
         settings=_LLAVA,
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 import secateur
+from secateur.compiler.calibration import digests_of
 from secateur.compiler.flops import count_flops
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.exporters.onnx import Exported, port_name
 from secateur.exporters.weights import WEIGHTS_FILE
-from secateur.passes.check_function import every_term
-from secateur.passes.methods.own import digest_own
+from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
 
@@ -199,10 +198,10 @@ def _recipe(job: Job) -> m.Recipe:
         )
         for s in job.plan.stages
     ]  # fmt: skip
-    own = digest_own(term.function for stage in job.stages for term in every_term(stage.bound))
     return m.Recipe(
         name=recipe.name, title=recipe.title, link=recipe.link, keep=float(job.plan.keep), positions=recipe.positions,
-        sha256=hashlib.sha256(f"{job.plan}{own}".encode()).hexdigest(), notes=recipe.notes, stages=stages,
+        sha256=digest_plan(job.plan, job.stages), notes=recipe.notes, stages=stages,
+        calibrations=digests_of(job.plan.stages),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class StageModule(torch.nn.Module):
 def first_stage(name: str, count: int, keep: float) -> StageFunction:
     recipe = RECIPES[name]
     plan = plan_recipe(
-        recipe, keep=keep, images=1, tokens_per_image=count, vision_layers=24, decoder_layers=32, grid=(2, count // 2)
+        recipe, keep=keep, images=1, tokens_per_image=count, vision_layers=9, decoder_layers=32, grid=(2, count // 2)
     )
     return stage_function(plan.stages[0])
 

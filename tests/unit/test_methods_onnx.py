@@ -51,7 +51,7 @@ def run_onnx(stage: StageFunction, signals: dict[str, Tensor]) -> dict[str, np.n
 @pytest.mark.parametrize("name", ROWS)
 def test_onnx_runtime_does_what_the_stage_does(name: str) -> None:
     plan = plan_recipe(
-        RECIPES[name], keep=0.3, images=4, tokens_per_image=36, vision_layers=24, decoder_layers=32, grid=(6, 6)
+        RECIPES[name], keep=0.3, images=4, tokens_per_image=36, vision_layers=9, decoder_layers=32, grid=(6, 6)
     )
     carried: Tensor | None = None
     for planned in plan.stages:

@@ -111,8 +111,7 @@ class CommonGround:
         return question_rows(processor, self.manifest.geometry.images, asked)
 
     def follow(self, item: RowInput, progress: Callable[[str, int, int], None]) -> list[Footprint]:
-        if self.job is None:
-            raise UserError("passes are looked at in a model", where="--passes", fix="give --model")
+        assert self.job is not None
         names = ["trace", *(step.name for step in self.tools.passes)]
         return follow_passes(
             self.traced, self.job, self.tools.passes, self.model, item,

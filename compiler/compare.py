@@ -25,6 +25,7 @@ from secateur.compiler.parity import TOLERANCE, Parity, compare_runs, likeliest
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.runs import answer
 from secateur.compiler.trail import Footprint
+from secateur.runtime.errors import UserError
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Comparison:
             return "prune at other places or to other lengths"
         chose, computed = self.parity.chose_differently > 0, not self.parity.computed_equally
         if chose and not self.judged:
-            return "chose differently, or met a tie: give the model to tell"
+            return "chose differently, or met a tie: give model and recipe to tell"
         faults = [word for word, found in (("chose", chose), ("computed", computed)) if found]
         return f"{' and '.join(faults)} differently" if faults else "equal"
 
@@ -118,6 +119,8 @@ def compare_named(
     Raises UserError for runs that cannot be compared.
     """
     ground = CommonGround((a, b), tools, model_dir, recipe, keep, geometry, threads)
+    if passes and ground.job is None:
+        raise UserError("passes are looked at in a model", where="--passes", fix="give --model")
     parity, answers = Parity(), Answers()
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(OpenRun(ground, name)) for name in (a, b))

@@ -21,12 +21,12 @@ from secateur.runtime.request import Request
 
 
 class OracleRun:
-    """The eager oracle. Runs of the same row are remembered, so that several others can be held against one."""
+    """The eager oracle. With ``remember`` a row runs once, however many runs are held against it."""
 
     defines = True
 
-    def __init__(self, oracle: Oracle) -> None:
-        self.oracle = oracle
+    def __init__(self, oracle: Oracle, remember: bool = False) -> None:
+        self.oracle, self.remember = oracle, remember
         self._seen: dict[tuple[int, int], tuple[RowInput, RowRun]] = {}
 
     def run(self, batch: Sequence[RowInput], greedy: int = 0) -> list[RowRun]:
@@ -34,12 +34,14 @@ class OracleRun:
 
     def _row(self, item: RowInput, greedy: int) -> RowRun:
         key = (id(item), greedy)
-        if key not in self._seen:  # the row is held as well: its id is then no other's
-            pixels = torch.from_numpy(item.pixel_values)
-            # The prompt's own logits are the first of the greedy ones.
-            made = self.oracle.run(item.input_ids, pixels, item.forced_tokens, greedy=max(0, greedy - 1))
+        if key in self._seen:
+            return self._seen[key][1]
+        pixels = torch.from_numpy(item.pixel_values)
+        # The prompt's own logits are the first of the greedy ones.
+        made = self.oracle.run(item.input_ids, pixels, item.forced_tokens, greedy=max(0, greedy - 1))
+        if self.remember:  # the row is held as well: its id is then no other's
             self._seen[key] = item, made
-        return self._seen[key][1]
+        return made
 
 
 class CompiledRun:

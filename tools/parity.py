@@ -117,7 +117,7 @@ class Sweep:
         """Choices and numbers; the oracle runs a row once for all batch sizes."""
         source = self.bundles(1).source
         oracle = Oracle(plan_job(source, _geometry(1), recipe, keep), self.hf)
-        reference = OracleRun(oracle)
+        reference = OracleRun(oracle, remember=True)
         found: dict[str, Any] = {}
         items: list[RowInput] = []
         for size in batch_sizes:

@@ -138,7 +138,7 @@ def test_bundles_are_compared_without_a_model(model: Path, two_stages: Callable[
         pipeline.compile(model, path, recipe=recipe, geometry=GEOMETRY)
     assert compare(one, one, questions=2, threads=1).passed
     found = compare(one, other, questions=2, threads=1)
-    assert found.verdict == "chose differently, or met a tie: give the model to tell"
+    assert found.verdict == "chose differently, or met a tie: give model and recipe to tell"
     assert not found.passed
     apart = compare(one, whole, questions=2, threads=1)
     assert apart.verdict == "prune at other places or to other lengths"

@@ -23,8 +23,33 @@ def check_stages(stages: Sequence[StageFunction], facts: VisionFacts) -> None:
                 fix="give an earlier stage a score",
             )
         scored = scored or stage.bound.score is not None
+        _check_exit(stage)
         if not planned.site.kind.startswith("decoder"):
             _check_tower_stage(stage, stages[:index], facts)
+
+
+def _check_exit(stage: StageFunction) -> None:
+    """A stage that leaves nothing says so twice, by its share and by its selector, and stands in the decoder."""
+    planned, select = stage.planned, stage.bound.select
+    removes_all = select is not None and select.name == "nothing"
+    if removes_all and planned.length_out:
+        raise UserError(
+            f"selector 'nothing' keeps no token, but the stage shall leave {planned.length_out}",
+            where=planned.name,
+            fix="give it share 0, or another selector",
+        )
+    if planned.length_out == 0 and not removes_all:
+        raise UserError(
+            "this budget leaves no token",
+            where=planned.name,
+            fix="give a share above 0, or the selector 'nothing' if all visual tokens shall go",
+        )
+    if removes_all and not planned.site.kind.startswith("decoder"):
+        raise UserError(
+            f"no token would be left at {planned.site} for the decoder",
+            where=planned.name,
+            fix="put the selector 'nothing' at a decoder.layer[k] site",
+        )
 
 
 def tower_layers(stage: StageFunction, facts: VisionFacts) -> dict[str, tuple[int, ...]]:

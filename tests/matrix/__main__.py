@@ -7,7 +7,6 @@ that failed are tried again each time. Exit code 1 when any fails.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from secateur.tools.console import notes
 
 from . import page
 from .cells import lacks, list_cells
-from .layouts import LAYOUTS
+from .layouts import HAS_CLS, LAYOUTS
 from .walk import read_held, walk
-from .work import Workshop
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,9 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/matrix"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/matrix.md"), help="page to write (%(default)s)")
     options = parser.parse_args(arguments)
-    shop = Workshop(options.work)
-    has_cls = {name: shop.has_cls(name) for name in options.layouts}
-    shutil.rmtree(shop.models, ignore_errors=True)
+    has_cls = {name: HAS_CLS[name] for name in options.layouts}
     recipes = [get_recipe(name) for name in options.recipes or RECIPES]
     skipped = {(r.name, n): why for r in recipes for n in has_cls if (why := lacks(r, has_cls[n]))}
     cells = [c for c in list_cells(recipes, has_cls) if options.kinds is None or c.kind in options.kinds]

@@ -20,10 +20,11 @@ SIDE_PATCHES, TOWER_LAYERS, DECODER_LAYERS = 6, 5, 8
 
 @dataclass(frozen=True)
 class Layout:
-    """``write`` makes the model directory and returns it."""
+    """``write`` makes the model directory and returns it; ``has_cls``: its tower has a CLS token."""
 
     name: str
     title: str
+    has_cls: bool
     write: Callable[[Path], Path]
 
 
@@ -72,7 +73,9 @@ _TOWER_ADDS = ("out_proj.weight", "fc2.weight")
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("llava", "LLaVA, CLIP tower with CLS token, Llama decoder", _write_llava),
-        Layout("onevision", "LLaVA-OneVision, SigLIP tower without CLS token, Qwen2 decoder", _write_onevision),
+        Layout("llava", "LLaVA, CLIP tower with CLS token, Llama decoder", True, _write_llava),
+        Layout("onevision", "LLaVA-OneVision, SigLIP tower without CLS token, Qwen2 decoder", False, _write_onevision),
     )
 }
+
+HAS_CLS = {name: layout.has_cls for name, layout in LAYOUTS.items()}

@@ -60,7 +60,12 @@ class Workshop:
 
     def model(self, layout: str) -> Path:
         path = self.models / layout
-        return path if path.is_dir() else LAYOUTS[layout].write(path)
+        if not path.is_dir():
+            from transformers.utils import logging as hf_logging
+
+            hf_logging.disable_progress_bar()
+            LAYOUTS[layout].write(path)
+        return path
 
     def bundles(self, layout: str, batch: int, images: int) -> Bundles:
         key = layout, batch, images
@@ -68,9 +73,6 @@ class Workshop:
             geometry = Geometry(batch=batch, images=images, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
             self.bundles_made[key] = Bundles(self.model(layout), geometry, self.work)
         return self.bundles_made[key]
-
-    def has_cls(self, layout: str) -> bool:
-        return bool(self.bundles(layout, 1, 1).source.vision.has_cls)
 
     def oracle(self, cell: Cell, recipe: Recipe, keep: float | None) -> Oracle:
         made = self.bundles(cell.layout, cell.batch, cell.images)

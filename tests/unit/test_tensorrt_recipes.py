@@ -1,4 +1,7 @@
-"""Every recipe's programs through TensorRT-RTX without a GPU: fused alike in all layers, and buildable."""
+"""Recipes' programs through TensorRT-RTX without a GPU: fused alike in all layers, and buildable.
+
+One row of each kind, and a seeded few of `make test-matrix`'s engines, which builds those of all rows.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.matrix.cells import Cell, sample_engines
+from tests.matrix.layouts import HAS_CLS, LAYOUTS
+from tests.matrix.work import Workshop, run_cell
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pipeline import export, prune
@@ -28,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 LAYERS = 4
 FUSED = ("ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "RMS_NORMALIZATION", "ROTARY_EMBEDDING")
+ROWS = ("none", "random", "fastv", "pyramiddrop", "fastervlm", "divprune", "visionzip")
+SAMPLE = sample_engines([row for name, row in RECIPES.items() if name not in ROWS], HAS_CLS, seed=2026)
 _built: set[str] = set()
 
 
@@ -37,7 +45,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     return trace_model(read_source(directory), Geometry(batch=2, images=1, text_tokens=12, new_tokens=8), "fp16")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ROWS)
 def test_recipe_builds_and_fuses_every_layer(name: str, traced: Traced, tmp_path: Path) -> None:
     exported = export(prune(traced, RECIPES[name]), "tensorrt")
     write_weights(exported.layout, Checkpoint(traced.source.path, traced.model), tmp_path / WEIGHTS_FILE)
@@ -50,6 +58,22 @@ def test_recipe_builds_and_fuses_every_layer(name: str, traced: Traced, tmp_path
         if digest not in _built:  # recipes share programs that they leave alone
             assert build_engine(graph, tmp_path / f"{program}.engine").warnings == ()
             _built.add(digest)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.mark.parametrize("cell", SAMPLE, ids=str)
+def test_engines_of_a_sample_build(cell: Cell, shop: Workshop) -> None:
+    outcome = run_cell(cell, shop)
+    assert outcome["passed"], outcome
+
+
+def test_the_sample_has_every_layout_and_both_half_precisions() -> None:
+    assert {cell.layout for cell in SAMPLE} == set(LAYOUTS)
+    assert {cell.dtype for cell in SAMPLE} == {"fp16", "bf16"}
 
 
 def check_fused_layers(graph: Path, program: str) -> None:

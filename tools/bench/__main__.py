@@ -1,20 +1,21 @@
-"""`python -m secateur.tools.bench`: both tables; or one of them, with its options, by name."""
+"""`python -m secateur.tools.bench`: all tables; or one of them, with its options, by name."""
 
 from __future__ import annotations
 
 import sys
 
-from secateur.tools.bench import accuracy, latency
+from secateur.tools.bench import accuracy, latency, overhead
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    tables = {"latency": latency.main, "accuracy": accuracy.main}  # times first, while the machine is quiet
+    # Times first, while the machine is quiet.
+    tables = {"latency": latency.main, "overhead": overhead.main, "accuracy": accuracy.main}
     if arguments and arguments[0] in tables:
         tables[arguments[0]](arguments[1:])
         return
     if arguments:
-        sys.stderr.write("usage: python -m secateur.tools.bench [accuracy|latency] [options], without a name both\n")
+        sys.stderr.write(f"usage: python -m secateur.tools.bench [{'|'.join(tables)}] [options], without a name all\n")
         sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
     for table in tables.values():
         table([])

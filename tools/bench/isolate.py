@@ -40,10 +40,10 @@ def cut_stages(traced: Any, recipe: Recipe, keep: float, ids: Mapping[str, Tenso
     pruned = prune(traced, recipe, keep)
     programs = _mark(traced, recipe, keep)
     found = []
-    for name in ("vision", "prefill"):
-        marked = [n for n in programs[name].graph.nodes if n.meta.get("stage")]
-        if not marked:
+    for name, stages in (("vision", pruned.job.vision_stages), ("prefill", pruned.job.decoder_stages)):
+        if not stages:
             continue
+        marked = [n for n in programs[name].graph.nodes if n.meta.get("stage")]
         module, outside = _take_out(programs[name], marked)
         results = tuple(f"out_{i}" for i in range(len(_args(module.graph.output_node())[0])))
         alone = replace(programs[name], module=module, outputs=results)

@@ -102,11 +102,11 @@ class Bench:
         return bundle
 
 
-def make_ids(config: Any, sizes: Sizes, features: int) -> dict[str, torch.Tensor]:
+def make_ids(image_token: int, features: int) -> dict[str, torch.Tensor]:
     """Prefill's inputs that are no floats: text around the placeholders of ``features`` image tokens, no padding."""
     first = TEXT_TOKENS // 2
     words = torch.full((1, TEXT_TOKENS), 5)
-    image = torch.full((1, features), config.image_token_id)
+    image = torch.full((1, features), image_token)
     ids = torch.cat([words[:, :first], image, words[:, first:]], 1)
     whole = torch.arange(features)[None]
     return {"input_ids": ids, "lengths": torch.tensor([ids.shape[1]]), "kept": whole}
@@ -141,20 +141,16 @@ def open_prefill(bundle: Path, threads: int) -> tuple[Any, Callable[[], float]]:
 
     session = Session(bundle, threads=threads)
     request, sizes = session.request(), session.manifest.geometry
-    ids = make_ids(read_config(session), Sizes(1), sizes.features)
+    ids = make_ids(session.manifest.model.image_token_id, sizes.features)
     features = torch.randn(1, sizes.features, session.manifest.model.hidden_size).numpy()
-    arrays = [ids["input_ids"].numpy(), ids["lengths"].numpy()]
+    tokens, lengths = ids["input_ids"].numpy(), ids["lengths"].numpy()
 
     def run() -> float:
         start = time.perf_counter()
-        request.prefill(*arrays, features)
+        request.prefill(tokens, lengths, features)
         return time.perf_counter() - start
 
     return session, run
-
-
-def read_config(session: Any) -> Any:
-    return session.manifest.model
 
 
 def interleave(stages: Sequence[Callable[[], float]], prefill: Callable[[], float], turns: int) -> tuple[float, float]:
@@ -176,7 +172,7 @@ def measure(bench: Bench, recipe: Recipe, prefill: Callable[[], float], turns: i
     sizes = sizes_for(recipe)
     traced = bench.traced(sizes)
     job = plan_job(traced.source, traced.geometry, recipe, KEPT / TOKENS)
-    ids = make_ids(traced.source.config, sizes, job.features_per_row)
+    ids = make_ids(traced.source.config.image_token_id, job.features_per_row)
     cuts = cut_stages(traced, recipe, KEPT / TOKENS, ids)
     added, whole = interleave([open_cut(cut, bench.threads) for cut in cuts], prefill, turns)
     signals = {name for stage in job.stages for name in stage.signals}

@@ -25,7 +25,7 @@ def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Header and a line per recipe, the cheapest first."""
     lines = [HEADER]
     for record in sorted(records, key=lambda r: r["share"]):
-        line = [record["recipe"], record["class"], f"{100 * record['share']:.2f}", verdict(record)]
+        line = [record["recipe"], record["class"], f"{100 * record['share']:.2g}", verdict(record)]
         line += [f"{record['stages_seconds'] * 1e3:.1f}", f"{record['prefill_seconds'] * 1e3:.0f}"]
         lines.append([*line, str(record["scans"]), str(record["images"])])
     return lines

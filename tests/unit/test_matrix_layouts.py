@@ -1,0 +1,28 @@
+"""The seeded sample of `make test-matrix` on all layouts but the first: see ``test_matrix_sample.py``."""
+
+from __future__ import annotations
+
+import pytest
+from tests.matrix.cells import Cell
+from tests.matrix.layouts import HAS_CLS, LAYOUTS
+from tests.matrix.work import Workshop, run_cell
+
+from .test_matrix_sample import CELLS, FIRST
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.layout != FIRST], ids=str)
+def test_cell(cell: Cell, shop: Workshop) -> None:
+    outcome = run_cell(cell, shop)
+    assert outcome["passed"], outcome
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> None:
+    assert shop.bundles(layout, 1, 1).source.vision.has_cls == HAS_CLS[layout]

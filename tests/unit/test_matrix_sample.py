@@ -1,0 +1,49 @@
+"""A seeded sample of `make test-matrix`: every row once on the LLaVA layout.
+
+``test_matrix_layouts.py`` has the sample's cells of the other layouts, so that two workers share them.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import pytest
+from tests.matrix.cells import BATCHES, KEEPS, Cell, sample
+from tests.matrix.layouts import HAS_CLS, LAYOUTS
+from tests.matrix.work import Workshop, run_cell
+
+from secateur.passes.recipes import RECIPES
+
+SEED = 2026
+CELLS = sample(list(RECIPES.values()), HAS_CLS, SEED)
+FIRST = next(iter(LAYOUTS))
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.layout == FIRST], ids=str)
+def test_cell(cell: Cell, shop: Workshop) -> None:
+    outcome = run_cell(cell, shop)
+    assert outcome["passed"], outcome
+    if cell.kind == "parity":
+        assert outcome["scales"]["cache"] > 0.1, "a comparison of zeros proves nothing"
+
+
+def test_every_row_is_compared_and_every_pair_of_settings_comes_up() -> None:
+    compared = [cell for cell in CELLS if cell.kind == "parity"]
+    assert {c.recipe for c in compared if c.layout == FIRST} == {n for n, r in RECIPES.items() if r.stages}
+    for one, other in combinations({"layout": tuple(LAYOUTS), "keep": KEEPS, "batch": BATCHES}.items(), 2):
+        seen = {(getattr(c, one[0]), getattr(c, other[0])) for c in compared}
+        assert seen == set(product(one[1], other[1])), (one[0], other[0])
+    assert {c.layout for c in CELLS if c.kind == "identity"} == set(LAYOUTS)
+
+
+def test_the_sample_is_the_same_every_time() -> None:
+    recipes = list(RECIPES.values())
+    assert sample(recipes, HAS_CLS, SEED) == CELLS
+    assert sample(recipes, HAS_CLS, SEED + 1) != CELLS

@@ -35,7 +35,7 @@ class ExplainedStage:
                  f"{self.groups}x{self.length_out}"]  # fmt: skip
         lines += [f"  {role} {term}" for role, term in terms if term is not None]
         for name, options in self.signals.items():
-            chosen = "".join(f" {k}={v}" for k, v in sorted(options.items()))
+            chosen = "".join(f" {k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in sorted(options.items()))
             lines.append(f"  signal {name}{chosen}")
         return "\n".join(lines)
 

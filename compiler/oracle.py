@@ -147,6 +147,8 @@ class Oracle:
                 options = stage.signal_options["probe_slopes"]
                 probes = make_probes(entering["projector"], options["directions"], options["step"], options["seed"])
                 extra["probes"] = self.projector.forward(probes)
+            if index and stage.planned.part != stages[index - 1].planned.part:
+                state.pop("carried", None)
             begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
             seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra)
             name, left = stage.planned.name, stage.planned.length_out
@@ -311,6 +313,8 @@ class _Walk:
         self, place: int, stage: StageFunction, hidden: Tensor, tables: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         stages = self.oracle.job.decoder_stages
+        if place and stage.planned.part != stages[place - 1].planned.part:
+            self.state.pop("carried", None)
         last = torch.tensor([hidden.shape[1] - 1])
         columns, texts = locate(self.prunable, int(self.prunable.sum()))
         raw, scale = self._raw(stage, hidden, tables, {"last": last[:, None], "text": texts, "visual": columns})

@@ -60,8 +60,14 @@ class Job:
     @property
     def carries(self) -> bool:
         """Whether a score of the vision side is read inside the decoder (signal ``carried``)."""
-        told = any(s.bound.score is not None for s in self.vision_stages)
+        if not self.decoder_stages:
+            return False
+        # A part of a composed recipe hands nothing on to the next.
+        part = self.decoder_stages[0].planned.part
+        told = any(s.bound.score is not None and s.planned.part == part for s in self.vision_stages)
         for stage in self.decoder_stages:
+            if stage.planned.part != part:
+                return False
             if "carried" in stage.signals:
                 return told
             if stage.bound.score is not None:

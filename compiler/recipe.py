@@ -186,6 +186,8 @@ class PlannedStage:
     length_out: int
     grid: Grid | None = None
     """How the tokens lie, as long as no earlier stage removed any."""
+    part: int = 0
+    """Which part of a composed recipe it belongs to. What a stage carries on stays within its part."""
 
     @property
     def name(self) -> str:
@@ -237,7 +239,8 @@ def plan_recipe(
 
     ``keep`` is the fraction of the prunable tokens left after the last stage that leaves any. With published shares
     ``p_i`` stage i leaves ``keep ** (ln p_i / ln p_last)`` of them: the published values when ``keep`` is
-    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before. In a composed recipe the same
+    ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before; a recipe that ``collapses`` scales
+    what each stage removes instead. In a composed recipe the same
     holds inside each part, for the tokens that enter it. ``grid`` is an image's rows and columns of tokens,
     ``vision_running`` the number of tower layers the projector needs, where it is not all of them.
     """
@@ -255,7 +258,7 @@ def plan_recipe(
     stages: list[PlannedStage] = []
     groups, length, whole = images, tokens_per_image, True
     index = 0
-    for part in _scale_parts(recipe, keep):
+    for number, part in enumerate(_scale_parts(recipe, keep)):
         entered = groups * length
         fractions = _fractions(part, sites[index : index + len(part.recipe.stages)], decoder_layers)
         for stage, fraction in zip(part.recipe.stages, fractions, strict=True):
@@ -266,7 +269,7 @@ def plan_recipe(
             stages.append(
                 PlannedStage(
                     index, site, stage.score, stage.select, stage.merge, stage.scope, part.recipe.positions,
-                    stage.signals, groups, length, count, shape,
+                    stage.signals, groups, length, count, shape, number,
                 )
             )  # fmt: skip
             whole = whole and count == length and stage.merge is None
@@ -291,7 +294,8 @@ def _fractions(part: Part, sites: list[Site], decoder_layers: int) -> list[float
     """For every stage of a part, the fraction of the tokens that entered the part it leaves."""
     recipe = part.recipe
     if recipe.schedule is None:
-        return [_stage_share(part.keep, stage.share, recipe.default_keep) for stage in recipe.stages]
+        scale = _linear_share if recipe.collapses else _stage_share
+        return [scale(part.keep, stage.share, recipe.default_keep) for stage in recipe.stages]
     inside = [stage.prunes and site.kind == "decoder.layer" for stage, site in zip(recipe.stages, sites, strict=True)]
     layers = [site.layer or 0 for site, prunes in zip(sites, inside, strict=True) if prunes]
     leaves_none = bool(recipe.stages[-1].select) and not recipe.stages[-1].prunes
@@ -352,6 +356,13 @@ def _stage_share(keep: float, published: float, published_last: float) -> float:
     if published_last >= 1.0:
         return keep
     return float(keep ** (math.log(published) / math.log(published_last)))
+
+
+def _linear_share(keep: float, published: float, published_last: float) -> float:
+    """What a schedule that runs through all layers leaves: each of its steps takes its part of all that goes."""
+    if published_last >= 1.0:
+        return keep
+    return 1.0 - (1.0 - published) * (1.0 - keep) / (1.0 - published_last)
 
 
 def _show_signals(signals: Mapping[str, Mapping[str, Any]]) -> str:

@@ -13,9 +13,11 @@ from secateur.runtime.errors import UserError
 
 def check_stages(stages: Sequence[StageFunction], facts: VisionFacts) -> None:
     """Raises UserError that names the stage, the signal or site that does not fit, and what would."""
-    scored = False
+    scored, part = False, 0
     for index, stage in enumerate(stages):
         planned = stage.planned
+        if planned.part != part:
+            scored, part = False, planned.part
         if "carried" in stage.signals and not scored and stage.bound.needs("carried"):
             raise UserError(
                 "signal 'carried' is what an earlier stage's score leaves, and no earlier stage has one",

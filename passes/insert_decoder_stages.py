@@ -85,6 +85,8 @@ def insert_decoder_stages(
     length = sequence
     for index, stage in enumerate(stages):
         planned = stage.planned
+        if index and planned.part != stages[index - 1].planned.part:
+            state.pop("carried", None)
         crossing = find_crossing(graph, layers, planned.site.layer or 0, planned.name)
         with graph.inserting_before(first_node(graph, layers, planned.site.layer or 0)):
             site = DecoderSite(module, layers, stage, crossing, last, length, extra_rows)

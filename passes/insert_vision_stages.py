@@ -66,6 +66,7 @@ class _Inserting:
     def __init__(self, family: Family, facts: VisionFacts, batch: int) -> None:
         self.family, self.facts, self.batch = family, facts, batch
         self.outputs: list[str] = []
+        self.part = 0
 
     def insert(self, program: Program, stage: StageFunction, tracked: Sequence[str]) -> Program:
         module = program.edit()
@@ -90,6 +91,9 @@ class _Inserting:
         assert len(scales) == 1, "tower layers share one scale"
         raw_names = [n for n in ports if n != "tokens"]
         state = self._state(graph, stage, tracked)
+        if planned.part != self.part:
+            state.pop("carried", None)
+        self.part = planned.part
         made = start_state([n for n in stage.signals if n not in state], images, planned.length_in)
         at = _first_after(order, ports.values(), after)
         extra = self._extra(module, stage, at)

@@ -34,8 +34,10 @@ how to add one of your own.
 
 **Keep** is the published share of visual tokens left after the last stage that leaves any; `--keep` rescales it.
 **Where** names sites: `decoder.layer[2/32]` is before layer 2 (counted from 0) of a model of 32, scaled to the depth of
-yours. **Evidence** says what the row was written from: the authors' code, the paper, or a reconstruction where neither
-says enough.
+yours. A **published setting** fixes what is left at the end; where several stages prune, those before the last scale
+with it (evenly in the logarithm of what they leave) and can leave other numbers than the paper's table for that
+setting. **Evidence** says what the row was written from: the authors' code, the paper, or a reconstruction where
+neither says enough.
 
 {_overview(rows)}
 

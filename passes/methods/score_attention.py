@@ -79,6 +79,9 @@ def rater_attention_corrected(
     frequency = [rotary_base ** (-2 * i / head_width) for i in range(head_width // 2)]
     angles = gap.unsqueeze(-1) * torch.tensor(frequency, dtype=torch.float32, device=gap.device)
     pull = torch.cos(angles).sum(dim=-1) * (2 / math.sqrt(head_width))
+    # Beyond some 1,700 positions (at the defaults) the product swings around zero, where dividing by it would blow
+    # scores up or turn their sign.
+    pull = pull.clamp_min(0.25)
 
     raters = _weigh_raters(tokens, text_tokens, text_rows)
     by_head = (text_attention / pull.unsqueeze(1) * raters.unsqueeze(1).unsqueeze(-1)).sum(dim=2)

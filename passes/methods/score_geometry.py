@@ -65,10 +65,13 @@ def attention_flow(
     """How much each patch passes on to the CLS token, gathered over layers (FlowCut). Carries the score itself.
 
     The share of ``cls_attention [G,H,N]`` averaged over heads, plus the share of softmax(V_cls . V_j) averaged over
-    heads (``cls_values [G,H,d]``, ``values [G,H,N,d]``, not scaled), times the L1 norm of the values' mean over heads.
-    Of what earlier stages carried ``momentum`` counts, and the rest of the new score.
+    heads (``cls_values [G,H,d]``, ``values [G,H,N,d]``, not scaled; the softmax runs over CLS and patches, so that a
+    head whose CLS value resembles itself most counts least), times the L1 norm of the values' mean over heads. Of what
+    earlier stages carried ``momentum`` counts, and the rest of the new score.
     """
-    similar = torch.softmax((values @ cls_values.unsqueeze(-1)).squeeze(-1), dim=-1).mean(dim=1)
+    patches = (values @ cls_values.unsqueeze(-1)).squeeze(-1)
+    itself = (cls_values * cls_values).sum(dim=-1, keepdim=True)
+    similar = torch.softmax(torch.cat([itself, patches], dim=-1), dim=-1)[..., 1:].mean(dim=1)
     relation = cls_attention.mean(dim=1)
     share = relation / relation.sum(dim=1, keepdim=True) + similar / similar.sum(dim=1, keepdim=True)
     score = share * torch.linalg.vector_norm(values.mean(dim=1), ord=1, dim=-1)

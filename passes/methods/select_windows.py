@@ -141,14 +141,14 @@ def chunks_first(score: Tensor, tokens: Tensor, k: int, chunks: Count = 16, vari
 def grid_first(score: Tensor, k: int, attention: Share = 0.25) -> Tensor:
     """PruMerge+: a part of the k - 1 places goes to the highest of ``score [G,N]``, the others to an even grid.
 
-    a = round(attention * (k - 1)), halves up, of ``score`` come first; c = k - 1 - a tokens 0, s, 2s, ... with
-    s = floor(N / c) come next; a place whose token has been chosen by score goes to the next by score.
+    a = round(attention * (k - 1)), halves up, of ``score`` come first; the c = k - 1 - a tokens floor(i * N / c) come
+    next; a place whose token has been chosen by score goes to the next by score.
     """
     count = score.shape[1]
     ranked = int(attention * (k - 1) + 0.5)
     places = k - 1 - ranked
-    step = count // places if places else count
-    even = [float(index % step == 0 and index // step < places) for index in range(count)]
+    spread = {index * count // places for index in range(places)}
+    even = [float(index in spread) for index in range(count)]
     chosen = top_mask(score, ranked)
     return prefer(score, 2.0 * chosen + torch.tensor(even, device=score.device) * (1.0 - chosen))
 

@@ -105,8 +105,9 @@ ROWS = (
             Term("position_bias", _RECENCY, of=(_LAST_QUERY,)),
         ),
         positions="compact",
-        notes="As fastv_debiased. From the second stage on the curve is resampled to the survivors by their rank, not "
-        "by the place they had, and padding is no longer masked: the first stage drops it before anything else.",
+        notes="As fastv_debiased. From the second stage on the curve is resampled to the survivors by their rank, "
+        "not by the place they had, and padding is no longer masked: the first stage drops it before anything else, "
+        "as long as it drops that many tokens.",
         settings=(Setting("LLaVA-1.5", 0.125),),
     ),
     Recipe(
@@ -155,7 +156,8 @@ ROWS = (
         ),
         notes="Version 2 of the code: no recycling, original positions. Raters as in sparsevlm. The pull of rotary "
         "positions is that of one-dimensional positions with the width and base given as options (Llama's by "
-        "default); the question is taken to follow the last visual token without a gap. 14 heads became a share of "
+        "default); beyond some 1,700 positions, where that pull swings around zero, it counts as 0.25; the question is "
+        "taken to follow the last visual token without a gap. 14 heads became a share of "
         "the heads there are.",
         settings=(
             Setting("LLaVA-1.5", 118 / 576, "192 tokens"),
@@ -232,13 +234,12 @@ ROWS = (
             for layer, count in ((2, 290), (11, 72), (21, 18))
         ),
         positions="compact",
-        notes="Pruning after layers 1, 10 and 20, with the attention these layers computed. The smallest published "
-        f"budget keeps no token in the end; here at least one stays. {_ONE_BUDGET}",
+        notes="Pruning after layers 1, 10 and 20 (counted from 0), with the attention these layers computed. The "
+        f"smallest published budget keeps no token in the end; here at least one stays. {_ONE_BUDGET}",
         settings=(
             Setting("LLaVA-1.5-7B", 18 / 576, "128 tokens"),
             Setting("LLaVA-1.5-7B", 3 / 576, "64 tokens"),
             Setting("LLaVA-1.5-13B", 30 / 576, "128 tokens"),
-            Setting("Qwen2-VL-2B", 0.17 * 0.6 * 0.3, "layers 0, 9 and 19"),
         ),
     ),
     Recipe(
@@ -311,7 +312,8 @@ ROWS = (
         "tokens with the highest attention from any text token stay (authors: thresholds on that and on the sum over "
         "the text). The counts are ours and give 192 tokens on average over the layers. The cut after layer 10 is "
         "left out, so that the row fits shallow decoders. Caches of earlier layers keep the tokens dropped later; the "
-        "authors cut them after prefill. Needs a tower with a CLS token.",
+        "authors cut them after prefill. Merged tokens keep their place, the authors put them first. Needs a tower "
+        "with a CLS token.",
         settings=(Setting("LLaVA-1.5", 0.23, "192 tokens, by our counts"),),
     ),
     Recipe(
@@ -331,9 +333,12 @@ ROWS = (
                 for layer, share in ((9, 0.265 * 0.983), (18, 0.265 * 0.983 * 0.877))
             ),
         ),
-        notes="The preset of 25%. The authors recycle one token for every occupied cell, here always as many as the "
-        "preset expects. Patch entropy, whose weight is 0 in all presets, is left out, and so are the base view's "
-        "scores for tiles: every tile is scored by itself. Where no token is global the mean over all counts.",
+        notes="The preset of 25%. The authors recycle one token for every occupied cell, base view and tiles "
+        "together; here every image recycles as many as its cells would be, rounded down, and what lies in a cell "
+        "without a place goes. Survivors of the first stage keep the positions of their patches, where the authors "
+        "number them afresh before the decoder and keep numbers inside it. Every image has a budget of its own. Patch "
+        "entropy, whose weight is 0 in all presets, is left out, and so are the base view's scores for tiles: every "
+        "tile is scored by itself. Where no token is global the mean over all counts.",
         settings=(
             Setting("LLaVA-OneVision-7B", 0.265 * 0.983 * 0.877, "25%"),
             Setting("LLaVA-OneVision-7B", 0.723 * 0.749 * 0.487, "50%: threshold 28.7, cells 27 / 11.8"),

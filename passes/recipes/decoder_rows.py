@@ -13,6 +13,7 @@ ROWS: tuple[Recipe, ...] = (
         name="dart",
         title="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
         link="https://arxiv.org/abs/2502.11494",
+        evidence="reconstructed",
         stages=(
             Stage(
                 Site("decoder.layer", 2, 32),
@@ -21,12 +22,12 @@ ROWS: tuple[Recipe, ...] = (
                 scope="whole",
             ),
         ),
-        notes="After layer 2: four visual and four question tokens with the largest key norm are pivots, and each "
-        "takes the tokens least like it. The authors let every pivot take the same rounded number and so keep a few "
-        "tokens more or less than asked; here the pivots count among the tokens kept, and earlier pivots take one "
-        "more where the rest does not divide. The authors visit pivots in the arbitrary order of a set; here the "
-        "largest visual one comes first and the text pivots come last. The text is what stands behind the last visual "
-        "token.",
+        notes="Read in ports of the authors' code. After layer 2: four visual and four question tokens with the "
+        "largest key norm are pivots, and each takes the tokens least like it. The authors let every pivot take the "
+        "same rounded number and so keep a few tokens more or less than asked; here the pivots count among the tokens "
+        "kept, and earlier pivots take one more where the rest does not divide. The authors visit pivots in the "
+        "arbitrary order of a set; here the largest visual one comes first and the text pivots come last. The text is "
+        "what stands behind the last visual token.",
         settings=(
             Setting("LLaVA-1.5-7B", 1 / 3, "192 tokens"),
             Setting("LLaVA-1.5-7B", 2 / 9, "128 tokens"),
@@ -124,11 +125,12 @@ ROWS: tuple[Recipe, ...] = (
             ),
         ),
         notes="The authors' clusters have a fixed radius (0.21), so their number depends on the image. Here the "
-        "number is fixed: the centres are the candidates farthest from any denser one, which is the quantity the "
-        "authors compare with the radius. A dropped token returns within 1.5 times that radius, as published. "
-        "Distances are between keys before rotation, where the authors take rotated ones for the clusters and "
-        "unrotated ones for the score. Their attention that counts a merged token by its size is left out. A cluster "
-        "takes its centre's position.",
+        "number is fixed: the centres are the candidates farthest from any denser one, and every candidate joins the "
+        "nearest, however far (theirs lie within the radius). A dropped token returns within 1.5 times that radius, "
+        "as published. The score's mean query is that of the visual tokens and its softmax runs over them; the "
+        "authors take the prompt before the image along. Distances are between keys before rotation, where the "
+        "authors take rotated ones for the clusters and unrotated ones for the score. Their attention that counts a "
+        "merged token by its size is left out. A cluster takes its centre's position.",
         settings=(Setting("LLaVA-OneVision-7B", 0.287, "71.3 % reduction"), Setting("LLaVA-OneVision-7B", 0.5, "50 %")),
     ),
     Recipe(
@@ -144,9 +146,9 @@ ROWS: tuple[Recipe, ...] = (
             ),
         ),
         notes="The first of three stages, for images: each image is a window of its own, where the authors' windows "
-        "are two frames of video. The encoder attention runs over the image, theirs is taken anew inside the window. "
-        "The authors keep 1.4 times the average they aim at, because later stages remove the rest; the default is "
-        "that of their 10 % setting.",
+        "are two frames of video. The encoder attention runs over the image and is that of the layer the projector "
+        "reads; theirs is the last layer's, taken anew inside the window. The authors keep 1.4 times the average they "
+        "aim at, because later stages remove the rest; the default is that of their 10 % setting.",
         settings=(
             Setting("Qwen2.5-Omni-7B", 0.14, "target 10 %, video"),
             Setting("Qwen2.5-Omni-7B", 0.28, "target 20 %, video"),
@@ -185,9 +187,10 @@ ROWS: tuple[Recipe, ...] = (
             for layer, share in ((7, 0.875), (8, None), (9, 0.625), (10, None), (11, None), (12, 0.125))
         ),
         positions="compact",
-        notes="Every layer from the seventh to the twelfth adds its share of change; stages without a selector only "
-        "collect it. The softmax of the change runs over the real tokens of one prompt, in the authors' code over the "
-        "whole batch. Survivors are numbered anew after every pruning. Needs a decoder of at least seven layers.",
+        notes="Every layer from the seventh to the twelfth of 32 adds its share of change; stages without a selector "
+        "only collect it. The softmax of the change runs over the real tokens of one prompt, in the authors' code "
+        "over the whole batch. Survivors are numbered anew after every pruning. In a decoder of fewer layers a stage "
+        "that only collects is left out where a pruning one falls on its layer.",
         settings=(Setting("LLaVA-1.5-7B", 0.125, "504, 360 and 72 of 576"), Setting("LLaVA-NeXT-7B", 0.125)),
     ),
     Recipe(
@@ -197,8 +200,8 @@ ROWS: tuple[Recipe, ...] = (
         stages=(Stage(Site("decoder.layer", 16, 32), select=Term("nothing"), share=0.0, scope="whole"),),
         evidence="reconstructed",
         notes="The static form of DyVTE: all visual tokens leave before one fixed layer. The authors train a small "
-        "router per layer that decides for each prompt; half of the depth is our choice and saves about what they "
-        "report for LLaVA-1.5, 45.7 % of the computation. The keep ratio has no effect, the layer decides.",
+        "router per layer that decides for each prompt; half of the depth is our choice. The keep ratio has no "
+        "effect, the layer decides.",
         identity_at_one=False,
     ),
 )

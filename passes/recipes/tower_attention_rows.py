@@ -78,7 +78,8 @@ ROWS = (
         positions="compact",
         notes="The authors sum the layers from a given one up to the one the projector reads; the given layer has no "
         "published default that we know of, so the upper half of the tower is summed here. Other layers are an option "
-        "of the signal. Needs a tower with a CLS token.",
+        "of the signal. The number of tokens has no default either; the settings are those of the fixed-count "
+        "baseline in their repository. Needs a tower with a CLS token.",
         settings=(
             Setting("LLaVA-1.5", 256 / 576, "256 tokens"),
             Setting("LLaVA-1.5", 128 / 576, "128 tokens"),
@@ -194,7 +195,8 @@ ROWS = (
         positions="compact",
         notes="Anchors and the tokens around them are put before the registers in one ranking, so that the total is "
         "exact; the authors' counts are the same. Rows wrap and the ends are clamped as in their code, at any grid "
-        "width. The CLS token's query counts where the tower has one; towers without CLS need no other form.",
+        "width. The CLS token's query counts where the tower has one; a tower without CLS is scored by its patches' "
+        "queries alone (the authors' form for Qwen2.5-VL reads other layers).",
         settings=(
             Setting("LLaVA-1.5", 192 / 576, "192 tokens"),
             Setting("LLaVA-1.5", 128 / 576, "128 tokens"),
@@ -229,6 +231,7 @@ ROWS = (
         title="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language "
         "Models",
         link="https://arxiv.org/abs/2408.10945",
+        evidence="reconstructed",
         stages=(
             Stage(
                 Site("vision.out"),
@@ -248,7 +251,8 @@ ROWS = (
         positions="compact",
         notes="The method is for models that see an image and sharper crops of it. With one picture per image its four "
         "quarters stand in for the crops: half of the budget goes to the whole image, half to the quarters in "
-        "proportion to the first layer's attention. Quotas round down; the best tokens left fill up to the budget, "
+        "proportion to the first layer's attention, out of the tokens the first half has not taken (real crops have "
+        "tokens of their own). Quotas round down; the best tokens left fill up to the budget, "
         "where the authors keep fewer. Their code for a single picture is `fastervlm` (rows=1, columns=1 here), and "
         "in their code for crops a crop's part of the first layer's attention is a run of the sequence, not a "
         "rectangle. Needs a tower with a CLS token.",
@@ -282,7 +286,8 @@ ROWS = (
         positions="compact",
         notes="When the local half is not a multiple of the number of windows the authors keep fewer tokens; here the "
         "global half fills up. Windows of 6 by 6 on a grid of 24 by 24; on another grid as many as come nearest to "
-        "that size. Several images compete for one budget in the decoder. Needs a tower with a CLS token.",
+        "that size. Several images compete for one budget in the decoder. That the decoder's stage takes the "
+        "projections of the layer about to run is our reading. Needs a tower with a CLS token.",
         settings=(
             Setting("LLaVA-1.5", 32 / 576, "96 tokens, 32 from the middle on: 64 on average"),
             Setting("LLaVA-NeXT", 32 / 576, "of every crop"),
@@ -293,7 +298,7 @@ ROWS = (
         title="Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information",
         link="https://arxiv.org/abs/2409.01179",
         stages=(
-            Stage(Site("vision.out"), score=_CLS, select=None, signals=_JOINT),
+            Stage(Site("vision.out"), score=_CLS, select=None, share=1.0, signals=_JOINT),
             Stage(
                 Site("decoder.layer", 0),
                 score=Term("carried_then_question", _RECOVERY),
@@ -308,10 +313,10 @@ ROWS = (
         identity_at_one=False,
         notes="The authors let local outlier factors decide how many tokens attention keeps, how many the question "
         "recovers and how many centres merge the rest; here these are a half, a quarter and a quarter of the budget, "
-        "of which the last centre's place holds the sum of what is left over. They compare CLIP's text "
-        "embedding with CLIP's patches; here the decoder's embeddings of the question are compared with the projected "
-        "tokens, and nearness of tokens is measured on these instead of the tower's keys. All stay in image order. "
-        "Needs a tower with a CLS token.",
+        "of which the last centre's place holds the sum of what is left over. They compare CLIP's text embedding with "
+        "CLIP's patches; here the decoder's embeddings of the question are compared with the projected tokens, and "
+        "nearness of tokens is measured on these instead of the tower's keys. Weighted sums are of projected tokens, "
+        "theirs of the tower's, which are then projected. All stay in image order. Needs a tower with a CLS token.",
         settings=(Setting("LLaVA-1.5", 0.1, "adaptive, about a tenth of the tokens"),),
     ),
 )

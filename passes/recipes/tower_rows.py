@@ -49,8 +49,10 @@ ROWS = (
         notes="Kernel and greedy search are the authors'. Relevance is not: they compare patches with the question in "
         "CLIP's shared space, with the sign turned round, and no family here brings CLIP's text tower. As they do for "
         "Qwen2.5-VL (unpublished), relevance is taken from the decoder's own embeddings: the mean cosine with the text "
-        "behind the last image, template included. It is scaled to [0, 1] within each image, not over all crops. Once "
-        "the chosen tokens span all others, the most relevant come first; the authors' code divides rounding errors.",
+        "behind the last image, template included. It is scaled to [0, 1] within each image, not over all crops, and "
+        "without their 1e-6, so the least relevant token comes last. A token of which the chosen ones leave less than "
+        "1e-4 is taken by relevance after all others; the authors' code divides rounding errors there. They publish no "
+        "default budget.",
     ),
     Recipe(
         name="scope",
@@ -149,11 +151,11 @@ ROWS = (
         ),
         positions="compact",
         collapses=True,
-        notes="As many tokens are merged after each of the 23 layers LLaVA uses; the authors merge inside the block, "
-        "between attention and MLP. In a shallower tower the merges that fall on one layer become one. One matching "
-        "can remove half of the tokens; a smaller budget takes several in a row, the later ones on the mean keys of "
-        "what was merged. Survivors stay in image order, the authors put unmerged sources first, so that later "
-        "matchings split the tokens otherwise. The size of a token weighs in merges but not in attention (no "
+        notes="The same number of tokens is merged after each of the 23 layers LLaVA uses; the authors merge inside "
+        "the block, between attention and MLP. In a shallower tower the merges that fall on one layer become one. One "
+        "matching can remove half of the tokens; a smaller budget takes several in a row, the later ones on the mean "
+        "keys of what was merged. Survivors stay in image order, the authors put unmerged sources first, so that "
+        "later matchings split the tokens otherwise. The size of a token weighs in merges but not in attention (no "
         "proportional attention). CLS is never merged. The budgets are those at which SparseVLM's authors ran ToMe.",
         settings=_LLAVA,
     ),

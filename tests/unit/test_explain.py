@@ -143,8 +143,8 @@ def test_it_prints_itself(explained: Callable[..., Explanation]) -> None:
         "  score cls_attention_mean(heads='sum')",
         "  select top_k_and_uniform(contextual=0.156)",
         "  merge nearest_target(average='assigned')",
-        "  signal cls_attention",
-        "  signal keys",
+        "  signal cls_attention heads=split layer=read",
+        "  signal keys layer=read",
     ]
     assert lines[12] == "layers 0-3: 8 visual + 24 text"
     assert [line.split()[:2] for line in lines[13:16]] == [["flops", n] for n in ("vision", "prefill", "decode")]
@@ -199,7 +199,7 @@ def test_the_verb_prints_json(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("fastvv",), "--recipe: no recipe 'fastvv' (available: divprune, "),
+        (("fastvv",), "--recipe: no recipe 'fastvv' (available: adaptinfer, "),
         (("fastv", "--keep", "2"), "--keep: keep ratio 2 is out of (0, 1]; 1 keeps every visual token, "),
         (("fastv", "--dtype", "fp8"), "--dtype: no dtype 'fp8' (available: fp32, fp16, bf16)"),
         (

@@ -249,7 +249,7 @@ def test_grid_first_takes_the_grid_and_the_best(size: tuple[int, Grid, int], see
     keep = top_k(grid_first(score, k, attention=attention), k).keep
     ranked = int(attention * (k - 1) + 0.5)
     places = k - 1 - ranked
-    even = {place * (count // places) for place in range(places)} if places else set()
+    even = set(np.floor(np.arange(places) * count / max(places, 1) + 1e-9).astype(int).tolist())
     for group in range(groups):
         best = set(score[group].topk(ranked).indices.tolist())
         assert best | even <= set(keep[group].tolist())

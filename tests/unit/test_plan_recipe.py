@@ -59,7 +59,8 @@ def test_default_keep_gives_the_published_numbers(name: str, lengths: list[int])
     layers=st.integers(4, 80),
 )
 def test_lengths_never_grow_and_layers_always_do(name: str, keep: float, images: int, tokens: int, layers: int) -> None:
-    stages = plan(RECIPES[name], keep=keep, images=images, tokens_per_image=tokens, decoder_layers=layers).stages
+    planned = plan(RECIPES[name], keep=keep, images=images, tokens_per_image=tokens, decoder_layers=layers)
+    stages, rows = planned.stages, planned.recipe.stages
     total = images * tokens
     for before, stage in zip((None, *stages), stages, strict=False):
         assert (0 if leaves_none(stage) else 1) <= stage.length_out <= stage.length_in
@@ -70,8 +71,8 @@ def test_lengths_never_grow_and_layers_always_do(name: str, keep: float, images:
             assert stage.site.layer > before.site.layer
         depth = 24 if stage.site.kind == "vision.layer" else layers
         assert stage.site.layer is None or stage.site.layer < depth
-    pruning = [stage for stage in stages if RECIPES[name].stages[stage.index].prunes]
-    if pruning and RECIPES[name].stages[pruning[-1].index].count is None:
+    pruning = [stage for stage in stages if rows[stage.index].prunes]
+    if pruning and rows[pruning[-1].index].count is None:
         last = pruning[-1]
         wanted = keep * total / last.groups
         assert abs(last.length_out - wanted) <= 0.5 + 1e-6 or last.length_out == 1

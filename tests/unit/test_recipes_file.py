@@ -27,7 +27,7 @@ SELECTORS = f"(available: {', '.join(sorted(registry.SELECTORS))})"
 MERGES = f"(available: {', '.join(sorted(registry.MERGES))})"
 SITES = "(available: vision.layer[i], vision.out, projector.out, decoder.layer[k])"
 STAGE_FIELDS = "site, select, score, merge, share, count, scope, window, signals"
-RECIPE_FIELDS = "name, title, link, positions, evidence, notes, identity_at_one, settings, schedule, stages"
+RECIPE_FIELDS = "name, title, link, positions, evidence, notes, identity_at_one, collapses, settings, schedule, stages"
 
 
 def test_a_short_file_reads() -> None:

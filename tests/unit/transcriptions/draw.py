@@ -75,5 +75,3 @@ def _draw(name: str, groups: int, n: int, source: torch.Generator) -> Tensor:
         "branch_outputs": lambda: normal(2, total, WIDTH),
     }
     return made[name]()
-
-

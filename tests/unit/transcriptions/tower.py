@@ -215,8 +215,9 @@ def flowcut(view: View) -> Expected:
     relation = mean_over_heads(view.cls_attention)
     similar = [0.0] * n
     for head in range(heads):
-        products = [float(np.dot(view.cls_values[head].astype(float), view.values[head, j])) for j in range(n)]
-        total = sum(math.exp(p) for p in products)
+        own = view.cls_values[head].astype(float)
+        products = [float(np.dot(own, view.values[head, j])) for j in range(n)]
+        total = math.exp(float(np.dot(own, own))) + sum(math.exp(p) for p in products)
         for j in range(n):
             similar[j] += math.exp(products[j]) / total / heads
     magnitude = [sum(abs(float(x)) for x in np.mean(view.values[:, j].astype(float), axis=0)) for j in range(n)]

@@ -131,7 +131,7 @@ def prumerge_plus(view: View) -> Expected:
     order = by_score(score)
     kept = order[: half_up(0.25 * (view.k - 1))]
     places = view.k - 1 - len(kept)
-    grid = [place * (view.count // places) for place in range(places)]
+    grid = [int(place * view.count / places + 1e-9) for place in range(places)]
     kept += [token for token in grid if token not in kept]
     order = [token for token in order if token not in kept]
     while len(kept) < view.k - 1:

@@ -88,7 +88,7 @@ def summarize(bundle: Path) -> dict[str, Any]:
     from secateur.runtime.manifest import read_manifest
 
     m = read_manifest(bundle)
-    text = m.geometry.text_tokens
+    text = m.geometry.fixed_tokens
     return {
         "bundle": str(bundle),
         "bytes": sum(entry.bytes for entry in m.files.values()),

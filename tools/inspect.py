@@ -103,9 +103,11 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
         ("paper", f"{m.recipe.title} {m.recipe.link}".strip()),
         ("geometry", f"batch {g.batch}, {g.images} image(s) of {g.image_height}x{g.image_width} per row, "
                      f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
-        ("visual tokens", f"{g.tokens_per_image} per image, {g.features_per_image} enter the decoder"),
+        ("visual tokens", f"{g.tokens_per_image} per image, {g.features_per_image - g.extra_rows} enter the decoder"
+                          + (f", with {g.extra_rows} row(s) behind each image" if g.extra_rows else "")),
         ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
+        *(("note", note) for note in m.notes),
         ("caches", size_text(facts["cache_bytes"])),
         ("on disk", size_text(facts["bytes"])),
         ("made by", f"secateur {m.secateur}; " + ", ".join(f"{k} {v}" for k, v in sorted(m.versions.items()))),
@@ -129,7 +131,7 @@ def draw_segments(m: Manifest, facts: dict[str, Any]) -> Table:
     table = make_table("segment", "layers", "tokens", "visual", "capacity", "caches", title="Segments")
     for s in m.segments:
         table.add_row(
-            s.name, f"{s.first_layer}-{s.last_layer - 1}", str(s.length), str(s.length - m.geometry.text_tokens),
+            s.name, f"{s.first_layer}-{s.last_layer - 1}", str(s.length), str(s.length - m.geometry.fixed_tokens),
             str(s.capacity), size_text(facts["segment_cache_bytes"][s.name]),
         )  # fmt: skip
     return table

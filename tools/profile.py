@@ -96,7 +96,7 @@ def profile_bundles(
                     "target": m.target,
                     "dtype": m.dtype,
                     "geometry": m.geometry.model_dump(),
-                    "visual_tokens": {s.name: s.length - m.geometry.text_tokens for s in m.segments},
+                    "visual_tokens": {s.name: s.length - m.geometry.fixed_tokens for s in m.segments},
                     "flops": {name: program.flops for name, program in m.programs.items()},
                     "times": sample.summary(),
                     "cache_bytes": cache_bytes(m),

@@ -50,7 +50,7 @@ class Bundle:
     def visual_tokens(self) -> list[tuple[int, int]]:
         """(layers, visual tokens of a row) per segment."""
         m = self.session.manifest
-        return [(s.last_layer - s.first_layer, s.length - m.geometry.text_tokens) for s in m.segments]
+        return [(s.last_layer - s.first_layer, s.length - m.geometry.fixed_tokens) for s in m.segments]
 
     @property
     def flops(self) -> dict[str, int]:

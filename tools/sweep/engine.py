@@ -174,8 +174,7 @@ class Engine:
 
 def describe(manifest: Manifest) -> dict[str, Any]:
     """What the tables say about a bundle: [layers, visual tokens] per segment, and FLOPs."""
-    geometry = manifest.geometry
-    fixed = geometry.text_tokens + geometry.images * geometry.extra_rows
+    fixed = manifest.geometry.fixed_tokens
     return {
         "segments": [[s.last_layer - s.first_layer, s.length - fixed] for s in manifest.segments],
         "flops": {name: program.flops for name, program in manifest.programs.items()},

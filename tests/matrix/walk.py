@@ -68,7 +68,7 @@ def walk(cells: Sequence[Cell], work: Path, jobs: int) -> Iterator[tuple[Cell, d
             yield cell, record
     finally:
         pool.shutdown(cancel_futures=True)
-        for folder in work.glob("models-*"):
+        for folder in (f for kind in ("models-*", "bundle-*", "engine-*") for f in work.glob(kind)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

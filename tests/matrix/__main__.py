@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     unbuilt = sum(r["outcome"]["passed"] is None for r in records)
     if unbuilt:
         notes.print(
-            f"{unbuilt} engines not built: tensorrt-rtx is not installed (pip install 'secateur[tensorrt-rtx]')"
+            f"{unbuilt} engines not built: tensorrt-rtx is not installed (pip install 'secateur[tensorrt-rtx]')",
+            markup=False,
         )
     for line in failed:
         notes.print(f"failed: {line}", markup=False)

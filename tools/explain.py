@@ -109,8 +109,8 @@ def draw(found: Explanation) -> list[Table]:
                 stages.add_row(name, site, role, Text(text))
     layers = make_table("layers", "visual", "text", "length", title="Tokens per row")
     for first, last, visual in found.segments():
-        text = g.text_tokens + found.extra_tokens
-        layers.add_row(f"{first}-{last}", str(visual), str(text), str(visual + text))
+        slots = g.text_tokens + found.extra_tokens
+        layers.add_row(f"{first}-{last}", str(visual), str(slots), str(visual + slots))
     cost = make_table("cost", "unpruned", "pruned", "left", title="Costs of one batch (decode: one step)")
     for name, change in found.flops.items():
         cost.add_row(f"{name} FLOPs", flops_text(change.before), flops_text(change.after), f"{change.ratio:.1%}")

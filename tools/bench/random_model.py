@@ -27,10 +27,11 @@ def random_config(image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None 
     from secateur.tools.demo.architecture import VOCABULARY_SIZE, build_config
 
     demo = build_config()
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 8, **(tower or {})}
     vision = CLIPVisionConfig(
         image_size=image_size, patch_size=PATCH_SIZE, projection_dim=512, hidden_act="quick_gelu",
-        **(sizes | dict(tower or {})),
+        **sizes,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=VOCABULARY_SIZE, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,

@@ -20,7 +20,7 @@ class Terminated(BaseException):
 
 
 # An exception's own text is cut here: backends put whole graphs into theirs.
-_LONGEST_LINE = 400
+_LONGEST_LINE = 1200  # room for the names of a whole table
 
 # The extra that brings a package, by the name it is imported under.
 EXTRAS = {

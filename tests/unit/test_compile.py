@@ -279,7 +279,9 @@ def test_a_bar_shows_the_step_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
     from secateur.tools import progress
+    from secateur.tools.console import set_up_logging
 
+    set_up_logging()  # as the command line does; whoever logs less is shown no bars
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(progress, "notes", terminal)
     with progress.show_progress() as tell:

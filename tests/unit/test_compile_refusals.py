@@ -23,7 +23,7 @@ from secateur.tools import cli
 from .tiny_model import write_config
 
 GEOMETRY = Geometry(text_tokens=24, new_tokens=8)
-NAMES = "divprune, fastervlm, fastv, none, pyramiddrop, random, visionzip"
+NAMES = ", ".join(sorted(pipeline.RECIPES))
 PASS_NAMES = ", ".join(p.name for p in pipeline.PASSES)
 KEEP = "1 keeps every visual token, 0.25 a quarter of them"
 
@@ -47,7 +47,7 @@ def secateur(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
 ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "recipe": (
         ("--recipe", "fastvv"),
-        f"--recipe: no recipe 'fastvv' (available: {NAMES}); or give the path of a .yaml file",
+        f"--recipe: no recipe 'fastvv' (available: {NAMES}); or give a .yaml file, or FILE.py:NAME",
     ),
     "recipe file": (("--recipe", "absent.yaml"), "absent.yaml: cannot read it: No such file or directory"),
     "keep 0": (("--recipe", "fastv", "--keep", "0"), f"--keep: keep ratio 0 is out of (0, 1]; {KEEP}"),

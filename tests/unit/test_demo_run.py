@@ -58,7 +58,9 @@ def test_nothing_pruned_leaves_the_picture_alone(picture: Image.Image) -> None:
 def stub_bundle(label: str, tokens: list[int], divide: int, answers: list[Asked]) -> Bundle:
     program = SimpleNamespace(flops=8_000_000 // divide, unpruned_flops=8_000_000)
     manifest = SimpleNamespace(
-        geometry=SimpleNamespace(batch=1, text_tokens=10, tokens_per_image=16, image_width=32, image_height=32),
+        geometry=SimpleNamespace(
+            batch=1, text_tokens=10, fixed_tokens=10, tokens_per_image=16, image_width=32, image_height=32
+        ),
         segments=[
             SimpleNamespace(name=f"s{i}", first_layer=i, last_layer=i + 1, length=10 + n, capacity=12 + n)
             for i, n in enumerate(tokens)

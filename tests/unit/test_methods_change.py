@@ -238,7 +238,7 @@ def test_transition_grows_with_length_and_turn() -> None:
 # Rows
 
 
-def test_transprune_says_how_deep_a_decoder_it_needs() -> None:
+def test_transprune_watches_fewer_layers_of_a_shallow_decoder() -> None:
     def plan(layers: int) -> list[int | None]:
         stages = plan_recipe(
             RECIPES["transprune"], keep=None, images=1, tokens_per_image=16, vision_layers=4, decoder_layers=layers
@@ -246,9 +246,11 @@ def test_transprune_says_how_deep_a_decoder_it_needs() -> None:
         return [stage.site.layer for stage in stages]
 
     assert plan(32) == [7, 8, 9, 10, 11, 12]
-    assert plan(7) == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(UserError, match="6 layers are too few"):
-        plan(6)
+    assert plan(24) == [5, 6, 7, 8, 9]
+    assert plan(8) == [2, 3, 4]
+    assert plan(4) == [1, 2, 3]
+    with pytest.raises(UserError, match="3 layers are too few"):
+        plan(3)
 
 
 @pytest.mark.parametrize("name", ["dycoke", "evs", "framefusion"])

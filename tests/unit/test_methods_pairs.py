@@ -170,7 +170,7 @@ def test_a_merge_without_pairs_says_what_is_missing() -> None:
 @pytest.mark.parametrize("name", ["tome", "crossget"])
 def test_forced_survivors_take_nothing_with_them(name: str) -> None:
     plan = plan_recipe(
-        RECIPES[name], keep=0.5, images=1, tokens_per_image=20, vision_layers=24, decoder_layers=32, grid=(4, 5)
+        RECIPES[name], keep=0.5, images=1, tokens_per_image=20, vision_layers=2, decoder_layers=32, grid=(4, 5)
     )
     stage = stage_function(plan.stages[0])
     signals = draw_signals(stage, 1, seed=0)

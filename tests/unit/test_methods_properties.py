@@ -40,7 +40,7 @@ def check_keep(keep: torch.Tensor, groups: int, count: int, k: int) -> None:
 def test_top_k_keeps_exactly_the_highest(data: st.DataObject) -> None:
     groups, count, k = data.draw(sizes())
     score = data.draw(scores(groups, count))
-    keep, targets = top_k(score, k)
+    keep, targets, _ = top_k(score, k)
     check_keep(keep, groups, count, k)
     assert targets is None
     kept = torch.zeros(groups, count, dtype=torch.bool).scatter(1, keep, True)
@@ -54,7 +54,7 @@ def test_top_k_keeps_exactly_the_highest(data: st.DataObject) -> None:
 def test_top_k_and_uniform_marks_its_share(data: st.DataObject, contextual: float) -> None:
     groups, count, k = data.draw(sizes())
     score = data.draw(scores(groups, count))
-    keep, targets = top_k_and_uniform(score, k, contextual=contextual)
+    keep, targets, _ = top_k_and_uniform(score, k, contextual=contextual)
     check_keep(keep, groups, count, k)
     assert targets is not None
     number = targets.sum(dim=1)
@@ -77,8 +77,8 @@ def test_max_min_keeps_k_different_tokens(data: st.DataObject) -> None:
         tokens[:, 0] = 0.0
     keep = max_min(tokens, k).keep
     check_keep(keep, groups, count, k)
-    for group in range(groups):
-        assert (max_min(tokens[group : group + 1], k).keep[0] == keep[group]).all(), "groups are not independent"
+    # Other neighbours, the same batch: a matrix product of another shape may round otherwise and part duplicates.
+    assert (max_min(tokens.flip(0), k).keep.flip(0) == keep).all(), "groups are not independent"
 
 
 @SETTINGS

@@ -31,20 +31,20 @@ def ranked() -> torch.Tensor:
 def test_either_of_two_equal_scores_may_stay(ranked: torch.Tensor) -> None:
     stage = plan("top_k", "cls_attention_mean")
     tokens = torch.zeros(1, N, 1)
-    assert is_tied(stage, torch.tensor([0, 1, 2, 4]), ranked, tokens)
-    assert is_tied(stage, torch.tensor([0, 1, 2, 3]), ranked, tokens)
+    assert is_tied(stage, torch.tensor([0, 1, 2, 4]), ranked, {"tokens": tokens})
+    assert is_tied(stage, torch.tensor([0, 1, 2, 3]), ranked, {"tokens": tokens})
 
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 5], [1, 2, 3, 4], [8, 9, 10, 11]])
 def test_a_tie_at_the_cut_excuses_no_other_choice(ranked: torch.Tensor, wrong: list[int]) -> None:
-    assert not is_tied(plan("top_k", "cls_attention_mean"), torch.tensor(wrong), ranked, torch.zeros(1, N, 1))
+    assert not is_tied(plan("top_k", "cls_attention_mean"), torch.tensor(wrong), ranked, {})
 
 
 def test_every_image_must_be_explained(ranked: torch.Tensor) -> None:
     stage, clear = plan("top_k", "cls_attention_mean", images=2), torch.arange(N, 0, -1).float()[None]
     score, tokens = torch.cat([ranked, clear]), torch.zeros(2, N, 1)
-    assert is_tied(stage, torch.tensor([0, 1, 2, 4, 12, 13, 14, 15]), score, tokens)
-    assert not is_tied(stage, torch.tensor([0, 1, 2, 4, 12, 13, 14, 16]), score, tokens)
+    assert is_tied(stage, torch.tensor([0, 1, 2, 4, 12, 13, 14, 15]), score, {"tokens": tokens})
+    assert not is_tied(stage, torch.tensor([0, 1, 2, 4, 12, 13, 14, 16]), score, {"tokens": tokens})
 
 
 def test_targets_follow_from_a_tie_among_the_dominant(ranked: torch.Tensor) -> None:
@@ -53,21 +53,21 @@ def test_targets_follow_from_a_tie_among_the_dominant(ranked: torch.Tensor) -> N
     score[0, 3] = score[0, 2]  # the cut of the three dominant ones lies between tokens 2 and 3
     for order in (score, score.index_fill(1, torch.tensor([3]), float(score[0, 2]) + 1e-3)):
         kept = stage.choose({"score": order})[0]
-        assert is_tied(stage, kept, score, torch.zeros(1, N, 1))
-    assert not is_tied(stage, torch.tensor([0, 1, 2, 11]), score, torch.zeros(1, N, 1))
+        assert is_tied(stage, kept, score, {})
+    assert not is_tied(stage, torch.tensor([0, 1, 2, 11]), score, {})
 
 
 def test_greedy_choices_are_replayed_step_by_step() -> None:
     torch.manual_seed(0)
     stage, tokens = plan("max_min", None), torch.randn(1, N, 16)
     kept = stage({"tokens": tokens}).keep[0]
-    assert is_tied(stage, kept, None, tokens)
+    assert is_tied(stage, kept, None, {"tokens": tokens})
     other = kept.clone()
     other[-1] = next(t for t in range(N) if t not in kept.tolist())
-    assert not is_tied(stage, other.sort().values, None, tokens)
+    assert not is_tied(stage, other.sort().values, None, {"tokens": tokens})
     twin = tokens.clone()
     spare = next(t for t in range(N) if t not in kept.tolist())
     twin[0, spare] = twin[0, kept[0]]  # two equal tokens: either may stand for both
     chosen = stage({"tokens": twin}).keep[0]
     swapped = [spare if t == int(kept[0]) else int(kept[0]) if t == spare else t for t in chosen.tolist()]
-    assert is_tied(stage, torch.tensor(sorted(swapped)), None, twin)
+    assert is_tied(stage, torch.tensor(sorted(swapped)), None, {"tokens": twin})

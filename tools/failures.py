@@ -20,7 +20,9 @@ class Terminated(BaseException):
 
 
 # An exception's own text is cut here: backends put whole graphs into theirs.
-_LONGEST_LINE = 1200  # room for the names of a whole table
+_LONGEST_LINE = 400
+# Our own may name everything there is to choose from, the whole table of recipes for instance.
+_OWN_LINE = 1200
 
 # The extra that brings a package, by the name it is imported under.
 EXTRAS = {
@@ -47,7 +49,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     `SecateurError` brings its own.
     """
     if isinstance(error, SecateurError):
-        return _on_one_line(str(error)), error.exit_code
+        return _on_one_line(str(error), _OWN_LINE), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if isinstance(error, Terminated):
@@ -63,6 +65,6 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     return f"{text}; run with --debug for the traceback", 1
 
 
-def _on_one_line(text: str) -> str:
+def _on_one_line(text: str, longest: int = _LONGEST_LINE) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE].rstrip() + " …"
+    return line if len(line) <= longest else line[:longest].rstrip() + " …"

@@ -79,6 +79,10 @@ def test_max_min_keeps_k_different_tokens(data: st.DataObject) -> None:
     check_keep(keep, groups, count, k)
     # Other neighbours, the same batch: a matrix product of another shape may round otherwise and part duplicates.
     assert (max_min(tokens.flip(0), k).keep.flip(0) == keep).all(), "groups are not independent"
+    unlike = torch.randn(groups, count, 6, generator=source)
+    keep = max_min(unlike, k).keep
+    for group in range(groups):
+        assert (max_min(unlike[group : group + 1], k).keep[0] == keep[group]).all(), "groups are not independent"
 
 
 @SETTINGS

@@ -242,8 +242,8 @@ def say_misses(records: list[dict[str, Any]]) -> str:
         return f"No line of {len(lines)} misses it."
     relative = max(float(o[kind]) / max(1.0, scale) for o in over for kind, scale in o["scales"].items())
     return (
-        f"{len(over)} of {len(lines)} lines miss the last one, by values that differ by {max(map(largest, over)):.1e} at "
-        f"most; that is {relative:.1e} of the magnitudes compared. measurements.md says whose rounding it is."
+        f"{len(over)} of {len(lines)} lines miss the last one, by values that differ by {max(map(largest, over)):.1e} "
+        f"at most; that is {relative:.1e} of the magnitudes compared. measurements.md says whose rounding it is."
     )
 
 

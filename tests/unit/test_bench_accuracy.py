@@ -11,6 +11,7 @@ from rich.console import Console
 from secateur.compiler.pipeline import RECIPES, Geometry
 from secateur.runtime.errors import UserError
 from secateur.runtime.session import Session
+from secateur.tools.bench import accuracy_bounds
 from secateur.tools.bench.accuracy import KEEPS
 from secateur.tools.bench.accuracy_page import draw, judge_ceiling, markdown, table_rows, write
 from secateur.tools.sweep.bundles import Bundles
@@ -26,7 +27,8 @@ def record(row: str, keep: float, score: float, **changes: Any) -> dict[str, Any
     return {
         "row": row, "ratio": keep, "keep": keep, "accuracy": score, "questions": 1000,
         "kinds": dict.fromkeys(KINDS, score), "segments": [[1, 196], [7, round(196 * keep)]],
-        "flops": programs, "unpruned_flops": programs, **changes,
+        "flops": programs, "unpruned_flops": programs, "right": "1" * round(20 * score) + "0" * round(20 * (1 - score)),
+        **changes,
     }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def test_grid_has_every_recipe_at_every_ratio_and_none_once() -> None:
     assert len(cells) == 1 + (len(pruning) + 2) * len(KEEPS)
     assert {cell.row for cell in cells} == {"none", *pruning, ORACLE, ORACLE_COMPACT}
     assert len({cell.file_name for cell in cells}) == len(cells)
-    assert [cell.row for cell in cells if cell.by_oracle] == [ORACLE] * 5 + [ORACLE_COMPACT] * 5
+    assert [cell.row for cell in cells if cell.by_oracle] == [ORACLE] * len(KEEPS) + [ORACLE_COMPACT] * len(KEEPS)
     with pytest.raises(UserError, match="no recipe 'fast'"):
         choose_recipes(["fast"])
 
@@ -74,6 +76,35 @@ def test_page_says_what_each_cell_costs() -> None:
     assert "| fastv | 0.25 | 1 × 196, 7 × 49 | 100 (1.00×) | 400 (2.50×) | 10 (1.00×) | 50.0 |" in page
     assert "| fastv | 50.0 | 50.0 |" in page
     assert "`abababababababab…`" in page
+
+
+def test_sign_test_is_the_exact_binomial_one() -> None:
+    assert accuracy_bounds.sign_test(0, 0) == accuracy_bounds.sign_test(5, 5) == 1.0
+    assert accuracy_bounds.sign_test(0, 5) == pytest.approx(2 / 32)
+    assert accuracy_bounds.sign_test(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+
+
+def test_rows_outside_the_bounds_are_found_and_explained_only_by_the_control() -> None:
+    bounds = [record("none", 1.0, 1.0), record("random", 0.5, 0.5), record(ORACLE, 0.5, 0.7)]
+    rows = [record("fitprune", 0.5, 0.1), record("fastv", 0.5, 0.45), record("aim", 0.5, 1.0), record("dart", 0.5, 0.6)]
+    found = [*bounds, *rows]
+    assert [s.row for s in accuracy_bounds.under_floor(found)] == ["fitprune"]
+    assert [s.row for s in accuracy_bounds.level_with_floor(found)] == ["fastv"]
+    assert [s.row for s in accuracy_bounds.over_ceiling(found)] == ["aim"]
+    (control,) = accuracy_bounds.control_cells(found)
+    assert [stage.site.layer for stage in control.recipe.stages] == [12, 18, 24]
+    assert accuracy_bounds.move_later(RECIPES["divprune"]) is None
+    (control,) = accuracy_bounds.control_cells([*bounds, record("pact", 0.5, 0.1)])
+    assert control.recipe.stages[0].select is not None
+    assert control.recipe.stages[0].select.options["candidates"] == 1.0
+    (control,) = accuracy_bounds.control_cells(found)
+    for accuracy in (0.3, 0.9):
+        page = accuracy_bounds.write([*found, record(control.row, 0.5, accuracy)])
+        assert ("does not explain: fitprune 0.5 stays at 30.0" in page) == (accuracy == 0.3)
+        assert f"| fitprune | 0.5 | 10.0 | 50.0 | {100 * accuracy:.1f}, stages further in |" in page
+        assert "* `fitprune`: ranks by" in page
+        assert "fastv 0.5 (45.0 to 50.0)" in page
+        assert "Above it: aim 100.0." in page
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Accuracy of the demo model against keep ratio, for every recipe: `python -m secateur.tools.bench accuracy`.
 
 A sweep over the held-out questions without timing, written as a page. `random` is the floor; the rows `oracle-keep` are
-the ceiling: the patches with most ink, which the scene generator knows, enter the pruned decoder. Interrupt it when you
-like: finished cells are kept below the work folder and hold as long as weights and programs do.
+the ceiling: the patches with most ink, which the scene generator knows, enter the pruned decoder. A row under the floor
+is asked again with one thing changed, the control. Interrupt it when you like: finished cells are kept below the work
+folder and hold as long as weights and programs do.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from secateur.tools.sweep.data import read_demo
 from secateur.tools.sweep.engine import Engine
 from secateur.tools.sweep.records import write_record
 
-QUESTIONS = 1000
-KEEPS = (1.0, 0.5, 0.25, 0.1, 0.05)
+QUESTIONS = 300
+KEEPS = (1.0, 0.5, 0.25, 0.1)
 GEOMETRY = Geometry(batch=1, images=1, text_tokens=24, new_tokens=4)
 
 
@@ -48,13 +49,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from secateur.tools.bench import accuracy_page
+    from secateur.tools.bench import accuracy_bounds, accuracy_page
+    from secateur.tools.sweep import frontier
 
     whole = options.recipes is None and tuple(options.keeps) == KEEPS and options.questions == QUESTIONS
     cells = list_cells(choose_recipes(options.recipes), options.keeps)
     bundles = Bundles(options.model, GEOMETRY, options.work / f"accuracy-{options.questions}")
     engine = Engine(bundles, read_demo(options.questions), options.threads, repeat=0, fresh=options.fresh)
     records = engine.run(cells)
+    controls = accuracy_bounds.control_cells(records)
+    if controls:
+        # The unpruned model comes first in every walk; its record holds.
+        records += engine.run([cells[0], *controls])[1:]
     report = {
         "model": engine.model_digest, "questions": options.questions, "geometry": vars(GEOMETRY), "cells": records,
     }  # fmt: skip
@@ -66,7 +72,10 @@ def run(options: argparse.Namespace) -> None:
         raise SecateurError(f"{len(engine.failures)} cells failed, the first with: {reason}", where=str(cell))
     if whole:
         options.docs.write_text(accuracy_page.write(report))
-        notes.print(f"wrote {options.docs}")
+        shown = [r for r in records if not accuracy_bounds.is_control(r)]
+        about = {"model": "demo model", "data": "the held-out set", "frontier": frontier.find_frontier(shown)}
+        frontier.plot({**report, **about, "cells": shown}, options.docs.with_name("frontier.png"))
+        notes.print(f"wrote {options.docs} and frontier.png beside it")
     else:
         notes.print(f"{options.docs} is written only for all recipes, keep ratios and {QUESTIONS} questions")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from secateur.tools.bench import accuracy_bounds
 from secateur.tools.inspect import flops_text
 from secateur.tools.sweep.cells import ORACLE, ORACLE_COMPACT
 
@@ -77,7 +78,8 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def write(report: Record) -> str:
     """The page, whole."""
-    records, geometry = report["cells"], report["geometry"]
+    every, geometry = report["cells"], report["geometry"]
+    records = [r for r in every if not accuracy_bounds.is_control(r)]
     return f"""# Accuracy against keep ratio
 
 Made by `make bench` (`python -m secateur.tools.bench accuracy`); edits are overwritten.
@@ -95,6 +97,10 @@ Accuracy in %:
 tower's features and enter the pruned decoder, at their original positions or (`{ORACLE_COMPACT}`) numbered anew.
 {judge_ceiling(records)}
 `none` has no keep ratio to vary. Where a recipe differs from `none` at keep 1, it does more than remove tokens.
+
+![Accuracy against FLOPs](frontier.png)
+
+{accuracy_bounds.write(every)}
 
 ## By kind of question, keep {KINDS_KEEP:g}
 

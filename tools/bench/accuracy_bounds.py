@@ -1,0 +1,212 @@
+"""How every recipe stands to the floor (``random``) and the ceiling (``oracle-keep``), and why where it is outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from secateur.compiler.pipeline import RECIPES, Recipe
+from secateur.compiler.recipe import Site
+from secateur.tools.sweep.cells import ORACLE, ORACLE_COMPACT, Cell
+
+Record = dict[str, Any]
+FLOOR = "random"
+CONTROL = ", control"
+SIGNIFICANT = 0.05
+FIRST, LAST, DEPTH = 12, 24, 32
+"""Where the control's first and last decoder stage stand: at these layers of a decoder of so many."""
+EXPLAINED = 0.9
+"""A control that answers so many is an explanation, even where ``random`` answers more."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """An experiment that tells why a recipe loses: what it changes, in the table and as an explanation."""
+
+    change: Callable[[Recipe], Recipe | None]
+    shown: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A recipe at one keep ratio against a bound: questions only it, and only the bound, answers right."""
+
+    row: str
+    ratio: float
+    accuracy: float
+    bound: float
+    won: int
+    lost: int
+
+    @property
+    def p(self) -> float:
+        """Two-sided sign test over the questions that exactly one of the two answers right."""
+        return sign_test(self.won, self.lost)
+
+
+def sign_test(won: int, lost: int) -> float:
+    """How likely a fair coin parts ``won + lost`` throws at least this unevenly."""
+    throws, fewer = won + lost, min(won, lost)
+    return min(1.0, 2.0 * sum(math.comb(throws, i) for i in range(fewer + 1)) / 2**throws)
+
+
+def compare(records: Sequence[Record], bound: str) -> list[Standing]:
+    """Every recipe at every ratio below 1 at which ``bound`` was asked the same questions."""
+    bounds = {r["ratio"]: r for r in records if r["row"] == bound and r["ratio"] < 1.0}
+    found = []
+    for record in records:
+        other = bounds.get(record["ratio"])
+        if other is None or record["row"] in (FLOOR, ORACLE, ORACLE_COMPACT, "none") or is_control(record):
+            continue
+        pairs = list(zip(record["right"], other["right"], strict=True))
+        won, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
+        found.append(
+            Standing(record["row"], record["ratio"], record["accuracy"], other["accuracy"], won, lost)
+        )  # fmt: skip
+    return found
+
+
+def under_floor(records: Sequence[Record]) -> list[Standing]:
+    """Those that lose to the floor by more than chance."""
+    return [s for s in compare(records, FLOOR) if s.won < s.lost and s.p < SIGNIFICANT]
+
+
+def level_with_floor(records: Sequence[Record]) -> list[Standing]:
+    """Those at or under the floor, by no more than chance."""
+    return [s for s in compare(records, FLOOR) if s.accuracy <= s.bound and s not in under_floor(records)]
+
+
+def over_ceiling(records: Sequence[Record]) -> list[Standing]:
+    """Those that beat the ceiling by more than chance."""
+    return [s for s in compare(records, ORACLE) if s.won > s.lost and s.p < SIGNIFICANT]
+
+
+def control_cells(records: Sequence[Record]) -> list[Cell]:
+    """For every cell under the floor its control, where it has one."""
+    return [
+        Cell(s.row + CONTROL, replace(changed, name=s.row + CONTROL), s.ratio)
+        for s in under_floor(records)
+        if (changed := _control_of(s.row).change(RECIPES[s.row]))
+    ]
+
+
+def move_later(recipe: Recipe) -> Recipe | None:
+    """The recipe with its stages inside the decoder spread from layer 12 to 24 of 32; None where it has none."""
+    inside = [i for i, stage in enumerate(recipe.stages) if _is_inside(stage.site)]
+    if not inside:
+        return None
+    stages = list(recipe.stages)
+    for step, index in enumerate(inside):
+        layer = FIRST + round((LAST - FIRST) * step / max(len(inside) - 1, 1))
+        stages[index] = replace(stages[index], site=Site("decoder.layer", layer, DEPTH))
+    return replace(recipe, stages=tuple(stages))
+
+
+def _cluster_all(recipe: Recipe) -> Recipe:
+    stages = []
+    for stage in recipe.stages:
+        assert stage.select is not None, "PACT has one stage, which selects"
+        options = {**stage.select.options, "candidates": 1.0}
+        stages.append(replace(stage, select=replace(stage.select, options=options)))
+    return replace(recipe, stages=tuple(stages))
+
+
+def is_control(record: Record) -> bool:
+    return str(record["row"]).endswith(CONTROL)
+
+
+def _control_of(row: str) -> Control:
+    return _CONTROLS.get(row, _LATER)
+
+
+def _is_inside(site: Site) -> bool:
+    return site.kind == "decoder.layer" and bool(site.layer)
+
+
+def write(records: Sequence[Record]) -> str:
+    """The page's section on bounds."""
+    return "\n\n".join(part for part in (_write_floor(records), _write_ceiling(records)) if part)
+
+
+def _write_floor(records: Sequence[Record]) -> str:
+    under, level = under_floor(records), level_with_floor(records)
+    compared = len(compare(records, FLOOR))
+    if not compared:
+        return ""
+    text = f"""## At or under `random`
+
+{compared} cells were compared with `random` at the same keep ratio, question by question. {len(under)} answer fewer
+right by more than chance (two-sided sign test, p < {SIGNIFICANT:g})."""
+    if level:
+        listed = ", ".join(f"{s.row} {s.ratio:g} ({_percent(s.accuracy)} to {_percent(s.bound)})" for s in level)
+        text += f"\nNo more right answers than `random`, and no fewer than chance allows: {listed}."
+    if not under:
+        return text
+    lines = ["| recipe | keep | accuracy | random | control |", "| --- | ---: | ---: | ---: | --- |"]
+    found = {(r["row"], r["ratio"]): float(r["accuracy"]) for r in records if is_control(r)}
+    for s in under:
+        accuracy = found.get((s.row + CONTROL, s.ratio))
+        shown = "" if accuracy is None else f"{_percent(accuracy)}, {_control_of(s.row).shown}"
+        lines.append(f"| {s.row} | {s.ratio:g} | {_percent(s.accuracy)} | {_percent(s.bound)} | {shown} |")
+    reasons = []
+    for control in dict.fromkeys(_control_of(s.row) for s in under):
+        rows = ", ".join(dict.fromkeys(f"`{s.row}`" for s in under if _control_of(s.row) is control))
+        reasons.append(f"* {rows}: {control.why}")
+    unexplained = [
+        f"{s.row} {s.ratio:g} stays at {_percent(accuracy)} or under random"
+        for s in under
+        if (accuracy := found.get((s.row + CONTROL, s.ratio), 0.0)) <= min(s.bound, EXPLAINED)
+    ]
+    left = f"**The control does not explain: {', '.join(unexplained)}.**" if unexplained else ""
+    table, why = "\n".join(lines), "\n".join(reasons)
+    return "\n\n".join(part for part in (text, table, why, left) if part)
+
+
+def _write_ceiling(records: Sequence[Record]) -> str:
+    over = over_ceiling(records)
+    if not over:
+        return ""
+    ratios = sorted({s.ratio for s in over}, reverse=True)
+    ceilings = {r["ratio"]: r for r in records if r["row"] == ORACLE}
+    lines = []
+    for ratio in ratios:
+        kinds = ceilings[ratio]["kinds"]
+        worst = min(kinds, key=lambda kind: float(kinds[kind]))
+        names = ", ".join(f"{s.row} {_percent(s.accuracy)}" for s in over if s.ratio == ratio)
+        lines.append(
+            f"* keep {ratio:g}: the ceiling answers {_percent(ceilings[ratio]['accuracy'])} %, worst on "
+            f"*{worst.replace('_', ' ')}* ({_percent(kinds[worst])} %). Above it: {names}."
+        )
+    return f"""## Over `{ORACLE}`
+
+The ceiling takes the patches with most ink before the decoder. That is as good as can be while there is room for all
+digits. With less room it thins digits out and leaves no background, which counting needs; a recipe that spreads its
+choice, merges what it drops, or cuts inside the decoder, whose first layers have then read every patch, can know more:
+
+{chr(10).join(lines)}"""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+_LATER = Control(
+    move_later,
+    "stages further in",
+    "ranks by what the words of the question attend to, from the published layer 2 or 3 of 32 on. The demo decoder has "
+    "8 layers, so that the first cuts fall before its layers 1 and 2. There the words have found what the question "
+    "names and not yet what it asks for: questions about the digit beside another lose most. Control: the same "
+    f"stages, spread over layers {FIRST} to {LAST} of {DEPTH}.",
+)
+_CONTROLS = {
+    "pact": Control(
+        _cluster_all,
+        "every token a candidate",
+        "first drops 45 % of the tokens by what the mean visual query attends to. Most patches of these scenes are "
+        "background, so is the mean query, and it attends to background: the digits go first. Control: no token is "
+        "dropped by that score, the clusters alone choose.",
+    ),
+}

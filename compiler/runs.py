@@ -162,7 +162,10 @@ class _OnCpu(fx.Interpreter):
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         cpu = torch.device("cpu")
-        move = lambda value: cpu if isinstance(value, torch.device) else value  # noqa: E731
+
+        def move(value: Any) -> Any:
+            return cpu if isinstance(value, torch.device) else value
+
         moved = {name: move(value) for name, value in kwargs.items()}
         return super().call_function(target, tuple(move(value) for value in args), moved)
 

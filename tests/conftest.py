@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ def default_signals() -> None:
     """A test run in the background, or under nohup, ignores signals, and so would every program it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.fixture(autouse=True)
-def default_log_levels() -> Iterator[None]:
-    """Long commands tell the compiler to be brief; the next test is not to inherit that."""
-    yield
-    logging.getLogger("secateur.compiler").setLevel(logging.NOTSET)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
@@ -39,3 +41,16 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, NotesHandler) for handler in logger.handlers):
         logger.addHandler(NotesHandler())
+
+
+@contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """For dozens of compilations: what each phase took is said under ``--verbose`` only."""
+    logger = logging.getLogger("secateur.compiler")
+    before = logger.level
+    if not logging.getLogger("secateur").isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

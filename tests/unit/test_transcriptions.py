@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.compiler.recipe import plan_recipe
+from secateur.compiler.recipe import PlannedRecipe, plan_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 
@@ -29,6 +29,20 @@ def test_row_follows_its_paper(name: str, keep: float | None, side: int, images:
         RECIPES[name], keep=keep, images=images, tokens_per_image=side * side, vision_layers=9, decoder_layers=32,
         grid=(side, side),
     )  # fmt: skip
+    follow(name, plan)
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - NOT_PAPERS))
+def test_row_follows_its_paper_on_a_grid_with_an_inside(name: str) -> None:
+    """Wide enough for windows, neighbours on all sides and anchors that do not touch the border."""
+    plan = plan_recipe(
+        RECIPES[name], keep=0.25, images=1, tokens_per_image=144, vision_layers=9, decoder_layers=32, grid=(12, 12)
+    )
+    follow(name, plan)
+
+
+def follow(name: str, plan: PlannedRecipe) -> None:
+    """Run the stages on drawn signals beside the transcription, what they carry handed on."""
     carried: torch.Tensor | None = None
     for planned in plan.stages:
         stage = stage_function(planned)

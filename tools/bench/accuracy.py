@@ -9,7 +9,6 @@ folder and hold as long as weights and programs do.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -41,7 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
     from secateur.tools.cli import fail
 
     set_up_logging()
-    logging.getLogger("secateur.compiler").setLevel(logging.WARNING)  # dozens of compilations; the bar says enough
     try:
         run(options)
     except (Exception, KeyboardInterrupt) as error:

@@ -8,7 +8,6 @@ folder and hold for the same model, programs and machine.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
 import sys
@@ -156,7 +155,6 @@ def main(arguments: list[str] | None = None) -> None:
     from secateur.tools.cli import fail
 
     set_up_logging()
-    logging.getLogger("secateur.compiler").setLevel(logging.WARNING)  # dozens of compilations; the bars say enough
     try:
         run(options)
     except (Exception, KeyboardInterrupt) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from secateur.tools.bench import overhead_page
 from secateur.tools.bench.isolate import Cut, cut_stages
 from secateur.tools.bench.latency import QUIET, describe_machine
 from secateur.tools.bench.random_model import PATCH_SIZE, make_random_model, random_config
-from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.console import notes, quiet_compiler, results, set_up_logging
 from secateur.tools.sweep.bundles import Bundles
 from secateur.tools.sweep.cells import choose_recipes
 from secateur.tools.sweep.records import PROGRAM_SOURCES, cell_key, digest_sources, holds, read_record, write_record
@@ -88,7 +87,8 @@ class Bench:
             folder = self.work / "overhead" / f"config-{sizes.images}"
             folder.mkdir(parents=True, exist_ok=True)
             random_config(sizes.side * PATCH_SIZE, TOWER).save_pretrained(folder)
-            self.traces[sizes] = trace_model(read_source(folder), self.geometry(sizes), "fp32")
+            with quiet_compiler():
+                self.traces[sizes] = trace_model(read_source(folder), self.geometry(sizes), "fp32")
         return self.traces[sizes]
 
     def unpruned(self) -> Path:
@@ -237,7 +237,6 @@ def main(arguments: list[str] | None = None) -> None:
     from secateur.tools.cli import fail
 
     set_up_logging()
-    logging.getLogger("secateur.compiler").setLevel(logging.WARNING)  # dozens of compilations; the bar says enough
     try:
         run(options)
     except (Exception, KeyboardInterrupt) as error:

@@ -21,6 +21,7 @@ from secateur.compiler.pipeline import (
     read_source,
     trace_model,
 )
+from secateur.tools.console import quiet_compiler
 
 TARGET = "onnxruntime"
 
@@ -39,15 +40,17 @@ class Bundles:
 
     @cached_property
     def traced(self) -> Any:
-        return trace_model(self.source, self.geometry, "fp32")
+        with quiet_compiler():
+            return trace_model(self.source, self.geometry, "fp32")
 
     def plan(self, recipe: Recipe, keep: float) -> Any:
         """Layers and token counts, without tracing."""
         return plan_for(self.source, self.geometry, recipe, _keep(recipe, keep))
 
     def compile(self, recipe: Recipe, keep: float, out: Path, expose: bool = False) -> Path:
-        pruned = prune(self.traced, recipe, _keep(recipe, keep), expose=expose)
-        return build(pruned, export(pruned, TARGET), check_target(TARGET, "fp32", None), out, force=True)
+        with quiet_compiler():
+            pruned = prune(self.traced, recipe, _keep(recipe, keep), expose=expose)
+            return build(pruned, export(pruned, TARGET), check_target(TARGET, "fp32", None), out, force=True)
 
     @contextmanager
     def borrow(self, recipe: Recipe, keep: float, expose: bool = False) -> Iterator[Path]:

@@ -103,7 +103,6 @@ def run_sweep(
     asked = read_questions(data, questions)
     if oracle and any(question.ranking is None for question in asked.asked):
         raise UserError("nobody knows the best patches of these questions", where="--oracle", fix="leave it out")
-    _be_brief()
     geometry = Geometry(batch=1, images=asked.images, text_tokens=text_tokens, new_tokens=new_tokens)
     bundles = Bundles(model_dir, geometry, out)
     cells: list[Cell] = list_cells(chosen, keeps, oracle=oracle, budget=budget)  # type: ignore[arg-type]
@@ -141,9 +140,3 @@ def _read_ratios(text: str) -> list[float]:
         if not 0.0 < ratios[-1] <= 1.0:
             raise UserError(f"{ratios[-1]:g} is out of (0, 1]", where="--keeps")
     return sorted(set(ratios), reverse=True)
-
-
-def _be_brief() -> None:
-    """Dozens of compilations: what each phase took is said under --verbose only."""
-    if not logging.getLogger("secateur").isEnabledFor(logging.DEBUG):
-        logging.getLogger("secateur.compiler").setLevel(logging.WARNING)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.compiler.recipe import PlannedRecipe
+from secateur.compiler.recipe import NothingLeftError, PlannedRecipe
 from secateur.runtime.errors import UserError
 
 Measure = Callable[[PlannedRecipe], float]
@@ -103,7 +103,7 @@ def _bisect(
     plan_at: Callable[[float], PlannedRecipe], measure: Measure, target: float, least: float, where: str
 ) -> float:
     """Counts are whole numbers, so ``measure`` climbs in steps: of the two around ``target`` the nearer one."""
-    low, high = least, 1.0
+    low, high = _raise_to_one_token(plan_at, least), 1.0
     below, above = measure(plan_at(low)), measure(plan_at(high))
     scale = 10**_DIGITS
     if not below <= target <= above:
@@ -120,7 +120,19 @@ def _bisect(
         else:
             high, above = middle, value
     best = low if target - below < above - target else high
-    return _shorten(best, lambda keep: measure(plan_at(keep)), least)
+    return _shorten(best, lambda keep: measure(plan_at(keep)), low)
+
+
+def _raise_to_one_token(plan_at: Callable[[float], PlannedRecipe], keep: float) -> float:
+    """A ratio, at least ``keep``, that leaves a token after every stage: groups of a row need one each."""
+    while keep < 1.0:
+        try:
+            plan_at(keep)
+        except NothingLeftError:
+            keep *= 1.01
+        else:
+            return keep
+    return 1.0
 
 
 def _shorten(keep: float, measure: Callable[[float], float], least: float) -> float:

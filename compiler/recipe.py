@@ -22,6 +22,10 @@ Positions = Literal["original", "compact"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
 
 
+class NothingLeftError(UserError):
+    """A keep ratio so small that a stage would be left without a token."""
+
+
 @dataclass(frozen=True)
 class Term:
     """A function of the vocabulary by name, with its options: one score, selector or merge.
@@ -240,8 +244,8 @@ def plan_recipe(
     ``keep`` is the fraction of the prunable tokens left after the last stage that leaves any. With published shares
     ``p_i`` stage i leaves ``keep ** (ln p_i / ln p_last)`` of them: the published values when ``keep`` is
     ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before; a recipe that ``collapses`` scales
-    what each stage removes instead. In a composed recipe the same
-    holds inside each part, for the tokens that enter it. ``grid`` is an image's rows and columns of tokens,
+    what each stage removes instead. In a composed recipe the same holds inside each part, for the tokens that enter it.
+    Raises NothingLeftError where that rounds to no token. ``grid`` is an image's rows and columns of tokens,
     ``vision_running`` the number of tower layers the projector needs, where it is not all of them.
     """
     keep = recipe.default_keep if keep is None else keep
@@ -347,7 +351,20 @@ def _count_left(recipe: Recipe, index: int, fraction: float, total: int, length:
         return stage.count
     if stage.share == 0.0:
         return 0
-    return min(max(1, math.floor(fraction * total + 0.5)), length)
+    count = math.floor(fraction * total + 0.5)
+    if count < 1:
+        raise NothingLeftError(
+            f"stage {index} would leave {fraction * total:.2g} of {total} tokens",
+            where=f"recipe {recipe.name}",
+            fix="keep more with --keep" if recipe.parts else f"the smallest --keep is {_least_keep(total):g}",
+        )
+    return min(count, length)
+
+
+def _least_keep(total: int) -> float:
+    """The smallest ratio of four digits that rounds to one token of ``total``."""
+    digits = 10 ** (3 - math.floor(math.log10(0.5 / total)))
+    return math.ceil(0.5 / total * digits) / digits
 
 
 def _stage_share(keep: float, published: float, published_last: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,20 +71,23 @@ def recipes(
 
 
 def show_sites(recipe: Recipe) -> str:
-    """Where a recipe acts, runs of layers together: ``vision.out, decoder.layer[8,16,24/32]``."""
+    """Where a recipe acts, layers of one depth together: ``vision.layer[1-22/24], decoder.layer[8,16,24/32]``."""
     found: list[str] = []
-    previous: Stage | None = None
-    for stage in recipe.stages:
-        site = stage.site
-        depth = f"/{site.depth}" if site.depth else ""
-        if site.layer is None:
-            found.append(site.kind)
-        elif previous is not None and (previous.site.kind, previous.site.depth) == (site.kind, site.depth):
-            found[-1] = f"{found[-1].removesuffix(f'{depth}]')},{site.layer}{depth}]"
-        else:
-            found.append(f"{site.kind}[{site.layer}{depth}]")
-        previous = stage
+    for (kind, depth), group in groupby((stage.site for stage in recipe.stages), lambda site: (site.kind, site.depth)):
+        layers = [site.layer for site in group if site.layer is not None]
+        found.append(f"{kind}[{_show_layers(layers)}{f'/{depth}' if depth else ''}]" if layers else kind)
     return ", ".join(found) or "nowhere"
+
+
+def _show_layers(layers: list[int]) -> str:
+    """``1-22`` for every layer from 1 to 22, ``8,16`` for the two."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def _draw_table(rows: list[Recipe]) -> Table:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.compiler.recipe import PlannedRecipe, plan_recipe
+from secateur.compiler.recipe import NothingLeftError, PlannedRecipe, plan_recipe
 from secateur.passes.recipe_file import load_recipe, recipe_to_data
 from secateur.runtime.errors import UserError
 
@@ -43,9 +43,14 @@ def round_half_up(value: float) -> int:
 @given(tokens=st.integers(1, 700), first=st.floats(0.01, 1.0), second=st.floats(0.01, 1.0))
 def test_each_part_keeps_a_fraction_of_what_enters_it(tokens: int, first: float, second: float) -> None:
     """15 tokens, half of half: 8, then 4. Half of half of 15 at once would be 4 as well, but 5 * 0.5 * 0.5 is not."""
-    outer = max(1, round_half_up(first * tokens))
-    inner = max(1, round_half_up(second * outer))
-    assert lengths(plan(f"divprune:keep={first}+fastv:keep={second}", tokens_per_image=tokens)) == [outer, inner]
+    text = f"divprune:keep={first}+fastv:keep={second}"
+    outer = round_half_up(first * tokens)
+    inner = round_half_up(second * outer)
+    if inner == 0:
+        with pytest.raises(NothingLeftError, match=r"would leave .* keep more with --keep"):
+            plan(text, tokens_per_image=tokens)
+    else:
+        assert lengths(plan(text, tokens_per_image=tokens)) == [outer, inner]
 
 
 def test_rounding_happens_part_by_part() -> None:

@@ -6,10 +6,19 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from secateur.compiler.recipe import PlannedRecipe, PlannedStage, Recipe, Site, Stage, Term, plan_recipe
+from secateur.compiler.recipe import (
+    NothingLeftError,
+    PlannedRecipe,
+    PlannedStage,
+    Recipe,
+    Site,
+    Stage,
+    Term,
+    plan_recipe,
+)
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
 
@@ -59,6 +68,7 @@ def test_default_keep_gives_the_published_numbers(name: str, lengths: list[int])
     layers=st.integers(4, 80),
 )
 def test_lengths_never_grow_and_layers_always_do(name: str, keep: float, images: int, tokens: int, layers: int) -> None:
+    assume(keep * tokens >= 0.5)
     planned = plan(RECIPES[name], keep=keep, images=images, tokens_per_image=tokens, decoder_layers=layers)
     stages, rows = planned.stages, planned.recipe.stages
     total = images * tokens
@@ -75,7 +85,7 @@ def test_lengths_never_grow_and_layers_always_do(name: str, keep: float, images:
     if pruning and rows[pruning[-1].index].count is None:
         last = pruning[-1]
         wanted = keep * total / last.groups
-        assert abs(last.length_out - wanted) <= 0.5 + 1e-6 or last.length_out == 1
+        assert abs(last.length_out - wanted) <= 0.5 + 1e-6
 
 
 @given(name=st.sampled_from(sorted(RECIPES)), images=st.integers(1, 4), tokens=st.integers(1, 300))
@@ -91,6 +101,14 @@ def test_more_keep_is_never_fewer_tokens(keep: float, more: float, name: str) ->
     fewer = plan(RECIPES[name], keep=keep).stages
     greater = plan(RECIPES[name], keep=keep + more * (1.0 - keep)).stages
     assert all(a.length_out <= b.length_out for a, b in zip(fewer, greater, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fastv", "divprune", "pyramiddrop"])
+def test_a_ratio_that_leaves_no_token_is_refused(name: str) -> None:
+    message = rf"^recipe {name}: stage \d would leave 0\.1 of 100 tokens; the smallest --keep is 0\.005$"
+    with pytest.raises(NothingLeftError, match=message):
+        plan(RECIPES[name], keep=0.001, tokens_per_image=100)
+    assert plan(RECIPES[name], keep=0.005, tokens_per_image=100).stages[-1].length_out == 1
 
 
 def test_published_proportions_hold_between_stages() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.compiler.pipeline import RECIPES, Recipe
-from secateur.compiler.recipe import Site
+from secateur.compiler.recipe import Site, Stage, Term
 from secateur.tools.sweep.cells import ORACLE, ORACLE_COMPACT, Cell
 
 Record = dict[str, Any]
@@ -17,8 +17,10 @@ CONTROL = ", control"
 SIGNIFICANT = 0.05
 FIRST, LAST, DEPTH = 12, 24, 32
 """Where the control's first and last decoder stage stand: at these layers of a decoder of so many."""
-EXPLAINED = 0.9
-"""A control that answers so many is an explanation, even where ``random`` answers more."""
+LAST_TOWER = 18
+"""From which of CLIP's 24 layers on the control leaves stages in the tower."""
+EXPLAINED = 0.5
+"""The part of the distance to ``random`` that a control must win back to be an explanation."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,41 @@ def move_later(recipe: Recipe) -> Recipe | None:
     return replace(recipe, stages=tuple(stages))
 
 
-def _cluster_all(recipe: Recipe) -> Recipe:
-    stages = []
-    for stage in recipe.stages:
-        assert stage.select is not None, "PACT has one stage, which selects"
-        options = {**stage.select.options, "candidates": 1.0}
-        stages.append(replace(stage, select=replace(stage.select, options=options)))
+def _change_stages(change: Callable[[Stage], Stage]) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, stages=tuple(map(change, recipe.stages)))
+
+
+def _cluster_all(stage: Stage) -> Stage:
+    assert stage.select is not None, "PACT's one stage selects"
+    options = {**stage.select.options, "candidates": 1.0}
+    return replace(stage, select=replace(stage.select, options=options))
+
+
+def _score_read_layer(stage: Stage) -> Stage:
+    """Signals of the tower layer the projector reads instead of the one after it."""
+    signals = {
+        name: {key: "read" if (key, value) == ("layer", "next") else value for key, value in options.items()}
+        for name, options in stage.signals.items()
+    }
+    return replace(stage, signals=signals)
+
+
+def _score_by_cls(stage: Stage) -> Stage:
+    return replace(stage, site=Site("projector.out"), score=Term("min_max", of=(Term("cls_attention_mean"),)))
+
+
+def _prune_last(recipe: Recipe) -> Recipe:
+    """Without the cuts before the last tower layers."""
+    stages = [s for s in recipe.stages if s.site.layer is None or s.site.layer >= LAST_TOWER]
     return replace(recipe, stages=tuple(stages))
+
+
+def _exit_later(stage: Stage) -> Stage:
+    return replace(stage, site=Site("decoder.layer", LAST, DEPTH))
+
+
+def _compare_rows(stage: Stage) -> Stage:
+    return replace(stage, score=Term("frame_change", {"compare": "previous"}), select=Term("top_k"))
 
 
 def is_control(record: Record) -> bool:
@@ -155,14 +185,24 @@ right by more than chance (two-sided sign test, p < {SIGNIFICANT:g})."""
     for control in dict.fromkeys(_control_of(s.row) for s in under):
         rows = ", ".join(dict.fromkeys(f"`{s.row}`" for s in under if _control_of(s.row) is control))
         reasons.append(f"* {rows}: {control.why}")
-    unexplained = [
-        f"{s.row} {s.ratio:g} stays at {_percent(accuracy)} or under random"
-        for s in under
-        if (accuracy := found.get((s.row + CONTROL, s.ratio), 0.0)) <= min(s.bound, EXPLAINED)
-    ]
-    left = f"**The control does not explain: {', '.join(unexplained)}.**" if unexplained else ""
+    unexplained = [f"{s.row} {s.ratio:g}" for s in under if not _is_explained(s, records)]
+    left = (
+        f"**Neither level with `random` nor half of the distance to it won back: {', '.join(unexplained)}.**"
+        if unexplained
+        else "Every control comes level with `random` or wins back at least half of the distance to it."
+    )
     table, why = "\n".join(lines), "\n".join(reasons)
     return "\n\n".join(part for part in (text, table, why, left) if part)
+
+
+def _is_explained(lost: Standing, records: Sequence[Record]) -> bool:
+    """Whether the control comes level with the floor, or wins back the better part of the distance to it."""
+    renamed = [{**r, "row": lost.row} for r in records if (r["row"], r["ratio"]) == (lost.row + CONTROL, lost.ratio)]
+    if not renamed:
+        return False
+    floor = [r for r in records if r["row"] == FLOOR]
+    won_back = renamed[0]["accuracy"] - lost.accuracy
+    return not under_floor([*floor, *renamed]) or won_back >= EXPLAINED * (lost.bound - lost.accuracy)
 
 
 def _write_ceiling(records: Sequence[Record]) -> str:
@@ -201,12 +241,57 @@ _LATER = Control(
     "names and not yet what it asks for: questions about the digit beside another lose most. Control: the same "
     f"stages, spread over layers {FIRST} to {LAST} of {DEPTH}.",
 )
+_READ_LAYER = Control(
+    _change_stages(_score_read_layer),
+    "signals of the layer read",
+    "scores with the tower layer after the one the projector reads, which CLIP was trained with. The demo tower's was "
+    "not: nothing it was trained for lies behind it, so its attention is arbitrary. Control: the layer read.",
+)
+_LAST_LAYERS = Control(
+    _prune_last,
+    "cuts behind the last layer",
+    "takes tokens out after every layer or every second one of the tower. CLIP gives LLaVA 23 layers, the demo tower "
+    "4: a quarter of the tokens, or more, goes before patches know what they are part of. Control: the same cuts, all "
+    "behind the last layer. (At keep 0.5 ToMe's matching has to take every second patch, whatever it resembles.)",
+)
 _CONTROLS = {
+    "cdpruner": Control(
+        _change_stages(_score_by_cls),
+        "relevance from CLS attention",
+        "multiplies diversity by relevance to the question, in CLIP's space of images and texts. The nearest thing the "
+        "demo model has, its decoder's embeddings, was never trained to bring the two together. Control: the same "
+        "kernel and search with CLS attention as relevance.",
+    ),
+    "crossget": _LAST_LAYERS,
+    "dycoke": Control(
+        _change_stages(_compare_rows),
+        "rows compared one by one",
+        "is made for video: of four frames the first stays whole. For a single picture its rows of patches stand in "
+        "for frames, and whole rows of background stay. Control: every row against the one before, no row ahead.",
+    ),
+    "flowcut": _LAST_LAYERS,
     "pact": Control(
-        _cluster_all,
+        _change_stages(_cluster_all),
         "every token a candidate",
         "first drops 45 % of the tokens by what the mean visual query attends to. Most patches of these scenes are "
         "background, so is the mean query, and it attends to background: the digits go first. Control: no token is "
         "dropped by that score, the clusters alone choose.",
+    ),
+    "prumerge": _READ_LAYER,
+    "prumerge_plus": Control(
+        lambda recipe: _change_stages(_score_read_layer)(
+            _change_stages(lambda stage: replace(stage, score=Term("cls_attention_mean")))(recipe)
+        ),
+        "signals of the layer read, no grid",
+        "gives three quarters of its places to an even grid, which leaves a digit a patch or two when few are kept, "
+        "and scores the others with the untrained layer that `prumerge` uses. Control: the layer read, no grid.",
+    ),
+    "recoverable": _READ_LAYER,
+    "tome": _LAST_LAYERS,
+    "visual_exit": Control(
+        _change_stages(_exit_later),
+        f"exit before layer {LAST} of {DEPTH}",
+        "drops every visual token half way through the decoder, whatever the keep ratio; that layer is our choice. "
+        "Control: three quarters of the way.",
     ),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.compiler.pipeline import RECIPES, Recipe
-from secateur.compiler.recipe import Site, Stage, Term
+from secateur.recipes import Site, Stage, Term
 from secateur.tools.sweep.cells import ORACLE, ORACLE_COMPACT, Cell
 
 Record = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -20,7 +21,6 @@ from secateur.compiler.flops import count_flops
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.exporters.onnx import Exported, port_name
-from secateur.exporters.weights import WEIGHTS_FILE
 from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
@@ -94,13 +94,14 @@ def make_manifest(
     target: Target,
     work: Path,
     unpruned: Mapping[str, int],
-    weights_sha256: str,
+    weights: Mapping[str, str],
     engines: Mapping[str, str],
 ) -> m.Manifest:
-    """The manifest of everything that lies in ``work``; the weights' digest was made while they were written."""
+    """The manifest of everything that lies in ``work``; ``weights`` are the paths and digests of the files that hold
+    them, made while they were put there."""
     job = pruned.job
-    files = {p.name: m.file_entry(p) for p in sorted(work.iterdir()) if p.name != WEIGHTS_FILE}
-    files[WEIGHTS_FILE] = m.FileEntry(sha256=weights_sha256, bytes=(work / WEIGHTS_FILE).stat().st_size)
+    paths = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    files = {path: m.file_entry(work / path, weights.get(path)) for path in paths}
     versions = {"secateur": secateur.__version__, **{t: importlib.metadata.version(t) for t in _TOOLS}}
     if target.name.startswith("tensorrt"):
         from secateur.exporters.tensorrt import load_library
@@ -108,7 +109,7 @@ def make_manifest(
         versions[target.name] = load_library(target.name).version
     return m.Manifest(
         secateur=secateur.__version__,
-        model=_model(job, weights_sha256),
+        model=_model(job, _digest_weights(weights)),
         recipe=_recipe(job),
         geometry=_geometry(job),
         target=target.name,  # type: ignore[arg-type]
@@ -122,7 +123,7 @@ def make_manifest(
         position_offset=job.position_offset,
         notes=list(job.notes),
         versions=versions,
-        weights=WEIGHTS_FILE,
+        weights=sorted(weights),
         files=files,
     )
 
@@ -140,6 +141,13 @@ def outline(job: Job, programs: ProgramSet | None = None) -> m.Manifest:
         segments=[m.Segment(**vars(s)) for s in programs.segments] if programs else [],
         position_offset=job.position_offset,
     )
+
+
+def _digest_weights(weights: Mapping[str, str]) -> str:
+    """The digest of the one file, or of the list of all."""
+    if len(weights) == 1:
+        return next(iter(weights.values()))
+    return hashlib.sha256(m.canonical_json(dict(weights)).encode()).hexdigest()
 
 
 def _programs(programs: ProgramSet, unpruned: Mapping[str, int], engines: Mapping[str, str]) -> dict[str, m.Program]:

@@ -35,9 +35,18 @@ def check_output(out: Path, force: bool) -> None:
     listed = _listed_files(out / MANIFEST)
     if listed is None:
         raise UserError("exists and is not a bundle", where=str(out), fix=fix)
-    others = sorted(p.name for p in out.iterdir() if p.name not in listed)
+    others = sorted(_paths(out) - listed)
     if others:
         raise UserError(f"holds what is no part of the bundle: {', '.join(others[:5])}", where=str(out), fix=fix)
+
+
+def _paths(directory: Path) -> set[str]:
+    """What lies in a directory, deep down: files, links, and folders that hold nothing."""
+    found = set()
+    for path in directory.rglob("*"):
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            found.add(path.relative_to(directory).as_posix())
+    return found
 
 
 def _listed_files(manifest: Path) -> set[str] | None:

@@ -28,12 +28,14 @@ from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
-from secateur.compiler.trace import DTYPES, Source, Traced, read_source, trace_model
+from secateur.compiler.trace import DTYPES, Source, Traced, build_meta_model, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
-from secateur.exporters.checkpoint import Checkpoint, list_tensors, tied_names
+from secateur.exporters.checkpoint import Checkpoint, list_tensors
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
-from secateur.exporters.weights import WEIGHTS_FILE, plan_weights, write_weights
+from secateur.exporters.shards import place_shards, refer_weights
+from secateur.exporters.tensor_names import tied_names
+from secateur.exporters.weights import MODES, WEIGHTS_FILE, plan_weights, write_weights
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
@@ -50,6 +52,8 @@ from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import write_manifest
 
 TARGETS = ("onnxruntime", "plain", "tensorrt", "tensorrt-rtx")
+AUTO = "auto"
+"""As ``dtype``: the checkpoint's own."""
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total) when a phase begins and during long ones; total 0 when nobody knows it yet."""
 
@@ -182,12 +186,17 @@ def prune(
     return Pruned(job, traced, programs)
 
 
-def export(pruned: Pruned, dialect: str) -> Exported:
-    """Lower pruned programs to ONNX models; weights are laid out, not read."""
+def export(pruned: Pruned, dialect: str, weights: str = "stream") -> Exported:
+    """Lower pruned programs to ONNX models. Weights are laid out, not read: ``weights`` as for :func:`compile`."""
+    check_weights_mode(weights)
     used: dict[str, Tensor] = {}
     for program in pruned.programs.programs.values():
         used |= {k: v for k, v in program.weights().items() if k not in used}
-    layout = plan_weights(used, pruned.traced.model, DTYPES[pruned.traced.dtype])
+    model, dtype = pruned.traced.model, DTYPES[pruned.traced.dtype]
+    if weights == "stream":
+        layout = plan_weights(used, model, dtype)
+    else:
+        layout = refer_weights(used, Checkpoint(pruned.job.source.path, model), dtype, weights)
     return export_programs(pruned.programs.programs, dialect, layout)
 
 
@@ -209,13 +218,10 @@ def build(
             refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
             save_model(graph, work / f"{name}.onnx")
         with _phase("weights", progress):
-            digest = write_weights(
-                exported.layout, Checkpoint(source.path, model), work / WEIGHTS_FILE,
-                lambda done, total: tell("weights", done, total),
-            )  # fmt: skip
+            weights = _place_weights(exported, Checkpoint(source.path, model), work, tell)
         engines = _build_engines(exported, target, work, tell)
         unpruned = count_unpruned(pruned.traced)
-        write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, digest, engines))
+        write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, weights, engines))
     return out
 
 
@@ -231,6 +237,7 @@ def compile(
     target: str = "onnxruntime",
     dtype: str | None = None,
     sm: int | None = None,
+    weights: str = "stream",
     force: bool = False,
     dump_dir: Path | None = None,
     stop_after: str | None = None,
@@ -241,19 +248,24 @@ def compile(
     ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
     tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
     decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``target`` is one of ``TARGETS``;
-    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default; ``sm``
-    the GPU architecture for tensorrt-rtx. Returns ``out``; with ``stop_after`` nothing is written and the programs as
-    that pass left them are returned.
+    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default, or
+    ``auto`` for the checkpoint's own; ``sm`` the GPU architecture for tensorrt-rtx. ``weights`` says how they come
+    into the bundle: ``stream`` writes one file of them, cast where needed, tensor by tensor; ``reference`` hard-links
+    the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after`` nothing is written and the
+    programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
-    goal = check_target(target, dtype, sm)
+    goal = check_target(target, None if dtype == AUTO else dtype, sm)
+    check_weights_mode(weights)
     check_pass(stop_after)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     if stop_after is None:
         check_output(out, force)
     # What cannot work fails here, before the model is traced.
     source = read_source(Path(model_dir))
+    if dtype == AUTO:
+        goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
     budget = Budget(keep, mean_keep, flops_keep)
     keep = choose_keep(source, geometry, row, budget)
     job = plan_job(source, geometry, row, keep)
@@ -265,7 +277,7 @@ def compile(
     with _phase("trace", progress):
         traced = trace_model(source, geometry, goal.dtype)
     if stop_after is None:
-        check_weights(traced)
+        check_weights(traced, weights)
     with _phase("prune", progress):
         pruned = prune(traced, row, keep, dump_dir=dump_dir, stop_after=stop_after)
     if stop_after is not None:
@@ -273,7 +285,7 @@ def compile(
     if budget.flops_keep is not None:
         compare_flops(budget, count_flops(pruned.programs["prefill"]), count_unpruned(traced)["prefill"])
     with _phase("export", progress):
-        exported = export(pruned, goal.dialect)
+        exported = export(pruned, goal.dialect, weights)
     if dump_dir is not None:
         (dump_dir / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported}\n")
     return build(pruned, exported, goal, out, force=force, progress=progress)
@@ -334,12 +346,15 @@ def compare(a: Path | str, b: Path | str, **how: Any) -> Comparison:
     return compare_named(str(a), str(b), Toolchain(plan_job, trace_model, prune, make, PASSES), **how)
 
 
-def check_target(target: str, dtype: str | None, sm: int | None) -> Target:
-    """Resolve defaults and refuse what no backend runs; TensorRT's library must be there."""
+def check_target(target: str, dtype: str | None, sm: int | None, asked: str | None = None) -> Target:
+    """Resolve defaults and refuse what no backend runs; TensorRT's library must be there.
+
+    ``asked`` is the option that ``dtype`` was found by, for messages: ``auto``.
+    """
     if target not in TARGETS:
         raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
+        raise UserError(f"no dtype {dtype!r}", where="--dtype", available=(*DTYPES, AUTO))
     if target.startswith("tensorrt"):
         from secateur.exporters import tensorrt
 
@@ -352,24 +367,35 @@ def check_target(target: str, dtype: str | None, sm: int | None) -> Target:
     goal = Target(target, dtype or "fp32", None)
     if goal.provider is None:
         if target == "onnxruntime":
+            where = f"--dtype {goal.dtype}" if asked is None else f"--dtype {asked}, the checkpoint is {goal.dtype}"
             raise UserError(
-                "ONNX Runtime on the CPU is fp32", where=f"--dtype {goal.dtype}",
-                fix="half precision is for the TensorRT targets",
+                "ONNX Runtime on the CPU is fp32", where=where,
+                fix="half precision is for the TensorRT targets; compile with --dtype fp32",
             )  # fmt: skip
         _log.warning("this bundle is for other toolchains: Session runs fp32 only, not %s", goal.dtype)
     return goal
 
 
-def check_weights(traced: Traced) -> None:
-    """Refuse a checkpoint that lacks a tensor of the programs or has it in another shape; reads headers only."""
-    aliases = tied_names(traced.model)
-    shapes = {
-        aliases.get(name, name): tuple(tensor.shape)
-        for program in traced.programs.programs.values()
-        for name, tensor in program.weights().items()
-    }
-    with Checkpoint(traced.source.path, traced.model) as checkpoint:
-        checkpoint.require(shapes)
+def check_weights(traced: Traced, weights: str = "stream") -> None:
+    """Refuse a checkpoint that lacks a tensor of the programs, has it in another shape, or cannot be used as it is
+    where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
+    aliases, checkpoint = tied_names(traced.model), Checkpoint(traced.source.path, traced.model)
+    used: dict[str, Tensor] = {}
+    for program in traced.programs.programs.values():
+        used |= {aliases.get(name, name): tensor for name, tensor in program.weights().items()}
+    checkpoint.require({name: tuple(tensor.shape) for name, tensor in used.items()})
+    if weights != "stream":
+        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights)
+    if extra := checkpoint.unexpected():
+        _log.warning(
+            "%s: %d tensors are no part of the model and are left out, such as %s",
+            traced.source.path, len(extra), ", ".join(extra[:3]),
+        )  # fmt: skip
+
+
+def check_weights_mode(weights: str) -> None:
+    if weights not in MODES:
+        raise UserError(f"no way {weights!r} of placing weights", where="--weights", available=MODES)
 
 
 def check_pass(name: str | None) -> None:
@@ -383,6 +409,18 @@ def count_unpruned(traced: Traced) -> Mapping[str, int]:
     """FLOPs per program of a traced model without any recipe; counted once per trace."""
     whole = prune(traced, RECIPES["none"])
     return {name: count_flops(p) for name, p in whole.programs.programs.items()}
+
+
+def _place_weights(exported: Exported, checkpoint: Checkpoint, work: Path, tell: Progress) -> dict[str, str]:
+    """Put the weights into the bundle; returns the SHA-256 of each file by its path there."""
+    layout = exported.layout
+
+    def written(done: int, total: int) -> None:
+        tell("weights", done, total)
+
+    if layout.mode == "stream":
+        return {WEIGHTS_FILE: write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)}
+    return place_shards(layout, work, written)
 
 
 def _build_engines(exported: Exported, target: Target, work: Path, tell: Progress) -> dict[str, str]:

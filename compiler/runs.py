@@ -14,8 +14,9 @@ from secateur.compiler.oracle import Oracle, RowRun
 from secateur.compiler.parity import Run, likeliest
 from secateur.compiler.program import Program
 from secateur.compiler.trace import Source
-from secateur.exporters.checkpoint import Checkpoint, tied_names
+from secateur.exporters.checkpoint import Checkpoint
 from secateur.exporters.onnx import port_name
+from secateur.exporters.tensor_names import tied_names
 from secateur.runtime.manifest import Manifest
 from secateur.runtime.request import Request
 
@@ -131,8 +132,7 @@ class Weights:
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         name = self._aliases.get(name, name)
         if name not in self._read:
-            with self._checkpoint as checkpoint:
-                self._read[name] = checkpoint.read(name, tuple(shape)).float().clone()
+            self._read[name] = self._checkpoint.read(name, tuple(shape)).float()
         return self._read[name]
 
 

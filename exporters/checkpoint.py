@@ -3,166 +3,223 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from secateur.exporters.tensor_names import Rearrangement, ignored_names, map_names, on_meta, tensors_of
 from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import TensorEntry, read_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+KINDS: Mapping[str, torch.dtype] = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""dtypes as safetensors files spell them."""
+FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+"""Those a bundle may have."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor where it lies: ``file`` relative to the model directory, ``key`` its name there."""
+
+    file: str
+    key: str
+    entry: TensorEntry
 
 
 class Checkpoint:
     """The tensors of a model directory under their names in the Hugging Face model.
 
     Names in the files are mapped by transformers' own conversion table. Raises UserError for a directory without
-    safetensors, missing tensors (lists them), shapes that do not fit, and conversions that are more than a new name.
+    safetensors, missing and mis-shaped tensors (lists them), and keys that stand for several tensors.
     """
 
     def __init__(self, directory: Path, model: nn.Module) -> None:
         self.directory = directory
         self.model = model
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._stack.close()
 
     @cached_property
-    def location(self) -> dict[str, tuple[str, str]]:
-        """Name in the model -> (file, name in the file)."""
-        found: dict[str, tuple[str, str]] = {}
-        rename = _renamer(self.model)
-        for file, keys in list_tensors(self.directory).items():
-            for key in keys:
-                found.setdefault(rename(key), (file, key))
-        aliases = tied_names(self.model)
-        for name in list(found):
-            found.setdefault(aliases.get(name, name), found[name])
-        return found
+    def files(self) -> dict[str, Stored]:
+        """Every tensor by its key in the files."""
+        listed = list_tensors(self.directory)
+        return {key: Stored(file, key, entry) for file, keys in listed.items() for key, entry in keys.items()}
+
+    @cached_property
+    def names(self) -> dict[str, str | Rearrangement]:
+        """Name in the model -> key in the files, or what several keys are put together by."""
+        return map_names(self.model, self.files)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that every tensor exists in the shape given; reads the files' headers only."""
-        missing = [n for n in shapes if n not in self.location]
+        missing = [name for name in shapes if name not in self.names]
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise UserError(
-                f"checkpoint lacks {len(missing)} tensors: {shown}", where=str(self.directory),
+                f"checkpoint lacks {_count(missing)}: {_some(missing)}", where=str(self.directory),
                 fix="download the whole checkpoint, or check that config.json belongs to it",
             )  # fmt: skip
-        for name, shape in shapes.items():
-            file, key = self.location[name]
-            try:
-                found = tuple(self._file(file).get_slice(key).get_shape())
-            except Exception as error:
-                raise _broken(self.directory / file, error) from None
-            if found != shape:
-                raise UserError(
-                    f"tensor {key} has shape {_show(found)}, the configuration says {_show(shape)}",
-                    where=str(self.directory / file),
-                    fix="check that config.json belongs to this checkpoint",
-                )
+        differ = {name: found for name, shape in shapes.items() if (found := self._shape(name)) != shape}
+        if differ:
+            keys = [self._keys(name)[0] for name in differ]
+            each = [f"{_show(differ[name])} instead of {_show(shapes[name])}" for name in differ]
+            raise UserError(
+                f"{_count(keys)} of another shape than the configuration says: "
+                + _some(f"{key} {difference}" for key, difference in zip(keys, each, strict=True)),
+                where=str(self.directory / self.files[keys[0]].file),
+                fix="check that config.json belongs to this checkpoint",
+            )
+
+    def unexpected(self) -> list[str]:
+        """Keys the model has no tensor for, but for those transformers expects beside it."""
+        known, ignored = tensors_of(self.model), ignored_names(self.model)
+        extra = {key: name for name in self.names if name not in known for key in self._keys(name)}
+        return sorted(k for k, name in extra.items() if not (ignored and (ignored.search(name) or ignored.search(k))))
+
+    def dtype(self) -> str:
+        """The one floating dtype of the model's tensors: fp32, fp16 or bf16.
+
+        Raises UserError for several (says how many tensors have which) and for one that no bundle may have.
+        """
+        known = tensors_of(self.model)
+        found: dict[str, list[str]] = {}
+        for key in sorted({k for name in self.names if name in known for k in self._keys(name)}):
+            kind = self.files[key].entry.dtype
+            if kind not in KINDS or KINDS[kind].is_floating_point:
+                found.setdefault(FLOATS.get(kind, kind), []).append(key)
+        shown = ", ".join(f"{len(keys)} in {kind} (such as {keys[0]})" for kind, keys in sorted(found.items()))
+        if len(found) > 1:
+            raise UserError(
+                f"the checkpoint has tensors of several dtypes: {shown}", where=f"--dtype auto: {self.directory}",
+                fix="choose one with --dtype; tensors of another are cast",
+            )  # fmt: skip
+        if not found.keys() <= set(FLOATS.values()) or not found:
+            raise UserError(
+                f"the checkpoint's dtype is none a bundle may have: {shown or 'no tensors'}",
+                where=f"--dtype auto: {self.directory}", available=FLOATS.values(), fix="choose one with --dtype",
+            )  # fmt: skip
+        return next(iter(found))
+
+    def stored(self, name: str) -> Stored | None:
+        """Where a tensor lies if its bytes are the model's as they are; None if it must be put together."""
+        source = self.names[name]
+        if isinstance(source, str):
+            return self.files[source]
+        found = self.files[source.keys[0]]
+        return found if source.keeps_bytes(self._outline(found)) else None
+
+    def kind(self, stored: Stored) -> torch.dtype:
+        """The dtype of a tensor of the files. Raises UserError for one that torch has no plain dtype for."""
+        if stored.entry.dtype not in KINDS:
+            raise UserError(
+                f"tensor {stored.key} is in {stored.entry.dtype}", where=str(self.directory / stored.file),
+                available=KINDS, fix="use the unquantised checkpoint",
+            )  # fmt: skip
+        return KINDS[stored.entry.dtype]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor, mapped from its file."""
+        """One tensor, copied from its file."""
         self.require({name: shape})
-        file, key = self.location[name]
-        try:
-            tensor: Tensor = self._file(file).get_tensor(key)
-        except Exception as error:
-            raise _broken(self.directory / file, error) from None
-        return tensor
+        source = self.names[name]
+        if isinstance(source, str):
+            return self._read(source)
+        return source.run(self._read)
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = self._stack.enter_context(_open_file(self.directory / name))
-        return self._open[name]
+    def _read(self, key: str) -> Tensor:
+        stored = self.files[key]
+        kind, entry = self.kind(stored), stored.entry
+        raw = torch.empty(entry.length, dtype=torch.uint8)
+        path = self.directory / stored.file
+        with open(path, "rb") as file:
+            file.seek(entry.offset)
+            if entry.length and file.readinto(raw.numpy().data) != entry.length:
+                raise _broken(path, "data length")
+        return raw.view(kind).reshape(entry.shape)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        source = self.names[name]
+        if isinstance(source, str):
+            return self.files[source].entry.shape
+        return tuple(source.run(lambda key: self._outline(self.files[key])).shape)
+
+    def _outline(self, stored: Stored) -> Tensor:
+        return on_meta(stored.entry.shape, self.kind(stored))
+
+    def _keys(self, name: str) -> list[str]:
+        source = self.names[name]
+        return [source] if isinstance(source, str) else source.keys
 
 
-def list_tensors(directory: Path) -> dict[str, list[str]]:
-    """File -> names of the tensors in it. Raises UserError unless every file a model directory names is there."""
+def list_tensors(directory: Path) -> dict[str, Mapping[str, TensorEntry]]:
+    """File -> the tensors in it, from the files' headers, which are held against the files' sizes.
+
+    Raises UserError unless every file and tensor a model directory names is there and whole.
+    """
     index, single = directory / INDEX, directory / SINGLE
-    if index.is_file():
-        files: dict[str, list[str]] = {}
-        try:
-            for key, file in json.loads(index.read_text())["weight_map"].items():
-                files.setdefault(str(file), []).append(key)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError("not a valid index of shards", where=str(index), fix="download it again") from None
-        # Links are followed (download caches are made of them), paths out of the directory are not.
-        outside = sorted(f for f in files if Path(f).is_absolute() or ".." in Path(f).parts)
-        if outside:
+    if not index.is_file():
+        if not single.is_file():
             raise UserError(
-                f"names shards outside its directory: {', '.join(outside)}", where=str(index), fix="download it again"
-            )
-        absent = sorted(f for f in files if not (directory / f).is_file())
-        if absent:
-            raise UserError(
-                f"missing shards: {', '.join(absent)}", where=str(directory), fix="download the whole checkpoint"
-            )
-        return files
-    if not single.is_file():
-        raise UserError(
-            f"no {SINGLE}", where=str(directory),
-            fix="save the model with save_pretrained; other weight formats are not read",
-        )  # fmt: skip
-    with _open_file(single) as opened:
-        return {SINGLE: list(opened.keys())}
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> the first name of the same tensor."""
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        stored = first.setdefault(id(parameter), name)
-        if stored != name:
-            aliases[name] = stored
-    return aliases
-
-
-def _open_file(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
+                f"no {SINGLE}", where=str(directory),
+                fix="save the model with save_pretrained; other weight formats are not read",
+            )  # fmt: skip
+        return {SINGLE: _read_tensors(single)}
+    files: dict[str, list[str]] = {}
     try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise _broken(path, error) from None
+        for key, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(str(file), []).append(key)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError("not a valid index of shards", where=str(index), fix="download it again") from None
+    # Links are followed (download caches are made of them), paths out of the directory are not.
+    outside = sorted(f for f in files if Path(f).is_absolute() or ".." in Path(f).parts)
+    if outside:
+        raise UserError(
+            f"names shards outside its directory: {', '.join(outside)}", where=str(index), fix="download it again"
+        )
+    absent = sorted(f for f in files if not (directory / f).is_file())
+    if absent:
+        raise UserError(
+            f"missing shards: {', '.join(absent)}", where=str(directory), fix="download the whole checkpoint"
+        )
+    found: dict[str, Mapping[str, TensorEntry]] = {}
+    for file, keys in files.items():
+        tensors = _read_tensors(directory / file)
+        lost = [key for key in keys if key not in tensors]
+        if lost:
+            raise UserError(
+                f"{file} lacks {_count(lost)} that the index says it has: {_some(lost)}", where=str(index),
+                fix="download the whole checkpoint",
+            )  # fmt: skip
+        found[file] = {key: tensors[key] for key in keys}
+    return found
 
 
-def _broken(path: Path, error: Exception) -> UserError:
-    return UserError(f"not a valid safetensors file ({error})", where=str(path), fix="download it again")
+def _read_tensors(path: Path) -> Mapping[str, TensorEntry]:
+    try:
+        return read_header(path).tensors
+    except ValueError as error:
+        raise _broken(path, str(error)) from None
+
+
+def _broken(path: Path, reason: str) -> UserError:
+    return UserError(f"not a valid safetensors file ({reason})", where=str(path), fix="download it again")
+
+
+def _some(items: Iterable[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    items = list(items)
+    more = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _count(items: Sized) -> str:
+    return f"{len(items)} tensor" + ("" if len(items) == 1 else "s")
 
 
 def _show(shape: tuple[int, ...]) -> str:
     return str(list(shape)).replace(" ", "")
-
-
-def _renamer(model: nn.Module) -> Callable[[str], str]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    renamings = [t for t in table if isinstance(t, WeightRenaming)]
-    converters = [t for t in table if isinstance(t, WeightConverter)]
-    names = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-
-    def rename(key: str) -> str:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, names)  # type: ignore[arg-type]
-        if converted is not None:
-            raise UserError(
-                f"tensor {key} must be rearranged, not only renamed", where="checkpoint",
-                fix="load the model with transformers, save it with save_pretrained(save_original_format=False)",
-            )  # fmt: skip
-        return re.sub(r"^\.", "", name)
-
-    return rename

@@ -15,7 +15,7 @@ from secateur.compiler.program import Program
 from secateur.exporters.builder import TYPES, Builder
 from secateur.exporters.dialects import DIALECTS, Dialect
 from secateur.exporters.lowering_shapes import LOWERINGS
-from secateur.exporters.weights import WEIGHTS_FILE, WeightLayout
+from secateur.exporters.weights import WeightLayout
 from secateur.runtime.errors import UserError
 
 IR_VERSION = 10
@@ -23,7 +23,7 @@ IR_VERSION = 10
 
 @dataclass(frozen=True)
 class Exported:
-    """ONNX models by program name, in one dialect, and the layout of the weights file they point into."""
+    """ONNX models by program name, in one dialect, and the layout of the weights they point into."""
 
     dialect: str
     models: Mapping[str, ir.Model]
@@ -99,7 +99,7 @@ def _tensor(builder: Builder, node: fx.Node, program: Program, layout: WeightLay
     kind = TYPES[place.dtype]
     value = ir.Value(name=name, shape=ir.Shape(place.shape), type=ir.TensorType(kind))
     value.const_value = ir.ExternalTensor(
-        WEIGHTS_FILE, place.offset, place.length, kind, shape=ir.Shape(place.shape), name=name
+        place.file, place.offset, place.length, kind, shape=ir.Shape(place.shape), name=name
     )
     builder.initializers.append(value)
     return value

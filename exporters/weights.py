@@ -1,7 +1,8 @@
-"""One weights file for all programs, in the safetensors format, written tensor by tensor.
+"""Where the programs' weights lie, and one file of them all, written tensor by tensor.
 
-ONNX initializers point into it by offset and length, so prefill and decode share one copy on disk and in
-memory, and the model is never held in memory while compiling.
+ONNX initializers point into safetensors files by offset and length, so prefill and decode share one copy on disk and
+in memory, and the model is never held in memory while compiling. The files are the checkpoint's own (``shards.py``),
+or the one written here.
 """
 
 from __future__ import annotations
@@ -10,50 +11,61 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.exporters.checkpoint import Checkpoint, tied_names
+from secateur.exporters.checkpoint import KINDS, Checkpoint
+from secateur.exporters.tensor_names import tied_names
 from secateur.runtime.errors import UserError
 
 WEIGHTS_FILE = "weights.safetensors"
-_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_NAMES = {kind: name for name, kind in KINDS.items()}
 _ALIGNMENT = 64
+MODES = ("stream", "reference", "copy")
+"""How weights come into a bundle: written anew, as the checkpoint's files, as copies of them."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies in the weights file."""
+    """Where a tensor lies: bytes ``offset`` to ``offset + length`` of ``file``, a path inside the bundle."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
     length: int
+    file: str = WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Offsets of every tensor, known from shapes alone. ``aliases`` maps tied names to the stored one."""
+    """The place of every tensor, known from shapes and headers alone.
+
+    ``mode`` is how the files get there, one of ``MODES``. ``header`` begins the file that ``stream`` writes;
+    ``shards`` are the checkpoint's files by their path in the bundle for the other modes. ``aliases`` maps tied names
+    to the stored one.
+    """
 
     tensors: Mapping[str, Placed]
     header: bytes
     aliases: Mapping[str, str]
+    mode: str = "stream"
+    shards: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
-        return max((p.offset + p.length for p in self.tensors.values()), default=len(self.header))
+        """Bytes of all tensors, and of the header before them where there is one."""
+        return len(self.header) + sum(place.length for place in self.tensors.values())
 
     def find(self, name: str) -> Placed:
         return self.tensors[self.aliases.get(name, name)]
 
 
 def plan_weights(used: Mapping[str, Tensor], model: nn.Module, dtype: torch.dtype) -> WeightLayout:
-    """Lay out the parameters the programs use, in order of first use; tied parameters are stored once."""
+    """Lay out one file of the parameters the programs use, in order of first use; tied ones are stored once."""
     aliases = tied_names(model)
     entries: dict[str, Any] = {}
     placed: dict[str, tuple[int, int]] = {}
@@ -65,7 +77,7 @@ def plan_weights(used: Mapping[str, Tensor], model: nn.Module, dtype: torch.dtyp
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         length = tensor.numel() * kind.itemsize
         entries[name] = {
-            "dtype": _KINDS[kind], "shape": list(tensor.shape), "data_offsets": [position, position + length]
+            "dtype": _NAMES[kind], "shape": list(tensor.shape), "data_offsets": [position, position + length]
         }  # fmt: skip
         placed[name] = (position, length)
         position += length
@@ -73,9 +85,8 @@ def plan_weights(used: Mapping[str, Tensor], model: nn.Module, dtype: torch.dtyp
     # Spaces after the JSON are part of the format; they put the first tensor on a cache line.
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    kinds = {v: k for k, v in _KINDS.items()}
     tensors = {
-        name: Placed(tuple(entries[name]["shape"]), kinds[entries[name]["dtype"]], len(header) + start, length)
+        name: Placed(tuple(entries[name]["shape"]), KINDS[entries[name]["dtype"]], len(header) + start, length)
         for name, (start, length) in placed.items()
     }
     return WeightLayout(tensors, header, aliases)
@@ -93,21 +104,21 @@ def write_weights(
     is written, for tensors that are missing or of another shape and for a disk that is too full.
     """
     digest = hashlib.sha256(layout.header)
-    with checkpoint:
-        checkpoint.require({name: place.shape for name, place in layout.tensors.items()})
-        _require_space(path.parent, layout.size)
-        with path.open("wb") as file:
-            file.write(layout.header)
-            for name, place in layout.tensors.items():
-                data = checkpoint.read(name, place.shape).to(place.dtype).contiguous()
-                raw = data.reshape(-1).view(torch.uint8).numpy().data
-                file.write(raw)
-                digest.update(raw)
-                on_bytes(place.offset + place.length, layout.size)
+    checkpoint.require({name: place.shape for name, place in layout.tensors.items()})
+    require_space(path.parent, layout.size)
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name, place in layout.tensors.items():
+            data = checkpoint.read(name, place.shape).to(place.dtype).contiguous()
+            raw = data.reshape(-1).view(torch.uint8).numpy().data
+            file.write(raw)
+            digest.update(raw)
+            on_bytes(place.offset + place.length, layout.size)
     return digest.hexdigest()
 
 
-def _require_space(directory: Path, size: int) -> None:
+def require_space(directory: Path, size: int) -> None:
+    """Raise UserError unless so many bytes are free; ``directory`` lies in the one that is named."""
     free = shutil.disk_usage(directory).free
     if free < size:
         raise UserError(

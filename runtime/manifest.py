@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from secateur.runtime.schema import (
     Segment,
     Stage,
 )
+from secateur.runtime.weight_file import TensorEntry, WeightHeader, hash_header, read_header
 
 __all__ = [
     "DTYPE_BYTES",
@@ -42,10 +44,13 @@ __all__ = [
     "Recipe",
     "Segment",
     "Stage",
+    "TensorEntry",
+    "WeightHeader",
     "canonical_json",
     "check_files",
     "file_entry",
     "hash_file",
+    "read_header",
     "read_manifest",
     "write_manifest",
 ]  # fmt: skip
@@ -62,18 +67,23 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces."""
+def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces; ``on_bytes`` is told the bytes of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
+            on_bytes(len(piece))
     return digest.hexdigest()
 
 
-def file_entry(path: Path) -> FileEntry:
-    """The manifest's entry for a file as it is now."""
-    return FileEntry(sha256=hash_file(path), bytes=path.stat().st_size)
+def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
+    """The manifest's entry for a file as it is now; ``sha256`` where its digest is known already.
+
+    The entry of a safetensors file also holds its header's digest. Raises ValueError for one without a header.
+    """
+    header = hash_header(path) if path.suffix == ".safetensors" else None
+    return FileEntry(sha256=sha256 or hash_file(path), bytes=path.stat().st_size, header_sha256=header)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
@@ -135,7 +145,7 @@ def check_files(directory: Path | str, manifest: Manifest, level: Level = "graph
     """Compare every listed file with the manifest; raise :class:`BundleError` naming the first that differs.
 
     Sizes of all files; SHA-256 of graphs, engines and the small processor files; of weights their size
-    and their safetensors header, and with ``level="full"`` their SHA-256 too.
+    and the SHA-256 of their safetensors header, and with ``level="full"`` that of the whole files too.
     """
     root = Path(directory).resolve()
     for name, entry in sorted(manifest.files.items()):
@@ -152,9 +162,9 @@ def check_files(directory: Path | str, manifest: Manifest, level: Level = "graph
             raise BundleError(
                 f"{state}: {size} bytes instead of {entry.bytes}", where=f"{directory}: {name}", fix=_RECOMPILE
             )
-        weights = name == manifest.weights or name.endswith(".safetensors")
+        weights = name in manifest.weights
         if weights:
-            _check_safetensors(path, f"{directory}: {name}")
+            _check_weights(path, f"{directory}: {name}", entry)
         if (not weights or level == "full") and hash_file(path) != entry.sha256:
             raise BundleError(
                 "altered: its SHA-256 is not the manifest's", where=f"{directory}: {name}", fix=_RECOMPILE
@@ -162,26 +172,14 @@ def check_files(directory: Path | str, manifest: Manifest, level: Level = "graph
     _log.debug("checked %d files of %s (%s)", len(manifest.files), directory, level)
 
 
-def _check_safetensors(path: Path, where: str) -> None:
-    """The header (8 bytes of length, then JSON with offsets) must describe exactly the bytes that follow."""
-    size = path.stat().st_size
+def _check_weights(path: Path, where: str, entry: FileEntry) -> None:
+    """The header must describe exactly the bytes that follow, and be the one the graphs' offsets come from."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError("header length")
-            header = json.loads(file.read(length))
-        ends = [0]
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                if not 0 <= begin <= end:
-                    raise ValueError("offsets")
-                ends.append(end)
-        if max(ends) != size - 8 - length:
-            raise ValueError("data length")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        header = read_header(path)
+    except ValueError as error:
         raise BundleError(f"not a whole safetensors file ({error})", where=where, fix=_RECOMPILE) from None
+    if header.sha256 != entry.header_sha256:
+        raise BundleError("altered: its header's SHA-256 is not the manifest's", where=where, fix=_RECOMPILE)
 
 
 def _load(directory: Path) -> dict[str, Any]:

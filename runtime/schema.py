@@ -46,6 +46,7 @@ class Model(_Frozen):
     license: str | None = None
     config_sha256: Digest
     weights_sha256: Digest | None = None
+    """Of the weights file; of several, of a list of their paths and digests."""
     layers: Size
     hidden_size: Size
     vocab_size: Size
@@ -172,8 +173,11 @@ class Segment(_Frozen):
 
 
 class FileEntry(_Frozen):
+    """A file's digest and size. ``header_sha256`` is a weights file's: quick to check, and graphs rely on it."""
+
     sha256: Digest
     bytes: Count
+    header_sha256: Digest | None = None
 
 
 class Manifest(_Frozen):
@@ -197,7 +201,8 @@ class Manifest(_Frozen):
     notes: list[str] = []
     """What whoever uses the bundle should know."""
     versions: dict[str, str]
-    weights: BundlePath
+    weights: Annotated[list[BundlePath], Field(min_length=1)]
+    """The safetensors files the graphs point into."""
     files: dict[BundlePath, FileEntry]
     manifest_sha256: Digest | None = None
 
@@ -205,9 +210,12 @@ class Manifest(_Frozen):
     def _is_consistent(self) -> Manifest:
         if set(self.programs) != set(PROGRAMS):
             raise ValueError(f"programs are {', '.join(self.programs)} instead of {', '.join(PROGRAMS)}")
-        for path in self.program_files() | {self.weights}:
+        for path in sorted(self.program_files() | set(self.weights)):
             if path not in self.files:
                 raise ValueError(f"{path} is not listed in files")
+        for path in self.weights:
+            if self.files[path].header_sha256 is None:
+                raise ValueError(f"{path} has no header_sha256")
         covered = [layer for s in self.segments for layer in range(s.first_layer, s.last_layer)]
         if covered != list(range(self.model.layers)):
             raise ValueError("segments do not cover every layer once, in order")

@@ -40,10 +40,20 @@ def compile_model(
     target: Annotated[
         str, typer.Option(help="onnxruntime, plain (standard ONNX), tensorrt or tensorrt-rtx.")
     ] = "onnxruntime",
-    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; fp32 if not given, fp16 for TensorRT.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, bf16, or auto for the checkpoint's own; fp32 if not given, fp16 for TensorRT."),
+    ] = None,
     sm: Annotated[
         int | None, typer.Option(help="GPU architecture for tensorrt-rtx: 75, 80, 86, 89, 120, 121; 89 if not given.")
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="stream: one file of what the graphs use, cast where needed. reference: hard links to the "
+            "checkpoint's files, as they are. copy: copies of them."
+        ),
+    ] = "stream",
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the graphs here as text after each pass.")] = None,
     stop_after: Annotated[
@@ -57,6 +67,7 @@ def compile_model(
       secateur compile MODEL_DIR -o BUNDLE --recipe fastv --keep 0.25
       secateur compile MODEL_DIR -o BUNDLE --recipe my_recipe.yaml --text-tokens 128
       secateur compile MODEL_DIR -o ENGINES --recipe divprune --target tensorrt-rtx --sm 89
+      secateur compile MODEL_DIR -o BUNDLE --target plain --dtype auto --weights reference
       secateur compile MODEL_DIR --recipe fastv --stop-after insert_decoder_stages
     """
     if out is None and stop_after is None:
@@ -68,7 +79,7 @@ def compile_model(
     with show_progress() as tell:
         made = pipeline.compile(
             model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=mean_keep, flops_keep=flops_keep,
-            geometry=geometry, target=target, dtype=dtype, sm=sm,
+            geometry=geometry, target=target, dtype=dtype, sm=sm, weights=weights,
             force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
         )  # fmt: skip
     if not isinstance(made, Path):

@@ -89,7 +89,9 @@ def test_an_altered_manifest(bundle: Path) -> None:
         ({"segments": []}, "segments do not cover every layer"),
         ({"target": "abacus"}, "target"),
         ({"programs": {}}, "programs are"),
-        ({"weights": "other.safetensors"}, "other.safetensors is not listed"),
+        ({"weights": ["other.safetensors"]}, "other.safetensors is not listed"),
+        ({"weights": []}, "weights"),
+        ({"weights": ["tokenizer.json"]}, "tokenizer.json has no header_sha256"),
     ],
 )
 def test_wrong_fields(tiny: ModuleType, bundle: Path, change: dict[str, object], says: str) -> None:

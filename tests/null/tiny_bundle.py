@@ -309,7 +309,7 @@ def manifest(t: Tiny, directory: Path, programs: dict[str, schema.Program]) -> s
                            capacity=t.capacities[i], removed=i * t.removed)
             for i in range(2)
         ],
-        position_offset=t.position_offset, versions={"onnx": "1"}, weights="weights.safetensors",
+        position_offset=t.position_offset, versions={"onnx": "1"}, weights=["weights.safetensors"],
         files={p.name: file_entry(p) for p in sorted(directory.iterdir())},
     )  # fmt: skip
 

@@ -341,7 +341,7 @@ def test_a_disk_that_is_really_full(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pipeline, "trace_model", lambda *_: traced())
     if not told:
-        monkeypatch.setattr(weights, "_require_space", lambda *_: None)
+        monkeypatch.setattr(weights, "require_space", lambda *_: None)
     sizes = ("--text-tokens", 24, "--new-tokens", 8)
     code, out, err = secateur(capsys, "-q", "compile", model_dir(), "-o", small_disk / "out", *sizes)
     assert (code, out, err.count("\n")) == (2 if told else 1, "", 1)

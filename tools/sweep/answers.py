@@ -53,8 +53,9 @@ class Unpruned:
 
     def has_vision_of(self, session: Session) -> bool:
         """Whether a bundle's vision program computes the same: same graph, same weights."""
-        mine, other = self.session.manifest.files, session.manifest.files
-        return all(mine[path].sha256 == other[path].sha256 for path in ("vision.onnx", session.manifest.weights))
+        mine, other = self.session.manifest, session.manifest
+        paths = ("vision.onnx", *other.weights)
+        return mine.weights == other.weights and all(mine.files[p].sha256 == other.files[p].sha256 for p in paths)
 
 
 def answer_all(

@@ -1,0 +1,161 @@
+"""A checkpoint's own files as a bundle's weights: graphs point into them, they are linked or copied into the bundle.
+
+Backends take weights from inside the bundle only, and none by a symbolic link that leaves it; a hard link is a file
+like any other. Links of download caches are followed to the file itself first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from secateur.exporters.checkpoint import FLOATS, Checkpoint, Stored
+from secateur.exporters.tensor_names import tied_names
+from secateur.exporters.weights import MODES, Placed, WeightLayout, require_space
+from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import hash_file
+
+FOLDER = "weights"
+_PIECE = 1 << 22
+_UNLINKABLE = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+_log = logging.getLogger(__name__)
+
+
+def refer_weights(
+    used: Mapping[str, Tensor], checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "reference"
+) -> WeightLayout:
+    """Find the parameters the programs use in the checkpoint's files; nothing is read but headers.
+
+    Raises UserError that lists why when tensors would have to be cast to ``dtype``, put together, or do not start at a
+    multiple of their element's size.
+    """
+    aliases = tied_names(checkpoint.model)
+    wanted = {aliases.get(name, name): tensor for name, tensor in used.items()}
+    checkpoint.require({name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    tensors: dict[str, Placed] = {}
+    shards: dict[str, Path] = {}
+    cast: list[str] = []
+    rearranged: list[str] = []
+    uneven: list[str] = []
+    for name, tensor in wanted.items():
+        stored = checkpoint.stored(name)
+        if stored is None:
+            rearranged.append(name)
+            continue
+        kind, entry = dtype if tensor.is_floating_point() else tensor.dtype, stored.entry
+        if checkpoint.kind(stored) != kind:
+            cast.append(f"{stored.key} from {_spell(entry.dtype)} to {_spell(_NAMES.get(kind, str(kind)))}")
+        elif entry.offset % kind.itemsize:
+            uneven.append(stored.key)
+        path = _bundle_path(checkpoint, stored)
+        shards[path] = checkpoint.directory / stored.file
+        tensors[name] = Placed(tuple(tensor.shape), kind, entry.offset, entry.length, path)
+    _refuse(mode, checkpoint, cast, rearranged, uneven)
+    return WeightLayout(tensors, b"", aliases, mode, dict(sorted(shards.items())))
+
+
+def place_shards(
+    layout: WeightLayout, directory: Path, on_bytes: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, str]:
+    """Put the checkpoint's files into a bundle in the making; returns the SHA-256 of each by its path there.
+
+    Mode ``reference`` links them and copies, with one warning, what cannot be linked: to another file system, say.
+    A file of a download cache whose name is its digest is not read; any other is, and ``on_bytes`` is told how many
+    bytes of how many. Raises UserError for a disk that is too full, and for a copied file of a cache that is damaged.
+    """
+    sources = {path: source.resolve() for path, source in layout.shards.items()}
+    total, done = sum(source.stat().st_size for source in sources.values()), 0
+    linking = layout.mode == "reference"
+    if not linking:
+        require_space(directory, total)
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        on_bytes(done, total)
+
+    digests: dict[str, str] = {}
+    for path, source in sources.items():
+        target = directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if linking and (reason := _link(source, target)) is not None:
+            _log.warning("weights are copied: %s cannot be linked into the bundle (%s)", layout.shards[path], reason)
+            linking = False
+        if not linking:
+            digests[path] = _copy(source, target, layout.shards[path], count)
+        elif (named := _digest_of_blob(source)) is not None:
+            digests[path] = named
+            count(source.stat().st_size)
+        else:
+            digests[path] = hash_file(target, count)
+    return digests
+
+
+def _link(source: Path, target: Path) -> str | None:
+    """Make a hard link; returns why it cannot be made here."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _UNLINKABLE:
+            return os.strerror(error.errno)
+        raise
+    return None
+
+
+def _copy(source: Path, target: Path, shown: Path, count: Callable[[int], None]) -> str:
+    require_space(target.parent, source.stat().st_size)
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as write:
+        while piece := read.read(_PIECE):
+            write.write(piece)
+            digest.update(piece)
+            count(len(piece))
+    if _digest_of_blob(source) not in (None, digest.hexdigest()):
+        raise UserError(
+            "damaged: the cache says it has another SHA-256", where=str(shown), fix="delete it and download it again"
+        )
+    return digest.hexdigest()
+
+
+def _digest_of_blob(path: Path) -> str | None:
+    """The SHA-256 that the Hugging Face cache names a large file by: ``blobs/<64 hexadecimal digits>``."""
+    return path.name if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name) else None
+
+
+def _bundle_path(checkpoint: Checkpoint, stored: Stored) -> str:
+    path = str(PurePosixPath(FOLDER, stored.file))
+    if re.search(r"[\\:\x00]", path):
+        raise UserError(
+            f"shard {stored.file!r} has a name that no bundle may hold", where=str(checkpoint.directory),
+            fix="rename it, or take --weights stream",
+        )  # fmt: skip
+    return path
+
+
+def _refuse(mode: str, checkpoint: Checkpoint, cast: list[str], rearranged: list[str], uneven: list[str]) -> None:
+    reasons = [
+        f"{len(found)} {'tensor' if len(found) == 1 else 'tensors'} would have to be {what}, such as {found[0]}"
+        for what, found in (("cast", cast), ("put together from parts", rearranged), ("moved", uneven))
+        if found
+    ]
+    if reasons:
+        fix = f"take --weights {MODES[0]}"
+        raise UserError(
+            f"the checkpoint's files cannot be used as they are: {'; '.join(reasons)}",
+            where=f"--weights {mode}: {checkpoint.directory}",
+            fix=f"{fix}, or --dtype auto" if cast and not rearranged and not uneven else fix,
+        )
+
+
+def _spell(kind: str) -> str:
+    return FLOATS.get(kind, kind)

@@ -457,6 +457,7 @@ __all__ = [
     "Pass",
     "Source",
     "build",
+    "build_meta_model",
     "calibrate",
     "choose_keep",
     "compile",

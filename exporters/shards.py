@@ -11,7 +11,9 @@ import hashlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -25,6 +27,8 @@ from secateur.runtime.manifest import hash_file
 
 FOLDER = "weights"
 _PIECE = 1 << 22
+_HASHERS = 4
+_TELL_SECONDS = 0.2
 _UNLINKABLE = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -74,17 +78,13 @@ def place_shards(
     bytes of how many. Raises UserError for a disk that is too full, and for a copied file of a cache that is damaged.
     """
     sources = {path: source.resolve() for path, source in layout.shards.items()}
-    total, done = sum(source.stat().st_size for source in sources.values()), 0
+    sizes = {path: source.stat().st_size for path, source in sources.items()}
     linking = layout.mode == "reference"
     if not linking:
-        require_space(directory, total)
-
-    def count(read: int) -> None:
-        nonlocal done
-        done += read
-        on_bytes(done, total)
-
+        require_space(directory, sum(sizes.values()))
+    told = _Count(sum(sizes.values()), on_bytes)
     digests: dict[str, str] = {}
+    unread: dict[str, Path] = {}
     for path, source in sources.items():
         target = directory / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,13 +92,51 @@ def place_shards(
             _log.warning("weights are copied: %s cannot be linked into the bundle (%s)", layout.shards[path], reason)
             linking = False
         if not linking:
-            digests[path] = _copy(source, target, layout.shards[path], count)
+            digests[path] = _copy(source, target, layout.shards[path], told)
         elif (named := _digest_of_blob(source)) is not None:
             digests[path] = named
-            count(source.stat().st_size)
+            told.add(sizes[path])
         else:
-            digests[path] = hash_file(target, count)
-    return digests
+            unread[path] = target
+    return dict(sorted((digests | _hash_files(unread, told)).items()))
+
+
+class _Count:
+    """Bytes that are done, counted by any thread; ``tell`` passes them on. A count that was stopped raises."""
+
+    def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._on_bytes = 0, total, on_bytes
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def count(self, read: int) -> None:
+        if self.stopped:
+            raise InterruptedError
+        with self._lock:
+            self._done += read
+
+    def tell(self) -> None:
+        self._on_bytes(self._done, self._total)
+
+    def add(self, read: int) -> None:
+        self.count(read)
+        self.tell()
+
+
+def _hash_files(files: Mapping[str, Path], told: _Count) -> dict[str, str]:
+    """SHA-256 of each file, several at a time: hashing keeps a core busy and lets go of Python's lock."""
+    if not files:
+        return {}
+    with ThreadPoolExecutor(min(len(files), _HASHERS, os.cpu_count() or 1)) as pool:
+        jobs = {path: pool.submit(hash_file, file, told.count) for path, file in files.items()}
+        try:
+            while wait(jobs.values(), timeout=_TELL_SECONDS).not_done:
+                told.tell()
+            told.tell()
+            return {path: job.result() for path, job in jobs.items()}
+        except BaseException:
+            told.stopped = True
+            raise
 
 
 def _link(source: Path, target: Path) -> str | None:
@@ -112,14 +150,14 @@ def _link(source: Path, target: Path) -> str | None:
     return None
 
 
-def _copy(source: Path, target: Path, shown: Path, count: Callable[[int], None]) -> str:
+def _copy(source: Path, target: Path, shown: Path, told: _Count) -> str:
     require_space(target.parent, source.stat().st_size)
     digest = hashlib.sha256()
     with source.open("rb") as read, target.open("wb") as write:
         while piece := read.read(_PIECE):
             write.write(piece)
             digest.update(piece)
-            count(len(piece))
+            told.add(len(piece))
     if _digest_of_blob(source) not in (None, digest.hexdigest()):
         raise UserError(
             "damaged: the cache says it has another SHA-256", where=str(shown), fix="delete it and download it again"

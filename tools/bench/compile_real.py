@@ -1,0 +1,159 @@
+"""What compiling whole checkpoints costs: `python -m secateur.tools.bench.compile_real [NAME ...] [--json FILE]`.
+
+For each layout of the table a checkpoint of true size is written, whose data are holes (`sparse_checkpoint.py`), and
+`secateur compile --weights reference` makes a bundle of it in a process of its own: seconds from its start to its end,
+and its peak resident memory. The files are hashed as any are, holes and all, as fast as real weights in the page cache.
+Half precision needs a target whose graphs may hold it and that builds nothing from the weights: `plain`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from secateur.tools.bench.compile_scale import LLAVA_7B
+from secateur.tools.console import notes, results
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of the table: ``config`` is its config.json, ``size`` the image processor's, ``seconds`` and ``gib`` are
+    what compiling it may take on two idle cores."""
+
+    config: dict[str, Any]
+    size: int
+    dtype: str = "fp16"
+    recipe: str = "fastv"
+    seconds: float = 90.0
+    gib: float = 3.0
+
+
+LAYOUTS = {
+    "llava-1.5-7b": Layout(LLAVA_7B, size=336),
+}
+
+
+def measure(name: str, layout: Layout, weights: str = "reference") -> dict[str, Any]:
+    """Compile one layout; returns what it took and what the bundle holds. Raises CalledProcessError if it fails."""
+    with tempfile.TemporaryDirectory(prefix="compile-real-") as folder:
+        model, bundle = Path(folder) / "model", Path(folder) / "bundle"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(layout.config))
+        write_processor(model, layout)
+        # In a process of its own, as a child's peak counts what its parent held when it began.
+        _run("secateur.tools.bench.sparse_checkpoint", str(model), "--dtype", layout.dtype)
+        begin = time.perf_counter()
+        used = _run(
+            "secateur", "compile", str(model), "-o", str(bundle), "--recipe", layout.recipe,
+            "--target", "plain", "--dtype", "auto", "--weights", weights,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        return {
+            "layout": name, "recipe": layout.recipe, "dtype": layout.dtype, "weights": weights, "seconds": seconds,
+            **used, "may_take": {"seconds": layout.seconds, "gib": layout.gib}, "load": os.getloadavg()[0],
+            **_describe(model, bundle),
+        }  # fmt: skip
+
+
+def _run(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module in a process of its own; returns the peak of its resident memory, its CPU seconds, and what it
+    logged of its phases' seconds."""
+    command = [sys.executable, "-m", module, *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read()
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command, text)
+    phases = {name: float(seconds) for name, seconds in re.findall(r"^(\w+) +([\d.]+) s$", text, re.M)}
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"peak_gib": usage.ru_maxrss / 2**20, "cpu_seconds": cpu, "phases": phases}
+
+
+def _describe(model: Path, bundle: Path) -> dict[str, Any]:
+    from secateur.runtime.manifest import check_files, read_manifest
+
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    files = [bundle / path for path in manifest.weights]
+    return {
+        "parameters_gib": sum(manifest.files[path].bytes for path in manifest.weights) / 2**30,
+        "shards": len(files),
+        "linked": all(os.path.samefile(path, model / path.name) for path in files if (model / path.name).exists()),
+        "graphs_mib": sum(manifest.files[p].bytes for p in manifest.program_files()) / 2**20,
+        "segments": [f"[{s.first_layer},{s.last_layer}) {s.length}" for s in manifest.segments],
+    }
+
+
+def write_processor(directory: Path, layout: Layout) -> None:
+    """The least a bundle can be opened with: a tokenizer of bytes that knows the image token, and image sizes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    image, alphabet = int(layout.config["image_token_index"]), sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<unk>", "<s>", "</s>", *alphabet]
+    tokenizer = Tokenizer(models.BPE(vocab={**{n: i for i, n in enumerate(names)}, "<image>": image}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    square = {"height": layout.size, "width": layout.size}
+    pixels = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": layout.size}, "crop_size": square,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    for name, content in (
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "image_token": "<image>"}),
+        ("preprocessor_config.json", pixels),
+        ("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2}),
+    ):
+        (directory / name).write_text(json.dumps(content))
+
+
+def draw(reports: list[dict[str, Any]]) -> Table:
+    columns = ("layout", "recipe", "dtype", "GiB", "files", "seconds", "CPU seconds", "peak GiB")
+    table = Table(*columns, title="From a checkpoint to a bundle, weights by reference", box=None, pad_edge=False)
+    for r in reports:
+        table.add_row(
+            r["layout"], r["recipe"], r["dtype"], f"{r['parameters_gib']:.1f}",
+            f"{r['shards']} {'linked' if r['linked'] else 'copied'}",
+            f"{r['seconds']:.1f} of {r['may_take']['seconds']:.0f}", f"{r['cpu_seconds']:.1f}",
+            f"{r['peak_gib']:.2f} of {r['may_take']['gib']:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench.compile_real", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(LAYOUTS)}; all if none is given")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    chosen = parser.parse_args(arguments)
+    if unknown := [name for name in chosen.names if name not in LAYOUTS]:
+        parser.error(f"no layout {unknown[0]!r} (available: {', '.join(LAYOUTS)})")
+    reports = []
+    for name in chosen.names or LAYOUTS:
+        notes.print(f"compiling {name}")
+        reports.append(measure(name, LAYOUTS[name]))
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(reports, indent=1) + "\n")
+    results.print(draw(reports))
+
+
+if __name__ == "__main__":
+    main()

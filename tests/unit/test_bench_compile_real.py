@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from secateur.exporters.checkpoint import list_tensors
-from secateur.tools.bench.compile_real import Layout, draw, main, measure
+from secateur.tools.bench.compile_real import Layout, clip_pixels, draw, main, measure
 from secateur.tools.bench.sparse_checkpoint import INDEX, write_sparse
 
 from . import tiny_model, tiny_onevision
@@ -41,6 +41,14 @@ def test_names_and_shapes_are_those_of_save_pretrained(
     assert set(index["weight_map"].values()) == {path.name for path in shards}
 
 
+def test_names_of_the_model_in_memory(tmp_path: Path) -> None:
+    tiny_model.write_config(tmp_path, layers=2)
+    write_sparse(tmp_path, original=False)
+    names = tensors(tmp_path)
+    assert "lm_head.weight" in names
+    assert names["model.language_model.norm.weight"] == ("F16", (64,))
+
+
 def test_the_data_are_holes(tmp_path: Path) -> None:
     text = {"hidden_size": 512, "intermediate_size": 4096}
     tiny_model.write_config(tmp_path, layers=2, text=text)
@@ -52,7 +60,7 @@ def test_the_data_are_holes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_layout_is_measured(tmp_path: Path) -> None:
-    layout = Layout(tiny_model.make_config(layers=4, image_token_index=300), size=32, gib=1.5)
+    layout = Layout(tiny_model.make_config(layers=4, image_token_index=300), clip_pixels(32), gib=1.5)
     layout.config["text_config"] |= {"vocab_size": 301}
     report = measure("tiny", layout)
     assert report["linked"]

@@ -28,19 +28,28 @@ from secateur.tools.console import notes, results
 
 @dataclass(frozen=True)
 class Layout:
-    """A row of the table: ``config`` is its config.json, ``size`` the image processor's, ``seconds`` and ``gib`` are
+    """A row of the table: ``config`` is its config.json, ``pixels`` its preprocessor_config.json. ``original`` says
+    whether its files name and shape tensors as the hub's do, or as the model holds them. ``seconds`` and ``gib`` are
     what compiling it may take on two idle cores."""
 
     config: dict[str, Any]
-    size: int
+    pixels: dict[str, Any]
     dtype: str = "fp16"
     recipe: str = "fastv"
+    original: bool = True
     seconds: float = 90.0
     gib: float = 3.0
 
 
+def clip_pixels(size: int) -> dict[str, Any]:
+    """CLIP's image processor for square images of so many pixels a side."""
+    square = {"height": size, "width": size}
+    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}, "crop_size": square, **norm}
+
+
 LAYOUTS = {
-    "llava-1.5-7b": Layout(LLAVA_7B, size=336),
+    "llava-1.5-7b": Layout(LLAVA_7B, clip_pixels(336)),
 }
 
 
@@ -52,7 +61,8 @@ def measure(name: str, layout: Layout, weights: str = "reference") -> dict[str, 
         (model / "config.json").write_text(json.dumps(layout.config))
         write_processor(model, layout)
         # In a process of its own, as a child's peak counts what its parent held when it began.
-        _run("secateur.tools.bench.sparse_checkpoint", str(model), "--dtype", layout.dtype)
+        form = () if layout.original else ("--in-memory",)
+        _run("secateur.tools.bench.sparse_checkpoint", str(model), "--dtype", layout.dtype, *form)
         begin = time.perf_counter()
         used = _run(
             "secateur", "compile", str(model), "-o", str(bundle), "--recipe", layout.recipe,
@@ -104,23 +114,18 @@ def _describe(model: Path, bundle: Path) -> dict[str, Any]:
 
 
 def write_processor(directory: Path, layout: Layout) -> None:
-    """The least a bundle can be opened with: a tokenizer of bytes that knows the image token, and image sizes."""
+    """The least a bundle can be opened with: a tokenizer of bytes that knows the image token, and the images' shape."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    image, alphabet = int(layout.config["image_token_index"]), sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<unk>", "<s>", "</s>", *alphabet]
+    image = next(int(layout.config[key]) for key in ("image_token_index", "image_token_id") if key in layout.config)
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={**{n: i for i, n in enumerate(names)}, "<image>": image}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>"])
     tokenizer.save(str(directory / "tokenizer.json"))
-    square = {"height": layout.size, "width": layout.size}
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": layout.size}, "crop_size": square,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
     for name, content in (
         ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "image_token": "<image>"}),
-        ("preprocessor_config.json", pixels),
+        ("preprocessor_config.json", layout.pixels),
         ("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2}),
     ):
         (directory / name).write_text(json.dumps(content))

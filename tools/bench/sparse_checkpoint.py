@@ -19,12 +19,14 @@ INDEX = "model.safetensors.index.json"
 _KINDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64"}
 
 
-def write_sparse(directory: Path, dtype: str = "fp16", shard_bytes: int = SHARD_BYTES) -> int:
+def write_sparse(directory: Path, dtype: str = "fp16", shard_bytes: int = SHARD_BYTES, *, original: bool = True) -> int:
     """Write the shards and their index; returns the bytes they seem to hold.
 
     ``dtype`` is fp32, fp16 or bf16; a shard holds at most ``shard_bytes`` of data, but one tensor at least.
+    ``original`` says whether names and shapes are those of the hub's files, or those of the model in memory: experts
+    that files keep apart are stacked there.
     """
-    tensors = list_tensors(directory, dtype)
+    tensors = list_tensors(directory, dtype, original)
     shards = list(_fill(tensors, shard_bytes))
     places: dict[str, str] = {}
     total = 0
@@ -38,8 +40,8 @@ def write_sparse(directory: Path, dtype: str = "fp16", shard_bytes: int = SHARD_
     return total
 
 
-def list_tensors(directory: Path, dtype: str) -> dict[str, Any]:
-    """The model's tensors on the ``meta`` device, under the names and in the shapes the hub's files have."""
+def list_tensors(directory: Path, dtype: str, original: bool = True) -> dict[str, Any]:
+    """The model's tensors on the ``meta`` device, by the names and in the shapes the hub's files or the model have."""
     from transformers.core_model_loading import revert_weight_conversion
 
     from secateur.compiler.pipeline import build_meta_model, read_source
@@ -47,7 +49,7 @@ def list_tensors(directory: Path, dtype: str) -> dict[str, Any]:
     model: Any = build_meta_model(read_source(directory), dtype)
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    return dict(sorted(revert_weight_conversion(model, state).items()))
+    return dict(sorted((revert_weight_conversion(model, state) if original else state).items()))
 
 
 def _fill(tensors: Mapping[str, Any], shard_bytes: int) -> Iterator[list[str]]:
@@ -86,8 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, help="where config.json lies and the shards go")
     parser.add_argument("--dtype", default="fp16", choices=("fp32", "fp16", "bf16"))
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES)
+    parser.add_argument(
+        "--in-memory", action="store_true", help="names and shapes of the model, not of the hub's files"
+    )
     chosen = parser.parse_args(arguments)
-    size = write_sparse(chosen.directory, chosen.dtype, chosen.shard_bytes)
+    size = write_sparse(chosen.directory, chosen.dtype, chosen.shard_bytes, original=not chosen.in_memory)
     results.print(f"{chosen.directory}: {size / 2**30:.2f} GiB of holes")
 
 

@@ -35,6 +35,8 @@ class Rearrangement:
             converter.collected_tensors[pattern].append(lambda key=key: read(key))
         try:
             made = converter.convert(self._name, model=self._model, config=self._model.config)
+        except (UserError, OSError):
+            raise  # of reading a part
         except Exception as error:  # operations raise whatever torch raises
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"tensor {self.keys[0]} and its like do not make {self._name} ({reason})") from None

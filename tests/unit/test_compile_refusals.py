@@ -67,7 +67,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--target", "tensorflow"),
         "--target: no target 'tensorflow' (available: onnxruntime, plain, tensorrt, tensorrt-rtx)",
     ),
-    "dtype": (("--dtype", "int8"), "--dtype: no dtype 'int8' (available: fp32, fp16, bf16)"),
+    "dtype": (("--dtype", "int8"), "--dtype: no dtype 'int8' (available: fp32, fp16, bf16, auto)"),
     "architecture": (("--sm", "89"), "--sm: target onnxruntime has no GPU architecture; leave --sm out"),
     "fp32 engine": (
         ("--target", "tensorrt-rtx", "--dtype", "fp32"),

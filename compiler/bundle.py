@@ -200,7 +200,7 @@ def _recipe(job: Job) -> m.Recipe:
     ]  # fmt: skip
     return m.Recipe(
         name=recipe.name, title=recipe.title, link=recipe.link, keep=float(job.plan.keep), positions=recipe.positions,
-        sha256=digest_plan(job.plan, job.stages), notes=recipe.notes, stages=stages,
+        cache=recipe.cache, sha256=digest_plan(job.plan, job.stages), notes=recipe.notes, stages=stages,
         calibrations=digests_of(job.plan.stages),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from secateur.runtime.errors import UserError
 
 Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
+Cache = Literal["ragged", "shrink"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
 
 
@@ -93,6 +94,9 @@ class Recipe:
     link: str
     stages: tuple[Stage, ...]
     positions: Positions = "original"
+    cache: Cache = "ragged"
+    """What a stage inside the decoder does to the caches of the layers before it: nothing ("ragged": every layer keeps
+    the rows it saw), or it takes the same rows out of them ("shrink": all layers keep what the last stage leaves)."""
     evidence: Evidence = "authors' code"
     notes: str = ""
     identity_at_one: bool = True
@@ -112,6 +116,8 @@ class Recipe:
             return  # each part checked its own shares, which are fractions of what enters the part
         if self.schedule is not None:
             self._check_schedule(self.schedule)
+        if self.cache == "shrink":
+            self._check_shrinks()
         before = 1.0
         for index, stage in enumerate(self.stages):
             where = f"recipe {self.name}: stages[{index}].share"
@@ -143,6 +149,16 @@ class Recipe:
     def prunes(self) -> bool:
         """Whether any stage does."""
         return any(stage.prunes for stage in self.stages)
+
+    def _check_shrinks(self) -> None:
+        for index, stage in enumerate(self.stages):
+            if stage.merge is not None and stage.site.kind == "decoder.layer" and stage.site.layer:
+                raise UserError(
+                    f"merge {stage.merge.name!r} mixes hidden rows, but the keys and values that the layers before "
+                    f"{stage.site} made of them cannot be mixed alike",
+                    where=f"recipe {self.name}: stages[{index}].merge",
+                    fix="use cache 'ragged', or merge at decoder.layer[0] or before",
+                )
 
     def _check_schedule(self, schedule: Exponential) -> None:
         where = f"recipe {self.name}: schedule"
@@ -220,7 +236,9 @@ class PlannedRecipe:
     stages: tuple[PlannedStage, ...]
 
     def __str__(self) -> str:
-        lines = [f"recipe {self.recipe.name} keep={self.keep:g}"]
+        # Named only where it is not the usual one: the digests of all other plans stay what they were.
+        cache = "" if self.recipe.cache == "ragged" else f" cache={self.recipe.cache}"
+        lines = [f"recipe {self.recipe.name} keep={self.keep:g}{cache}"]
         return "\n".join(lines + [f"  {stage}" for stage in self.stages])
 
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from secateur.compiler.calibration import resolve_references, write_value
 from secateur.compiler.compose import compose
-from secateur.compiler.recipe import Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
+from secateur.compiler.recipe import Cache, Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import Site
 from secateur.passes.recipe_module import recipe_from_file
@@ -81,6 +81,7 @@ class _RecipeFields(BaseModel):
     title: str = ""
     link: str = ""
     positions: Positions = "original"
+    cache: Cache = "ragged"
     evidence: Evidence = "reconstructed"
     notes: str = ""
     identity_at_one: bool = True
@@ -95,8 +96,8 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "of": _TermFields, "settings": _SettingFields, "schedule": _ScheduleFields,
 }  # fmt: skip
 _CHOICES = {
-    "scope": get_args(Scope), "positions": get_args(Positions), "evidence": get_args(Evidence),
-    "name": ("exponential",),
+    "scope": get_args(Scope), "positions": get_args(Positions), "cache": get_args(Cache),
+    "evidence": get_args(Evidence), "name": ("exponential",),
 }  # fmt: skip
 _SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
 
@@ -184,6 +185,7 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         "title": recipe.title,
         "link": recipe.link,
         "positions": recipe.positions,
+        **({"cache": recipe.cache} if recipe.cache != "ragged" else {}),
         "evidence": recipe.evidence,
         "notes": recipe.notes,
         "identity_at_one": recipe.identity_at_one,

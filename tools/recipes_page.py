@@ -71,6 +71,8 @@ def _write_recipe(row: Recipe) -> str:
     unchanged = "keep 1 leaves the model's output unchanged" if row.identity_at_one else "keep 1 changes the output too"
     numbering = "keep their positions" if row.positions == "original" else "are numbered anew"
     parts = [f"## {row.name}", f"{title}", f"Evidence: {row.evidence}. Survivors {numbering}; {unchanged}."]
+    if row.cache == "shrink":
+        parts[-1] += " The caches of earlier layers shrink to the survivors."
     if row.schedule is not None:
         parts[-1] += f" Schedule: `{row.schedule}`."
     signals = describe_recipe(row)["signals"]

@@ -90,10 +90,7 @@ def _check_positions(rows: Sequence[Recipe], where: str) -> Positions:
 
 def _check_caches(rows: Sequence[Recipe], where: str) -> Cache:
     """What becomes of the caches, as the parts with stages behind a layer of the decoder say."""
-    inside = [
-        row for row in rows
-        if any(s.select and s.site.kind == "decoder.layer" and s.site.layer for s in row.stages)
-    ]  # fmt: skip
+    inside = [row for row in rows if any(s.select and s.site.behind_a_layer for s in row.stages)]
     for one, other in pairwise(inside):
         if one.cache != other.cache:
             raise UserError(

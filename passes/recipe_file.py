@@ -73,6 +73,7 @@ class _ScheduleFields(BaseModel):
     model_config = _CONFIG
     name: Literal["exponential"]
     entry: float | None = Field(None, gt=0)
+    drop: float | None = Field(None, ge=0, lt=1)
 
 
 class _RecipeFields(BaseModel):
@@ -157,7 +158,7 @@ def recipe_from_yaml(text: str, where: str = "recipe", folder: Path = Path()) ->
         raise _describe(error, where) from None
     stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
     settings = tuple(Setting(s.model, s.keep, s.note) for s in fields.settings)
-    schedule = Exponential(fields.schedule.entry) if fields.schedule else None
+    schedule = Exponential(fields.schedule.entry, fields.schedule.drop) if fields.schedule else None
     plain = fields.model_dump(exclude={"stages", "settings", "schedule"})
     return Recipe(stages=tuple(stages), settings=settings, schedule=schedule, **plain)
 
@@ -191,7 +192,7 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         "identity_at_one": recipe.identity_at_one,
         "collapses": recipe.collapses,
         "settings": [{"model": s.model, "keep": s.keep, "note": s.note} for s in recipe.settings],
-        **({"schedule": {"name": "exponential", "entry": recipe.schedule.entry}} if recipe.schedule else {}),
+        **({"schedule": _write_schedule(recipe.schedule)} if recipe.schedule else {}),
         "stages": [_write_stage(stage) for stage in recipe.stages],
     }
 
@@ -206,6 +207,11 @@ def digest_recipe(recipe: Recipe) -> str:
     own = digest_own(term.function for stage in bound for term in every_term(stage))
     text = json.dumps(recipe_to_data(recipe), sort_keys=True) + own
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_schedule(schedule: Exponential) -> dict[str, Any]:
+    late = {"drop": schedule.drop} if schedule.drop is not None else {}
+    return {"name": "exponential", "entry": schedule.entry, **late}
 
 
 def _write_stage(stage: Stage) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from secateur.passes.signal_table import SIGNALS, Number, Option, TowerLayers
 from secateur.runtime.errors import UserError
 
 ROLES: dict[str, Mapping[str, Callable[..., Any]]] = {"score": SCORES, "select": SELECTORS, "merge": MERGES}
-RESERVED = ("score", "scores", "k", "selection", "grid")
+RESERVED = ("score", "scores", "k", "selection", "grid", "layout")
 """Parameters that receive the result of the step before (for a score: of the scores it is made of), the number of
-tokens to keep, or the layout of the tokens (:class:`Grid`)."""
+tokens to keep, or how the tokens lie (:class:`Grid`, :class:`Layout`)."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from secateur.passes.methods import (
     select_pivots,
     select_recycle,
     select_windows,
+    windows_in_time,
 )
 
 _MODULES: tuple[ModuleType, ...] = (
@@ -42,6 +43,7 @@ _MODULES: tuple[ModuleType, ...] = (
     score_tower,
     select_windows,
     merge_nearest,
+    windows_in_time,
 )
 
 

@@ -109,7 +109,7 @@ def _write_stages(row: Recipe, run: Sequence[int], signals: dict[str, Any]) -> s
         stage.scope, f"{stage.window} images at a time"
     )
     head = "Prunes" if len(row.stages) == 1 else f"Stage {run[0]}" if len(run) == 1 else f"Stages {run[0]} to {run[-1]}"
-    lines = [f"{head} at `{show_sites(replace(row, stages=tuple(stages)))}`, {scope}:", ""]
+    lines = [f"{head} at `{show_sites(replace(row, stages=tuple(stages), schedule=None))}`, {scope}:", ""]
     for role, verb in (("score", "scores by"), ("select", "selects by"), ("merge", "merges by")):
         term = getattr(stage, role)
         if term is not None:

@@ -6,7 +6,7 @@ from secateur.recipes import Recipe, Site, Stage, Term, score
 from __future__ import annotations
 
 from secateur.compiler.calibration import read_reference
-from secateur.compiler.recipe import Grid, Recipe, Setting, Stage, Term
+from secateur.compiler.recipe import Grid, Layout, Recipe, Setting, Stage, Term
 from secateur.compiler.site import Site
 from secateur.passes.methods.own import merge, score, selector
 from secateur.passes.methods.rows import Scored
@@ -14,6 +14,7 @@ from secateur.passes.methods.select import Selection
 
 __all__ = [
     "Grid",
+    "Layout",
     "Recipe",
     "Scored",
     "Selection",

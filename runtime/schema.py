@@ -99,6 +99,8 @@ class Recipe(_Frozen):
     notes: str = ""
     calibrations: dict[str, Digest] = {}
     """File name -> digest of the calibration files its numbers come from."""
+    weights: dict[str, Digest] = {}
+    """File name -> digest of the files of learned weights its functions read."""
     stages: list[Stage]
 
 

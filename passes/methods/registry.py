@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.passes.methods import (
     calibrate,
+    learned,
     merge,
     merge_nearest,
     merge_pairs,
@@ -44,6 +45,7 @@ _MODULES: tuple[ModuleType, ...] = (
     select_windows,
     merge_nearest,
     windows_in_time,
+    learned,
 )
 
 

@@ -15,8 +15,8 @@ from secateur.runtime.errors import UserError
 
 
 class Weights:
-    """The tensors of a safetensors file by ``names``, in float32. A parameter with this type is an option that takes a file;
-    see :mod:`secateur.compiler.learned`."""
+    """The tensors of a safetensors file by ``names``, in float32. A parameter with this type is an option that takes a
+    file; see :mod:`secateur.compiler.learned`."""
 
     def __init__(self, file: WeightsFile, tensors: Mapping[str, Tensor]) -> None:
         self.file, self._tensors = file, tensors

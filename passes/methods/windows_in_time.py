@@ -96,6 +96,29 @@ def window_modality_quotas(
     return prefer(score, (rank < quota).to(score.dtype))
 
 
+def unlike_sound(tokens: Tensor, source: Tensor, layout: Layout, frames: Count = 2) -> Tensor:
+    """What is seen by how little it resembles what is heard in its window of ``frames`` moments, ``[G,N]``: a
+    training-free proxy of ContextGuard (arXiv 2605.11605).
+
+    The authors train a predictor from sound to coarse visual meaning and drop what it foretells. Here one minus the
+    cosine of a token with the mean direction of its window's sound takes its place, among ``tokens [G,N,D]`` as the LLM
+    reads them; 1 where nothing is heard, and 3 for sound itself, which is all kept first. ``source [G,N]`` finds the
+    tokens in the layout.
+    """
+    groups = tokens.shape[0]
+    windows = [moment // frames for moment in layout.frames]
+    window, heard = (
+        torch.tensor(table, device=tokens.device).unsqueeze(0).expand(groups, len(table)).gather(1, source)
+        for table in (windows, list(layout.modalities))
+    )
+    sound = (heard == 1).to(tokens.dtype)
+    unit = unit_rows(tokens)
+    inside = (window.unsqueeze(1) == torch.arange(max(windows) + 1, device=tokens.device).unsqueeze(1)).to(tokens.dtype)
+    pooled = (inside * sound.unsqueeze(1)) @ unit
+    alike = (unit @ unit_rows(pooled).transpose(1, 2)).gather(2, window.unsqueeze(2)).squeeze(2)
+    return torch.where(heard == 1, 3.0, 1.0 - alike)
+
+
 def _modality_quotas(layout: Layout, k: int, rates: tuple[float, ...]) -> list[int]:
     """How many of k tokens each kind gets, in proportion to its tokens times its rate."""
     sizes = [layout.modalities.count(kind) for kind in range(max(layout.modalities) + 1)]
@@ -147,5 +170,8 @@ def _between(value: Tensor, least: Tensor, most: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(value, least), most)
 
 
-SCORES: dict[str, Callable[..., Tensor]] = {"window_modality_quotas": window_modality_quotas}
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "unlike_sound": unlike_sound,
+    "window_modality_quotas": window_modality_quotas,
+}
 SELECTORS: dict[str, Callable[..., Selection]] = {"windowed_max_min": windowed_max_min}

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.compiler.layout import Layout, share_out
 from secateur.compiler.recipe import Recipe, Site, Stage, Term, plan_recipe
 from secateur.passes.methods.select import top_k, weighted_max_min
-from secateur.passes.methods.windows_in_time import _share_out, window_modality_quotas, windowed_max_min
+from secateur.passes.methods.windows_in_time import _share_out, unlike_sound, window_modality_quotas, windowed_max_min
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 from secateur.runtime.errors import UserError
@@ -146,6 +146,36 @@ def test_equal_remainders_go_to_the_first() -> None:
     ones = torch.ones(1, 3)
     assert _share_out(ones, torch.tensor([[4.0]]), ones, 9 * ones)[0].tolist() == want
     assert share_out([1.0] * 3, 4, [9] * 3) == want
+
+
+# -- what sound foretells ---------------------------------------------------------------------------------
+
+
+def test_what_sound_foretells_goes_first() -> None:
+    """Token by token: cosine with the mean direction of what is heard in the window; of three windows one is silent."""
+    whole = heard_and_seen(6, 4)
+    layout = Layout(whole.frames, tuple(0 if frame >= 4 else kind for frame, kind in zip(*whole, strict=True)))
+    n = 30
+    _, tokens, source = draw(layout, n, 4)
+    got = unlike_sound(tokens, source, layout)
+    cells = cells_of(layout)
+    for row in range(2):
+        units = [torch.nn.functional.normalize(token.double(), dim=0) for token in tokens[row]]
+        for i in range(n):
+            window, kind = cells[source[row, i]]
+            heard = [units[j] for j in range(n) if cells[source[row, j]] == (window, 1)]
+            want = 3.0 if kind == 1 else 1.0
+            if heard and kind == 0:
+                mean = torch.stack(heard).mean(dim=0)
+                want = 1.0 - float(units[i] @ mean / mean.norm())
+            assert float(got[row, i]) == pytest.approx(want, abs=1e-5)
+    assert len({cells[i][0] for i in source[0].tolist() if cells[i][1] == 1}) == 2
+
+
+def test_without_sound_all_tokens_are_alike_to_it() -> None:
+    layout = Layout.of_images(2, 8)
+    _, tokens, source = draw(layout, 16, 0)
+    assert unlike_sound(tokens, source, layout).tolist() == [[1.0] * 16] * 2
 
 
 # -- rows -------------------------------------------------------------------------------------------------

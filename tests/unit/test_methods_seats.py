@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 from secateur.runtime.errors import UserError
 
+from .test_methods_onnx import call, run_onnx
+from .transcriptions.draw import draw_signals
 from .transcriptions.seats import allot, kinds_kept, stage_one, stage_two
 
 SOUND = 3
@@ -176,6 +179,35 @@ def test_without_sound_all_tokens_are_alike_to_it() -> None:
     layout = Layout.of_images(2, 8)
     _, tokens, source = draw(layout, 16, 0)
     assert unlike_sound(tokens, source, layout).tolist() == [[1.0] * 16] * 2
+
+
+# -- exported ---------------------------------------------------------------------------------------------
+
+_ATTENTION = Term("last_query_attention_mean", {"heads": "mean"})
+_PAIR = {"rates": (0.06, 0.35)}
+
+
+@pytest.mark.parametrize(
+    ("score", "select"),
+    [
+        (Term("carried_score"), Term("windowed_max_min", _PAIR)),
+        (Term("window_modality_quotas", {"temperature": 0.1, **_PAIR}, of=(_ATTENTION,)), Term("top_k")),
+        (Term("unlike_sound"), Term("top_k")),
+    ],
+)
+def test_onnx_runtime_does_the_same_with_sound(score: Term, select: Term) -> None:
+    layout = heard_and_seen(5, 6)
+    row = Stage(Site("decoder.layer", 1), select, score, share=0.4, scope="whole")
+    (planned,) = plan_recipe(
+        Recipe("mine", "", "", (row,)), keep=None, images=1, tokens_per_image=len(layout.frames), vision_layers=2,
+        decoder_layers=2,
+    ).stages  # fmt: skip
+    stage = stage_function(replace(planned, layout=layout))
+    drawn = draw_signals(stage, 2, seed=3)
+    signals = {name: drawn[name] for name in stage.signals}
+    expected = call(stage, signals)
+    for output, value in run_onnx(stage, signals).items():
+        torch.testing.assert_close(torch.from_numpy(value), expected[output], rtol=1e-4, atol=1e-5)
 
 
 # -- rows -------------------------------------------------------------------------------------------------

@@ -185,8 +185,9 @@ def read_reference(text: str, folder: Path = Path(), where: str = "calibration")
     parts = _REFERENCE.fullmatch(text)
     if parts is None:
         raise UserError(
-            f"{text!r} refers to nothing", where=where, fix="write file:PATH#STAGE.FIELD@DIGEST, such as calibrate says"
-        )
+            f"{text!r} refers to nothing", where=where,
+            fix="write file:PATH#STAGE.FIELD@DIGEST, such as calibrate says, or file:NAME.safetensors",
+        )  # fmt: skip
     path, stage, field, digest = parts.groups()
     calibration, sha256 = read_calibration(folder / path)
     if len(digest or "") < _SHORTEST or not sha256.startswith(digest):
@@ -263,8 +264,9 @@ def digests_of_weights(stages: Sequence[PlannedStage]) -> dict[str, str]:
 
 
 def _resolve(text: str, folder: Path, where: str) -> Calibrated | WeightsFile:
-    # Only a reference to a calibration says which of a file's fields is meant.
-    return read_reference(text, folder, where) if "#" in text else read_weights(text, folder, where)
+    # A reference to a calibration says which of the file's fields is meant.
+    learned = "#" not in text and text.partition("@")[0].endswith(".safetensors")
+    return read_weights(text, folder, where) if learned else read_reference(text, folder, where)
 
 
 def _refers(value: Any) -> bool:

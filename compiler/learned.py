@@ -2,7 +2,7 @@
 
     options: {weights: "file:sieve.safetensors@3f9a0c1d7b20"}
 
-Behind ``file:`` stands the path of a safetensors file, counted from the recipe file's own directory. What follows
+Behind ``file:`` stands a path that ends in .safetensors, counted from the recipe file's own directory. What follows
 ``@``, at least eight digits of the file's SHA-256, may be left out; where it is given, another file is refused.
 """
 

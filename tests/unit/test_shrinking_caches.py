@@ -27,6 +27,7 @@ from secateur.tools import cli
 from . import tiny_onevision
 
 LAYERS, TEXT, NEW = 4, 24, 8
+GEOMETRY = Geometry(batch=3, images=2, text_tokens=TEXT, new_tokens=NEW)
 
 
 def write_recipe(
@@ -66,24 +67,33 @@ def models(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
+def trace_for(models: Callable[[str], Path]) -> Callable[[str], Any]:
+    """A model's trace for three rows of two images."""
+    made: dict[str, Any] = {}
+
+    def make(name: str) -> Any:
+        if name not in made:
+            made[name] = pipeline.trace_model(read_source(models(name)), GEOMETRY)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def compile_for(
-    models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    trace_for: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, str]]:
-    """``compile_for(model, target, batch=..., **recipe)`` -> a bundle and its recipe; models are traced once."""
-    traces: dict[tuple[str, int], Any] = {}
+    """``compile_for(model, target, **recipe)`` -> a bundle and its recipe."""
     made: dict[tuple[Any, ...], tuple[Path, str]] = {}
 
-    def make(model: str, target: str = "onnxruntime", batch: int = 3, **recipe: Any) -> tuple[Path, str]:
-        key = (model, target, batch, *sorted(recipe.items()))
+    def make(model: str, target: str = "onnxruntime", **recipe: Any) -> tuple[Path, str]:
+        key = (model, target, *sorted(recipe.items()))
         if key not in made:
-            geometry = Geometry(batch=batch, images=2, text_tokens=TEXT, new_tokens=NEW)
-            if (model, batch) not in traces:
-                traces[model, batch] = pipeline.trace_model(read_source(models(model)), geometry)
-            folder = tmp_path_factory.mktemp("shrinks")
+            trace, folder = trace_for(model), tmp_path_factory.mktemp("shrinks")
             file = write_recipe(folder / "recipe.yaml", **recipe)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline, "trace_model", lambda *_: traces[model, batch])
-                pipeline.compile(models(model), folder / "bundle", recipe=file, geometry=geometry, target=target)
+                patch.setattr(pipeline, "trace_model", lambda *_: trace)
+                pipeline.compile(trace.source.path, folder / "bundle", recipe=file, geometry=GEOMETRY, target=target)
             made[key] = folder / "bundle", file
         return made[key]
 
@@ -94,11 +104,10 @@ def compile_for(
 
 CASES = [
     ("llama", "onnxruntime", {}),
-    ("llama", "plain", {"exits": True}),
-    ("llama", "onnxruntime", {"positions": "compact", "exits": True}),
-    ("qwen2", "onnxruntime", {"vision": True, "exits": True}),
-    ("onevision", "onnxruntime", {"exits": True}),
-    ("onevision", "plain", {"positions": "compact", "vision": True}),
+    ("llama", "onnxruntime", {"exits": True}),
+    ("llama", "plain", {"exits": True, "positions": "compact"}),
+    ("onevision", "onnxruntime", {"exits": True, "vision": True}),
+    ("onevision", "onnxruntime", {"positions": "compact"}),
 ]
 
 
@@ -109,7 +118,7 @@ def test_compiled_programs_hold_and_answer_what_the_oracle_does(
     """Three rows of different length in one batch: choices, every layer's cache, logits and greedy tokens."""
     bundle, file = compile_for(model, target, **recipe)
     manifest = read_manifest(bundle)
-    oracle = Oracle(plan_job(read_source(models(model)), Geometry(3, 2, TEXT, NEW), load_recipe(file), None))
+    oracle = Oracle(plan_job(read_source(models(model)), GEOMETRY, load_recipe(file), None))
     items = [replace(item, forced_tokens=()) for item in random_rows(manifest, 3, NEW, seed=5)]
     assert len({len(item.input_ids) for item in items}) == 3
     with Session(bundle, threads=1) as session:
@@ -167,13 +176,15 @@ def test_the_oracle_holds_the_survivors_rows_of_what_ragged_caches_hold(
 
 
 def test_explain_and_inspect_say_what_decode_saves(
-    compile_for: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    compile_for: Callable[..., Any], trace_for: Callable[[str], Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     bundle, file = compile_for("llama", exits=True)
-    geometry = Geometry(3, 2, TEXT, NEW)
-    shrunk = pipeline.explain(file, models("llama"), geometry=geometry)
-    ragged = pipeline.explain(
-        write_recipe(tmp_path / "r.yaml", cache="ragged", exits=True), models("llama"), geometry=geometry
+    trace = trace_for("llama")
+    monkeypatch.setattr(pipeline, "trace_model", lambda *_: trace)
+    shrunk, ragged = (
+        pipeline.explain(recipe, trace.source.path, geometry=GEOMETRY)
+        for recipe in (file, write_recipe(tmp_path / "r.yaml", cache="ragged", exits=True))
     )
     row = 3 * 2 * 2 * 16 * 4  # keys and values of one layer and slot: batch 3, two heads of 16, four bytes
     assert shrunk.visual_tokens == ragged.visual_tokens == (32, 16, 8, 0)

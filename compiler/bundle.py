@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import secateur
-from secateur.compiler.calibration import digests_of
+from secateur.compiler.calibration import digests_of, digests_of_weights
 from secateur.compiler.flops import count_flops
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
@@ -208,8 +208,8 @@ def _recipe(job: Job) -> m.Recipe:
     ]  # fmt: skip
     return m.Recipe(
         name=recipe.name, title=recipe.title, link=recipe.link, keep=float(job.plan.keep), positions=recipe.positions,
-        sha256=digest_plan(job.plan, job.stages), notes=recipe.notes, stages=stages,
-        calibrations=digests_of(job.plan.stages),
+        cache=recipe.cache, sha256=digest_plan(job.plan, job.stages), notes=recipe.notes, stages=stages,
+        calibrations=digests_of(job.plan.stages), weights=digests_of_weights(job.plan.stages),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from secateur.compiler.learned import WeightsFile, read_weights
 from secateur.compiler.recipe import PlannedStage, Term
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file
@@ -161,7 +162,8 @@ def read_calibration(path: Path) -> tuple[Calibration, str]:
 
 
 def resolve_references(data: Any, folder: Path, where: str) -> Any:
-    """A recipe file's content with the references among its terms' options replaced by the numbers."""
+    """A recipe file's content with the references among its terms' options replaced by what they stand for: numbers of
+    a calibration file, or a file of learned weights."""
     if isinstance(data, list):
         return [resolve_references(entry, folder, where) for entry in data]
     if not isinstance(data, dict):
@@ -170,7 +172,7 @@ def resolve_references(data: Any, folder: Path, where: str) -> Any:
     for key, value in data.items():
         if key == "options" and isinstance(value, dict):
             found[key] = {
-                name: read_reference(given, folder, f"{where}: options.{name}") if _refers(given) else given
+                name: _resolve(given, folder, f"{where}: options.{name}") if _refers(given) else given
                 for name, given in value.items()
             }
         else:
@@ -183,8 +185,9 @@ def read_reference(text: str, folder: Path = Path(), where: str = "calibration")
     parts = _REFERENCE.fullmatch(text)
     if parts is None:
         raise UserError(
-            f"{text!r} refers to nothing", where=where, fix="write file:PATH#STAGE.FIELD@DIGEST, such as calibrate says"
-        )
+            f"{text!r} refers to nothing", where=where,
+            fix="write file:PATH#STAGE.FIELD@DIGEST, such as calibrate says, or file:NAME.safetensors",
+        )  # fmt: skip
     path, stage, field, digest = parts.groups()
     calibration, sha256 = read_calibration(folder / path)
     if len(digest or "") < _SHORTEST or not sha256.startswith(digest):
@@ -211,18 +214,23 @@ def read_reference(text: str, folder: Path = Path(), where: str = "calibration")
 
 def write_value(value: Any) -> Any:
     """An option's value as a recipe file says it."""
-    return value.reference if isinstance(value, Calibrated) else value
+    return value.reference if isinstance(value, (Calibrated, WeightsFile)) else value
 
 
 def list_calibrated(stage: PlannedStage) -> Iterator[tuple[str, Calibrated]]:
     """Every calibrated option of a stage's functions, with where it stands."""
+    for where, value in _list_options(stage):
+        if isinstance(value, Calibrated):
+            yield where, value
+
+
+def _list_options(stage: PlannedStage) -> Iterator[tuple[str, Any]]:
     waiting: list[Term] = [term for term in (stage.score, stage.select, stage.merge) if term is not None]
     while waiting:
         term = waiting.pop()
         waiting += term.of
         for name, value in term.options.items():
-            if isinstance(value, Calibrated):
-                yield f"{stage.name}: {term.name}.{name}", value
+            yield f"{stage.name}: {term.name}.{name}", value
 
 
 def check_calibrated(stages: Sequence[PlannedStage], config: Path) -> None:
@@ -247,6 +255,18 @@ def digests_of(stages: Sequence[PlannedStage]) -> dict[str, str]:
     """File name -> SHA-256 of every calibration that stages use."""
     found = {Path(v.origin.path).name: v.origin.sha256 for s in stages for _, v in list_calibrated(s)}
     return dict(sorted(found.items()))
+
+
+def digests_of_weights(stages: Sequence[PlannedStage]) -> dict[str, str]:
+    """File name -> SHA-256 of every file of learned weights that stages use."""
+    found = {v.name: v.sha256 for s in stages for _, v in _list_options(s) if isinstance(v, WeightsFile)}
+    return dict(sorted(found.items()))
+
+
+def _resolve(text: str, folder: Path, where: str) -> Calibrated | WeightsFile:
+    # A reference to a calibration says which of the file's fields is meant.
+    learned = "#" not in text and text.partition("@")[0].endswith(".safetensors")
+    return read_weights(text, folder, where) if learned else read_reference(text, folder, where)
 
 
 def _refers(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from secateur.compiler.recipe import Part, Positions, Recipe
+from secateur.compiler.recipe import Cache, Part, Positions, Recipe
 from secateur.compiler.site import SITE_KINDS, Site
 from secateur.runtime.errors import UserError
 
@@ -15,8 +15,8 @@ def compose(name: str, parts: Sequence[Part]) -> Recipe:
 
     Raises UserError, in one line that names the parts, where they do not fit: a part that would have to act before
     the one in front of it, two stages at one place, a stage after all tokens are gone, two ways of numbering
-    survivors on the same side of the decoder's entry. Whether lengths, scopes and signals fit is known once the
-    recipe is planned for a model.
+    survivors on the same side of the decoder's entry, two cache policies inside it. Whether lengths, scopes and
+    signals fit is known once the recipe is planned for a model.
     """
     where = f"--recipe {name}"
     for part in parts:
@@ -39,6 +39,7 @@ def compose(name: str, parts: Sequence[Part]) -> Recipe:
         link=" ".join(dict.fromkeys(row.link for row in rows if row.link)),
         stages=tuple(stage for row in rows for stage in row.stages),
         positions=_check_positions(rows, where),
+        cache=_check_caches(rows, where),
         evidence="reconstructed",
         notes=" ".join(f"{row.name}: {row.notes}" for row in rows if row.notes),
         identity_at_one=all(row.identity_at_one for row in rows),
@@ -85,3 +86,16 @@ def _check_positions(rows: Sequence[Recipe], where: str) -> Positions:
                     fix="stack parts that agree, or write a recipe file",
                 )
     return (chosen.get(True) or chosen.get(False) or rows[-1]).positions
+
+
+def _check_caches(rows: Sequence[Recipe], where: str) -> Cache:
+    """What becomes of the caches, as the parts with stages behind a layer of the decoder say."""
+    inside = [row for row in rows if any(s.select and s.site.behind_a_layer for s in row.stages)]
+    for one, other in pairwise(inside):
+        if one.cache != other.cache:
+            raise UserError(
+                f"{one.name} has cache {one.cache!r}, {other.name} {other.cache!r}, both inside the decoder",
+                where=where,
+                fix="stack parts that agree, or write a recipe file",
+            )
+    return inside[0].cache if inside else "ragged"

@@ -66,6 +66,7 @@ class Explanation:
     evidence: str
     notes: str
     positions: str
+    cache: str
     keep: float
     model: str
     dtype: str
@@ -75,6 +76,8 @@ class Explanation:
     stages: tuple[ExplainedStage, ...]
     visual_tokens: tuple[int, ...]
     """Visual tokens of one row at each decoder layer; ``geometry.text_tokens`` slots of text come on top."""
+    cached_tokens: tuple[int, ...]
+    """Of those, how many each layer's cache holds when decoding begins."""
     extra_tokens: int
     """Slots of one row for what the family puts behind its images; no stage removes them."""
     flops: Mapping[str, Change]
@@ -104,8 +107,8 @@ class Explanation:
         changes = {name: asdict(c) | {"ratio": c.ratio} for name, c in (*self.flops.items(), ("kv", self.kv_bytes))}
         kv_bytes = changes.pop("kv")
         layers = [
-            {"layer": i, "visual": n, "text": text, "length": n + text + extra}
-            for i, n in enumerate(self.visual_tokens)
+            {"layer": i, "visual": n, "text": text, "length": n + text + extra, "cached": held + text + extra}
+            for i, (n, held) in enumerate(zip(self.visual_tokens, self.cached_tokens, strict=True))
         ]
         return asdict(self) | {
             "flops": changes, "kv_bytes": kv_bytes, "layers": layers, "mean_keep": self.mean_keep,
@@ -114,6 +117,7 @@ class Explanation:
     def __str__(self) -> str:
         g = self.geometry
         lines = [f"recipe {self.recipe} keep {self.keep:g} mean keep {self.mean_keep:.4g} positions {self.positions}"]
+        lines[0] += f" cache {self.cache}" if self.cache != "ragged" else ""
         lines += [f"  {key} {value}" for key, value in self.paper() if value]
         lines.append(
             f"model {self.model} {self.dtype} batch {g.batch} images {g.images} of {self.tokens_per_image} tokens "
@@ -122,7 +126,9 @@ class Explanation:
         lines += map(str, self.stages)
         extra = f" + {self.extra_tokens} behind the images" if self.extra_tokens else ""
         for first, last, visual in self.segments():
-            lines.append(f"layers {first}-{last}: {visual} visual + {g.text_tokens} text{extra}")
+            held = self.cached_tokens[first]
+            told = f"; caches keep {held} visual" if held != visual else ""
+            lines.append(f"layers {first}-{last}: {visual} visual + {g.text_tokens} text{extra}{told}")
         lines += [f"flops {name} {change}" for name, change in self.flops.items()]
         lines.append(f"kv bytes {self.kv_bytes}")
         return "\n".join(lines)
@@ -138,16 +144,16 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
     recipe, source = job.plan.recipe, job.source
     extra = source.vision.extra_rows * job.geometry.images
     fixed = job.geometry.text_tokens + extra
-    visual = [s.length - fixed for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
+    segments = [s for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
     programs, whole = pruned.programs, unpruned.programs
     return Explanation(
         recipe=recipe.name, title=recipe.title, link=recipe.link, evidence=recipe.evidence, notes=recipe.notes,
-        positions=recipe.positions, keep=float(job.plan.keep),
+        positions=recipe.positions, cache=recipe.cache, keep=float(job.plan.keep),
         model=f"{source.path.resolve().name} ({source.config.model_type}, {source.text.model_type} decoder of "
               f"{source.decoder_layers} layers)",
         dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=source.vision.tokens_per_image,
-        stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(visual),
-        extra_tokens=extra,
+        stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(s.length - fixed for s in segments),
+        cached_tokens=tuple(s.length - s.evicted - fixed for s in segments), extra_tokens=extra,
         flops={
             name: Change(count_flops(whole[name]), count_flops(program)) for name, program in programs.programs.items()
         },

@@ -8,6 +8,7 @@ Every operator has an eager kernel, so that a graph runs in plain PyTorch after 
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
 sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
+``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.
 ``take_rows``: ``x [B,L,...]``, ``index [B,K]`` -> ``[B,K,...]``.
 """
 
@@ -26,6 +27,7 @@ LIB.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor start, bool fresh, "
     "float scale, int? window=None, float? softcap=None) -> (Tensor, Tensor, Tensor)"
 )
+LIB.define("write_rows(Tensor past, Tensor new, Tensor start, bool fresh) -> Tensor")
 LIB.define("take_rows(Tensor x, Tensor index) -> Tensor")
 LIB.define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
@@ -83,6 +85,12 @@ def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None,
     return scaled_attention(q, present_k, present_v, scale, mask, softcap).contiguous(), present_k, present_v
 
 
+@torch.library.impl(LIB, "write_rows", "CompositeExplicitAutograd")
+def _write_rows(past, new, start, fresh):  # type: ignore[no-untyped-def]
+    at = start[:, None] + torch.arange(new.shape[2])
+    return past.scatter(2, at[:, None, :, None].expand(new.shape), new)
+
+
 @torch.library.impl(LIB, "rotary", "CompositeExplicitAutograd")
 def _rotary(x, cos, sin):  # type: ignore[no-untyped-def]
     first, second = x.chunk(2, -1)
@@ -112,6 +120,11 @@ def _take_rows(x, index):  # type: ignore[no-untyped-def]
     return x.gather(1, rows.expand(*index.shape, *x.shape[2:]))
 
 
+@torch.library.register_fake("secateur::write_rows", lib=LIB)
+def _write_rows_fake(past, new, start, fresh):  # type: ignore[no-untyped-def]
+    return past.new_empty(past.shape)
+
+
 @torch.library.register_fake("secateur::take_rows", lib=LIB)
 def _take_rows_fake(x, index):  # type: ignore[no-untyped-def]
     return x.new_empty((*index.shape, *x.shape[2:]))
@@ -131,4 +144,5 @@ attention = torch.ops.secateur.attention.default
 cached_attention = torch.ops.secateur.cached_attention.default
 rotary = torch.ops.secateur.rotary.default
 take_rows = torch.ops.secateur.take_rows.default
+write_rows = torch.ops.secateur.write_rows.default
 rms_norm = torch.ops.secateur.rms_norm.default

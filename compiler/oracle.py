@@ -102,7 +102,7 @@ class Oracle:
             from transformers import DynamicCache
 
             cache: Any = DynamicCache(config=self.decoder.config)
-            walk = _Walk(self, row, record, forced, prunable)
+            walk = _Walk(self, row, record, forced, prunable, cache)
             with walk.hooked():
                 out = self.decoder(
                     inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True
@@ -263,9 +263,9 @@ class _Walk:
     """Prefill through the decoder: hooks before every layer take rows out and hand on shorter tables."""
 
     def __init__(
-        self, oracle: Oracle, row: RowRun, record: _Record, forced: Mapping[str, Tensor], prunable: Tensor
+        self, oracle: Oracle, row: RowRun, record: _Record, forced: Mapping[str, Tensor], prunable: Tensor, cache: Any
     ) -> None:
-        self.oracle, self.row, self.record, self.forced = oracle, row, record, forced
+        self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
         self.prunable = prunable
         self.tables: tuple[Tensor, ...] | None = None
         stages = oracle.job.decoder_stages
@@ -331,6 +331,9 @@ class _Walk:
             return hidden, tables
         self.row.hidden[name] = reduced.hidden[0]
         self.prunable = reduced.prunable
+        if self.oracle.job.plan.recipe.cache == "shrink":
+            for before in self.cache.layers[: stage.planned.site.layer]:
+                before.keys, before.values = (heads[:, :, reduced.rows[0]] for heads in (before.keys, before.values))
         if self.oracle.job.plan.recipe.positions == "compact":
             count = torch.arange(reduced.hidden.shape[1])[None]
             return reduced.hidden, self.oracle.decoder.rotary_emb(reduced.hidden, count)

@@ -74,7 +74,9 @@ def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job],
 
 def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
     stages = [s.planned for s in job.decoder_stages]
-    segments = split_segments(stages, job.source.decoder_layers, job.sequence, job.geometry.new_tokens)
+    segments = split_segments(
+        stages, job.source.decoder_layers, job.sequence, job.geometry.new_tokens, job.plan.recipe.cache
+    )
     return replace(programs, segments=segments)
 
 

@@ -89,11 +89,13 @@ class Segment:
     capacity: int
     removed: int
     """Tokens removed per row before this segment, counted from the prompt as prefill receives it."""
+    evicted: int = 0
+    """Tokens per row this segment's layers saw in prefill and whose keys and values their caches do not keep."""
 
     def __str__(self) -> str:
         return (
             f"segment {self.name} layers [{self.first_layer},{self.last_layer}) length {self.length} "
-            f"capacity {self.capacity} removed {self.removed}"
+            f"capacity {self.capacity} removed {self.removed}" + (f" evicted {self.evicted}" if self.evicted else "")
         )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from secateur.compiler.layout import Grid as Grid
+from secateur.compiler.layout import Layout as Layout
 from secateur.compiler.place_sites import drop_crowded, place_sites
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import SITE_KINDS as SITE_KINDS
@@ -19,6 +21,7 @@ from secateur.runtime.errors import UserError
 
 Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
+Cache = Literal["ragged", "shrink"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
 
 
@@ -40,15 +43,6 @@ class Term:
     def __str__(self) -> str:
         inner = [str(term) for term in self.of] + [f"{k}={self.options[k]!r}" for k in sorted(self.options)]
         return f"{self.name}({', '.join(inner)})"
-
-
-class Grid(NamedTuple):
-    """How the tokens of a group lie while all of them are there: ``N = frames * rows * columns``, frame by frame and
-    row by row. Images of a prompt are frames."""
-
-    frames: int
-    rows: int
-    columns: int
 
 
 @dataclass(frozen=True)
@@ -97,6 +91,9 @@ class Recipe:
     link: str
     stages: tuple[Stage, ...]
     positions: Positions = "original"
+    cache: Cache = "ragged"
+    """What a stage inside the decoder does to the caches of the layers before it: nothing ("ragged": every layer keeps
+    the rows it saw), or it takes the same rows out of them ("shrink": all layers keep what the last stage leaves)."""
     evidence: Evidence = "authors' code"
     notes: str = ""
     identity_at_one: bool = True
@@ -116,6 +113,8 @@ class Recipe:
             return  # each part checked its own shares, which are fractions of what enters the part
         if self.schedule is not None:
             self._check_schedule(self.schedule)
+        if self.cache == "shrink":
+            self._check_shrinks()
         before = 1.0
         for index, stage in enumerate(self.stages):
             where = f"recipe {self.name}: stages[{index}].share"
@@ -148,16 +147,26 @@ class Recipe:
         """Whether any stage does."""
         return any(stage.prunes for stage in self.stages)
 
+    def _check_shrinks(self) -> None:
+        for index, stage in enumerate(self.stages):
+            if stage.merge is not None and stage.site.behind_a_layer:
+                raise UserError(
+                    f"merge {stage.merge.name!r} mixes hidden rows, but the keys and values that the layers before "
+                    f"{stage.site} made of them cannot be mixed alike",
+                    where=f"recipe {self.name}: stages[{index}].merge",
+                    fix="use cache 'ragged', or merge at decoder.layer[0] or before",
+                )
+
     def _check_schedule(self, schedule: Exponential) -> None:
         where = f"recipe {self.name}: schedule"
-        outside = [stage.site for stage in self.stages if stage.prunes and stage.site.kind != "decoder.layer"]
+        outside = [stage.site for stage in self.stages if stage.prunes and not stage.site.behind_a_layer]
         if len(outside) != (schedule.entry is not None):
             raise UserError(
                 f"{len(outside)} stages prune before the decoder",
                 where=where,
                 fix="give entry for exactly one of them, and no entry for none",
             )
-        if not any(stage.prunes and stage.site.kind == "decoder.layer" for stage in self.stages):
+        if not any(stage.prunes and stage.site.behind_a_layer for stage in self.stages):
             raise UserError("no stage prunes inside the decoder", where=where, fix="leave the schedule out")
 
 
@@ -190,6 +199,8 @@ class PlannedStage:
     length_out: int
     grid: Grid | None = None
     """How the tokens lie, as long as no earlier stage removed any."""
+    layout: Layout | None = None
+    """Moment and kind of the tokens that enter the stage's program; None where a stage was planned without them."""
     part: int = 0
     """Which part of a composed recipe it belongs to. What a stage carries on stays within its part."""
 
@@ -224,7 +235,9 @@ class PlannedRecipe:
     stages: tuple[PlannedStage, ...]
 
     def __str__(self) -> str:
-        lines = [f"recipe {self.recipe.name} keep={self.keep:g}"]
+        # Named only where it is not the usual one: the digests of all other plans stay what they were.
+        cache = "" if self.recipe.cache == "ragged" else f" cache={self.recipe.cache}"
+        lines = [f"recipe {self.recipe.name} keep={self.keep:g}{cache}"]
         return "\n".join(lines + [f"  {stage}" for stage in self.stages])
 
 
@@ -261,7 +274,7 @@ def plan_recipe(
     sites = place_sites(recipe, layers, running)
     stages: list[PlannedStage] = []
     groups, length, whole = images, tokens_per_image, True
-    index = 0
+    index, reaching = 0, tokens_per_image  # tokens of an image that reach the decoder
     for number, part in enumerate(_scale_parts(recipe, keep)):
         entered = groups * length
         fractions = _fractions(part, sites[index : index + len(part.recipe.stages)], decoder_layers)
@@ -269,11 +282,14 @@ def plan_recipe(
             site = sites[index]
             groups, length = _regroup(recipe, index, site, groups, length, images)
             count = _count_left(recipe, index, fraction, entered // groups, length)
+            inside = site.kind.startswith("decoder")
+            layout = Layout.of_images(images // groups, reaching if inside else tokens_per_image)
+            reaching = reaching if inside else count
             shape = Grid(images // groups, *grid) if grid is not None and whole else None
             stages.append(
                 PlannedStage(
                     index, site, stage.score, stage.select, stage.merge, stage.scope, part.recipe.positions,
-                    stage.signals, groups, length, count, shape, number,
+                    stage.signals, groups, length, count, shape, layout, number,
                 )
             )  # fmt: skip
             whole = whole and count == length and stage.merge is None
@@ -300,7 +316,7 @@ def _fractions(part: Part, sites: list[Site], decoder_layers: int) -> list[float
     if recipe.schedule is None:
         scale = _linear_share if recipe.collapses else _stage_share
         return [scale(part.keep, stage.share, recipe.default_keep) for stage in recipe.stages]
-    inside = [stage.prunes and site.kind == "decoder.layer" for stage, site in zip(recipe.stages, sites, strict=True)]
+    inside = [stage.prunes and site.behind_a_layer for stage, site in zip(recipe.stages, sites, strict=True)]
     layers = [site.layer or 0 for site, prunes in zip(sites, inside, strict=True) if prunes]
     leaves_none = bool(recipe.stages[-1].select) and not recipe.stages[-1].prunes
     end = (sites[-1].layer or 0) if leaves_none else decoder_layers

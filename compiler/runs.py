@@ -84,7 +84,7 @@ class CompiledRun:
             )
             for layer in range(self.manifest.model.layers):
                 segment = next(s for s in self.manifest.segments if s.first_layer <= layer < s.last_layer)
-                filled = int(lengths[index]) - segment.removed + len(logits) - 1
+                filled = int(lengths[index]) - segment.removed - segment.evicted + len(logits) - 1
                 row.keys.append(torch.from_numpy(caches[f"past_key.{layer}"][index, :, :filled]))
                 row.values.append(torch.from_numpy(caches[f"past_value.{layer}"][index, :, :filled]))
             rows.append(row)

@@ -14,11 +14,13 @@ from secateur.runtime.errors import UserError
 class Exponential:
     """SEATS' schedule (arXiv 2605.20035): decoder stage i drops a number of tokens proportional to ``e ** i``.
 
-    ``entry`` says how many times the mean over the decoder's layers the stage before the decoder leaves (SEATS:
-    1.4); None where no stage stands there, so that every token enters.
+    ``entry`` says how many times the mean over the decoder's layers the stage before its first layer leaves (SEATS:
+    1.4); None where no stage stands there, so that every token enters. ``drop`` is the part of the entering tokens the
+    decoder's stages drop where none gives that mean: in a shallow model stages stand late, or fall together.
     """
 
     entry: float | None = None
+    drop: float | None = None
 
     def shares(self, keep: float, sites: Sequence[int], layers: int, end: int, where: str) -> tuple[float, list[float]]:
         """The share of tokens that enters the decoder, and the share left after each of its stages.
@@ -35,6 +37,8 @@ class Exponential:
         if self.entry is not None:
             weighted = sum(part * (to - at) for part, (at, to) in zip(done, pairwise([*sites, end]), strict=True))
             fixed = (end - layers / self.entry) / weighted
+            if not 0.0 <= fixed < 1.0 and self.drop is not None:
+                fixed = self.drop
             if not 0.0 <= fixed < 1.0:
                 raise UserError(
                     f"no exponential schedule over decoder layers {', '.join(map(str, sites))} of {layers} has a mean "

@@ -28,6 +28,11 @@ class Site:
         return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
 
     @property
+    def behind_a_layer(self) -> bool:
+        """Whether a layer of the decoder has seen the tokens before they come here."""
+        return self.kind == "decoder.layer" and bool(self.layer)
+
+    @property
     def written(self) -> str:
         """As a recipe file has it, with the published depth; :meth:`parse` reads it back."""
         return f"{self.kind}[{self.layer}/{self.depth}]" if self.depth else str(self)

@@ -24,7 +24,8 @@ _RESOLUTIONS = 500
 def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, signals: Mapping[str, Tensor]) -> bool:
     """Whether ``kept [groups*K]`` (indices into the row, per group offset) is what the stage chooses up to ties.
 
-    ``score [G,N]`` for selectors that rank by it alone: scores are interchanged. Greedy k-center is replayed step by
+    ``score [G,N]`` for selectors that rank by it alone: scores are interchanged, and where the score is made of others
+    that may not explain it, signals are shaken as below. Greedy k-center is replayed step by
     step with the choices made so far held fixed. Every other selector is run again on ``signals`` (by name, all G
     groups) that differ by less than the tolerance. Every group must be explained.
     """
@@ -35,7 +36,11 @@ def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, signals: M
     select = stage.bound.select
     assert select is not None, "a stage that only scores chooses nothing"
     if score is not None and not select.signals:
-        return all(_ranks_to(stage, row, own) for row, own in zip(score, groups, strict=True))
+        if all(_ranks_to(stage, row, own) for row, own in zip(score, groups, strict=True)):
+            return True
+        # A score made of others may lift one of two tied tokens far above the other: quotas do.
+        assert stage.bound.score is not None
+        return bool(stage.bound.score.of) and _wavers_to(stage, signals, groups)
     if score is None and select.signals == ("tokens",) and select.name == "max_min":
         return all(_walks_to(group, own) for group, own in zip(signals["tokens"], groups, strict=True))
     return _wavers_to(stage, signals, groups)

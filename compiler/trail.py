@@ -268,7 +268,7 @@ class _Walk:
         return EagerProgram(program, self.weights)(full)
 
     def _slots(self) -> dict[str, Tensor]:
-        return {f"slot_{s.name}": torch.tensor([self.length - s.removed]) for s in self.programs.segments}
+        return {f"slot_{s.name}": torch.tensor([self.length - s.removed - s.evicted]) for s in self.programs.segments}
 
     def _note_kept(self, out: Mapping[str, Tensor]) -> None:
         for name, value in out.items():
@@ -281,7 +281,7 @@ class _Walk:
     def _note_caches(self, out: Mapping[str, Tensor]) -> None:
         decoded = len(self.row.logits) - 1
         for segment in self.programs.segments:
-            filled = self.length - segment.removed + decoded
+            filled = self.length - segment.removed - segment.evicted + decoded
             for layer in range(segment.first_layer, segment.last_layer):
                 self.row.keys.append(out[f"present_key.{layer}"][0, :, :filled])
                 self.row.values.append(out[f"present_value.{layer}"][0, :, :filled])

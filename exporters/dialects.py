@@ -114,15 +114,26 @@ def _rotary_rows(b: Builder, node: fx.Node) -> ir.Value:
     return _as_heads(b, made, heads)
 
 
-def _multi_head(b: Builder, node: fx.Node) -> ir.Value:
+def _attend_at_once(b: Builder, node: fx.Node) -> ir.Value:
+    """Attention without a cache. That of decoders is causal and may share keys among heads, that of towers neither."""
     dtype, (batch, heads, length, width) = output(node)
-    q, k, v, scale, causal = args_of(node)[:5]
-    rows = [_as_rows(b, read(b, a)) for a in (q, k, v)]
-    made = b.op(
-        "MultiHeadAttention", *rows, domain=MICROSOFT, dtype=dtype, shape=[batch, length, heads * width],
-        attributes={"num_heads": heads, "scale": float(scale), "unidirectional": int(bool(causal))},
+    q, k, v = (read(b, a) for a in args_of(node)[:3])
+    rows, scale = [_as_rows(b, x) for x in (q, k, v)], float(args_of(node)[3])
+    if not args_of(node)[4]:
+        made = b.op(
+            "MultiHeadAttention", *rows, domain=MICROSOFT, dtype=dtype, shape=[batch, length, heads * width],
+            attributes={"num_heads": heads, "scale": scale, "unidirectional": 0},
+        )  # fmt: skip
+        return _as_heads(b, made, heads)
+    (softcap,) = _attention_arguments(node, (6,))
+    last, total = b.constant(np.full(batch, length - 1, np.int32)), b.constant(np.array(length, np.int32))
+    own = [batch, shape_of(k)[1], length, width]
+    outputs = b.ops(
+        "GroupQueryAttention", *rows, None, None, last, total, domain=MICROSOFT,
+        types=[(dtype, [batch, length, heads * width]), (dtype, own), (dtype, own)],
+        attributes={"num_heads": heads, "kv_num_heads": own[1], "scale": scale, "softcap": float(softcap or 0.0)},
     )  # fmt: skip
-    return _as_heads(b, made, heads)
+    return _as_heads(b, outputs[0], heads)
 
 
 def _group_query(b: Builder, node: fx.Node) -> list[ir.Value]:
@@ -232,6 +243,16 @@ def _write_scatter(b: Builder, past: ir.Value, new: ir.Value, start: ir.Value, f
     )  # fmt: skip
 
 
+def _write_rows(
+    write: Callable[[Builder, ir.Value, ir.Value, ir.Value, bool], ir.Value],
+) -> Callable[[Builder, fx.Node], ir.Value]:
+    def lower(b: Builder, node: fx.Node) -> ir.Value:
+        past, new, start = (read(b, a) for a in args_of(node)[:3])
+        return write(b, past, new, start, bool(args_of(node)[3]))
+
+    return lower
+
+
 _COMMON: dict[Any, Lower] = {
     ops.rms_norm: _rms_norm,
     aten.layer_norm.default: _layer_norm,
@@ -243,14 +264,17 @@ DIALECTS: dict[str, Dialect] = {
     for d in (
         Dialect(
             "onnxruntime", 23,
-            {**_COMMON, ops.rotary: _rotary_rows, ops.attention: _multi_head, ops.cached_attention: _group_query},
+            {
+                **_COMMON, ops.rotary: _rotary_rows, ops.attention: _attend_at_once,
+                ops.cached_attention: _group_query, ops.write_rows: _write_rows(_write_plain),
+            },
             {MICROSOFT: 1},
         ),
         Dialect(
             "plain", 23,
             {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
-                ops.cached_attention: _cached(_write_plain, _attend),
+                ops.cached_attention: _cached(_write_plain, _attend), ops.write_rows: _write_rows(_write_plain),
             },
             {},
         ),
@@ -259,6 +283,7 @@ DIALECTS: dict[str, Dialect] = {
             {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
                 ops.cached_attention: _cached(_write_scatter, _attend_twice),
+                ops.write_rows: _write_rows(_write_scatter),
             },
             {},
         ),

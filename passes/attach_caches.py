@@ -1,4 +1,8 @@
-"""Give every decoder layer its cache: buffers come in, rows are written, buffers go out, one capacity per segment."""
+"""Give every decoder layer its cache: buffers come in, rows are written, buffers go out, one capacity per segment.
+
+Where a recipe shrinks caches, a layer before a stage attends to all its rows in prefill, and writes those alone that
+every later stage lets through.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,15 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
     """Turn attention into cached attention.
 
     New inputs per layer i: ``past_key_i``, ``past_value_i`` ``[B,Hkv,C,d]`` with C its segment's capacity; new outputs
-    ``present_key.i``, ``present_value.i``. In prefill (``fresh``) rows go to slots 0…; in decode to the input
-    ``slot_<segment> [B]``.
+    ``present_key.i``, ``present_value.i``. In prefill (``fresh``) rows go to slots 0…, of a segment with ``evicted``
+    rows the survivors of all later stages; in decode to the input ``slot_<segment> [B]``.
     """
     module = program.edit()
     graph = module.graph
     anchor = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(anchor):
         starts = _starts(graph, segments, batch, fresh)
+    survivors = _find_survivors(graph, segments) if fresh else {}
     presents: list[Node] = []
     names: list[str] = []
     found = [n for n in graph.nodes if is_call(n, ops.attention)]
@@ -35,7 +40,7 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
         q, k, v, scale, _, *rest = args_of(node)
         window = rest[0] if rest else None
-        if window is not None and window < segment.capacity + segment.removed:
+        if window is not None and window < segment.capacity + segment.removed + segment.evicted:
             raise UserError(
                 f"layer {layer} attends through a window of {window}, shorter than a row of {segment.capacity} slots",
                 where="attach_caches",
@@ -46,8 +51,19 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
             past = [graph.placeholder(f"past_{role}_{layer}") for role in ("key", "value")]
         for port in past:
             port.meta["val"] = torch.empty(batch, heads, segment.capacity, width, dtype=kind, device="meta")
+        names += [f"present_key.{layer}", f"present_value.{layer}"]
+        start = starts[segment.name]
+        if fresh and segment.evicted:
+            with graph.inserting_before(graph.output_node()):
+                rows = survivors[segment.name]
+                written = [
+                    _write_survivors(graph, port, new, rows, start) for port, new in zip(past, (k, v), strict=True)
+                ]
+            for new in written:
+                new.meta = {"layer": node.meta.get("layer")}
+            presents += written
+            continue
         with graph.inserting_before(node):
-            start = starts[segment.name]
             cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, None, *rest[1:2]))
             out, *present = (graph.call_function(getitem, (cached, i)) for i in range(3))
         for new in (cached, out, *present):
@@ -56,14 +72,14 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         presents += present
-        names += [f"present_key.{layer}", f"present_value.{layer}"]
     output = graph.output_node()
     output.args = ((*args_of(output)[0], *presents),)
     return program.with_module(module, (*program.outputs, *names))
 
 
 def renumber_decode(program: Program, layers: str, segments: Sequence[Segment]) -> Program:
-    """In recipes that number survivors afresh, a new token's position in a pruned segment is its slot there."""
+    """In recipes that number survivors afresh, a new token's position in a pruned segment is its slot there, rows that
+    its caches let go of counted in."""
     module = program.edit()
     graph = module.graph
     anchor = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
@@ -71,13 +87,39 @@ def renumber_decode(program: Program, layers: str, segments: Sequence[Segment]) 
     for segment, crossing in reversed(crossings.items()):
         slot = _slot_input(graph, segment, _batch(graph), anchor)
         with graph.inserting_before(anchor):
-            positions = graph.call_function(aten.unsqueeze.default, (slot, 1))
+            # What the caches let go of moves a token's slot, not its number among the rows the layers saw.
+            number = graph.call_function(aten.add.Tensor, (slot, segment.evicted)) if segment.evicted else slot
+            positions = graph.call_function(aten.unsqueeze.default, (number, 1))
         with graph.inserting_before(_last(crossing.tables)):
             twins = recompute_tables(graph, crossing.tables, positions, 1)
         for table, twin in twins.items():
             for user in crossing.users[table]:
                 user.replace_input_with(table, twin)
     return program.with_module(module)
+
+
+def _find_survivors(graph: torch.fx.Graph, segments: Sequence[Segment]) -> dict[str, Node]:
+    """Of every segment with ``evicted`` rows, which of its rows all later stages let through: ``[B,K]`` slots."""
+    taken = {n.meta["survivors"]: n for n in graph.nodes if "survivors" in n.meta}
+    found: dict[str, Node] = {}
+    later: Node | None = None
+    with graph.inserting_before(graph.output_node()):
+        for segment in reversed(segments):
+            if not segment.evicted:
+                continue
+            rows = taken[segment.last_layer]
+            found[segment.name] = rows if later is None else graph.call_function(ops.take_rows, (rows, later))
+            later = found[segment.name]
+    return found
+
+
+def _write_survivors(graph: torch.fx.Graph, past: Node, new: Node, rows: Node, start: Node) -> Node:
+    """The cache ``past`` with those ``rows`` of ``new [B,Hkv,S,d]`` written from ``start`` on."""
+    turned = graph.call_function(aten.transpose.int, (new, 1, 2))
+    taken = graph.call_function(ops.take_rows, (turned, rows))
+    return graph.call_function(
+        ops.write_rows, (past, graph.call_function(aten.transpose.int, (taken, 1, 2)), start, True)
+    )
 
 
 def _starts(graph: torch.fx.Graph, segments: Sequence[Segment], batch: int, fresh: bool) -> dict[str, Node]:

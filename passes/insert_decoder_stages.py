@@ -15,7 +15,7 @@ from torch import fx
 from secateur.compiler import ops
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, Segment, args_of, splice
-from secateur.compiler.recipe import PlannedStage
+from secateur.compiler.recipe import Cache, PlannedStage
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
 from secateur.passes.edit import Node, aten, clone_slice, is_call
@@ -33,15 +33,19 @@ def _applies_again(stages: Sequence[StageFunction], planned: PlannedStage) -> bo
     )
 
 
-def split_segments(stages: Sequence[PlannedStage], layers: int, sequence: int, new_tokens: int) -> tuple[Segment, ...]:
+def split_segments(
+    stages: Sequence[PlannedStage], layers: int, sequence: int, new_tokens: int, cache: Cache = "ragged"
+) -> tuple[Segment, ...]:
     """The runs of decoder layers of one length: ``[0,k0) [k0,k1) … [kn,L)``; a site at layer 0 leaves no first run."""
     found: list[Segment] = []
     first, removed = 0, 0
+    gone = sum(s.groups * (s.length_in - s.length_out) for s in stages) if cache == "shrink" else 0
     for stage in (*(s for s in stages if not s.observes), None):
         last = layers if stage is None else stage.site.layer or 0
         if last > first:
-            length = sequence - removed
-            found.append(Segment(f"s{len(found)}", first, last, length, length + new_tokens, removed))
+            length, evicted = sequence - removed, max(0, gone - removed)
+            capacity = length - evicted + new_tokens
+            found.append(Segment(f"s{len(found)}", first, last, length, capacity, removed, evicted))
         if stage is not None:
             first, removed = last, removed + stage.groups * (stage.length_in - stage.length_out)
     return tuple(found)
@@ -60,7 +64,7 @@ def insert_decoder_stages(
 
     New inputs: ``prunable [B,N]`` bool, ``last [B]`` int64 slot of the last real token and, where ``carries`` says so,
     ``carried [B,V]`` float32 from the vision program. New outputs: ``last`` as seen by the last segment, and
-    ``kept.stage<i> [B,K]`` of every stage that chooses.
+    ``kept.stage<i> [B,K]`` of every stage that chooses. The rows a stage takes are marked ``survivors`` with its layer.
     """
     module = program.edit()
     graph = module.graph
@@ -98,6 +102,7 @@ def insert_decoder_stages(
             )  # fmt: skip
             if planned.observes:
                 continue
+            rows.meta["survivors"] = planned.site.layer
             if planned.length_out:
                 kept[planned.name] = chosen
             removed = planned.groups * (planned.length_in - planned.length_out)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from secateur.compiler.calibration import resolve_references, write_value
 from secateur.compiler.compose import compose
-from secateur.compiler.recipe import Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
+from secateur.compiler.recipe import Cache, Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import Site
 from secateur.passes.recipe_module import recipe_from_file
@@ -73,6 +73,7 @@ class _ScheduleFields(BaseModel):
     model_config = _CONFIG
     name: Literal["exponential"]
     entry: float | None = Field(None, gt=0)
+    drop: float | None = Field(None, ge=0, lt=1)
 
 
 class _RecipeFields(BaseModel):
@@ -81,6 +82,7 @@ class _RecipeFields(BaseModel):
     title: str = ""
     link: str = ""
     positions: Positions = "original"
+    cache: Cache = "ragged"
     evidence: Evidence = "reconstructed"
     notes: str = ""
     identity_at_one: bool = True
@@ -95,8 +97,8 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "of": _TermFields, "settings": _SettingFields, "schedule": _ScheduleFields,
 }  # fmt: skip
 _CHOICES = {
-    "scope": get_args(Scope), "positions": get_args(Positions), "evidence": get_args(Evidence),
-    "name": ("exponential",),
+    "scope": get_args(Scope), "positions": get_args(Positions), "cache": get_args(Cache),
+    "evidence": get_args(Evidence), "name": ("exponential",),
 }  # fmt: skip
 _SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
 
@@ -156,7 +158,7 @@ def recipe_from_yaml(text: str, where: str = "recipe", folder: Path = Path()) ->
         raise _describe(error, where) from None
     stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
     settings = tuple(Setting(s.model, s.keep, s.note) for s in fields.settings)
-    schedule = Exponential(fields.schedule.entry) if fields.schedule else None
+    schedule = Exponential(fields.schedule.entry, fields.schedule.drop) if fields.schedule else None
     plain = fields.model_dump(exclude={"stages", "settings", "schedule"})
     return Recipe(stages=tuple(stages), settings=settings, schedule=schedule, **plain)
 
@@ -184,12 +186,13 @@ def recipe_to_data(recipe: Recipe) -> dict[str, Any]:
         "title": recipe.title,
         "link": recipe.link,
         "positions": recipe.positions,
+        **({"cache": recipe.cache} if recipe.cache != "ragged" else {}),
         "evidence": recipe.evidence,
         "notes": recipe.notes,
         "identity_at_one": recipe.identity_at_one,
         "collapses": recipe.collapses,
         "settings": [{"model": s.model, "keep": s.keep, "note": s.note} for s in recipe.settings],
-        **({"schedule": {"name": "exponential", "entry": recipe.schedule.entry}} if recipe.schedule else {}),
+        **({"schedule": _write_schedule(recipe.schedule)} if recipe.schedule else {}),
         "stages": [_write_stage(stage) for stage in recipe.stages],
     }
 
@@ -204,6 +207,11 @@ def digest_recipe(recipe: Recipe) -> str:
     own = digest_own(term.function for stage in bound for term in every_term(stage))
     text = json.dumps(recipe_to_data(recipe), sort_keys=True) + own
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_schedule(schedule: Exponential) -> dict[str, Any]:
+    late = {"drop": schedule.drop} if schedule.drop is not None else {}
+    return {"name": "exponential", "entry": schedule.entry, **late}
 
 
 def _write_stage(stage: Stage) -> dict[str, Any]:

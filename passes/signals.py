@@ -115,7 +115,8 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
             return None
         split = split_groups(seen.state[name], planned)
         if name == "source":
-            return split - (torch.arange(split.shape[0]) % planned.groups * (seen.entered // planned.groups))[:, None]
+            first = [group % planned.groups * (seen.entered // planned.groups) for group in range(split.shape[0])]
+            return split - torch.tensor(first)[:, None]
         return split
     if name in ("tokens", "normed_tokens"):
         rows = seen.hidden if name == "tokens" else raw[0][1]

@@ -47,6 +47,11 @@ class StageFunction:
         """Options by signal name, defaults filled in."""
         return self.bound.signals
 
+    @property
+    def _known(self) -> dict[str, Any]:
+        """What functions receive that the plan fixes."""
+        return {"k": self.planned.length_out, "grid": self.planned.grid, "layout": self.planned.layout}
+
     def __call__(self, signals: Mapping[str, Tensor]) -> TokenMap:
         return self.run(signals).map
 
@@ -78,7 +83,7 @@ class StageFunction:
     def choose(self, reserved: Mapping[str, Tensor], signals: Mapping[str, Tensor] | None = None) -> Tensor:
         """``keep [G,K]`` of the selector alone, for a score given as ``{"score": [G,N]}``."""
         assert self.bound.select is not None, f"{self.planned} selects nothing"
-        given = {"k": self.planned.length_out, "grid": self.planned.grid, **reserved}
+        given = {**self._known, **reserved}
         keep: Tensor = _apply(self.bound.select, signals or {}, given).keep
         return keep
 
@@ -92,7 +97,7 @@ class StageFunction:
 
     def _reserve(self, signals: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor | None]:
         """What functions receive besides signals, the score among it; and what the stage carries on."""
-        reserved: dict[str, Any] = {"k": self.planned.length_out, "grid": self.planned.grid}
+        reserved = self._known
         if self.bound.score is None:
             return reserved, None
         scored = _score(self.bound.score, signals, reserved)
@@ -113,9 +118,21 @@ def stage_function(planned: PlannedStage) -> StageFunction:
             where=f"{planned.name} {planned.site}",
             fix="let it be the first stage that prunes",
         )
+    entered = 0 if planned.layout is None else len(planned.layout.frames)
+    if planned.length_in != entered and any(_reads_every_token(term) for term in bound.terms):
+        raise UserError(
+            "a function of this stage takes every token at its moment, and an earlier stage removed some",
+            where=f"{planned.name} {planned.site}",
+            fix="let it be the first stage that prunes, or ask for the signal source",
+        )
     stage = StageFunction(planned, bound)
     check_stage(stage)
     return stage
+
+
+def _reads_every_token(term: BoundTerm) -> bool:
+    """Whether a function reads the layout without ``source``, which says where in it the tokens left are."""
+    return ("layout" in term.reserved and "source" not in term.signals) or any(map(_reads_every_token, term.of))
 
 
 def _score(term: BoundTerm, signals: Mapping[str, Tensor], reserved: Mapping[str, Any]) -> Scored:

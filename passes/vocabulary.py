@@ -11,15 +11,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from secateur.compiler.learned import WeightsFile
 from secateur.compiler.recipe import PlannedStage, Site, Stage, Term
+from secateur.passes.methods.learned import Weights, load_weights
 from secateur.passes.methods.registry import MERGES, SCORES, SELECTORS
 from secateur.passes.signal_table import SIGNALS, Number, Option, TowerLayers
 from secateur.runtime.errors import UserError
 
 ROLES: dict[str, Mapping[str, Callable[..., Any]]] = {"score": SCORES, "select": SELECTORS, "merge": MERGES}
-RESERVED = ("score", "scores", "k", "selection", "grid")
+RESERVED = ("score", "scores", "k", "selection", "grid", "layout")
 """Parameters that receive the result of the step before (for a score: of the scores it is made of), the number of
-tokens to keep, or the layout of the tokens (:class:`Grid`)."""
+tokens to keep, or how the tokens lie (:class:`Grid`, :class:`Layout`)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def bind_term(role: str, term: Term, where: str) -> BoundTerm:
         if name not in choices:
             raise UserError(f"{term.name} has no option {name!r}", where=f"{where}.options", available=choices)
         _check_option(value, hints[name], f"{where}.options.{name}")
+    options = {name: _load_option(value, hints[name]) for name, value in term.options.items()}
     for name in choices:
         if parameters[name].default is inspect.Parameter.empty and name not in term.options:
             raise UserError(f"{term.name} needs option {name!r}", where=f"{where}.options", available=choices)
@@ -125,7 +128,7 @@ def bind_term(role: str, term: Term, where: str) -> BoundTerm:
         wanted = {(0, 0): "no other score", (1, 1): "exactly one score"}.get(takes, "at least one score")
         raise UserError(f"{term.name} is made of {wanted}, not {len(term.of)}", where=f"{where}.of")
     of = tuple(bind_term("score", inner, f"{where}.of[{i}]") for i, inner in enumerate(term.of))
-    return BoundTerm(term.name, function, dict(term.options), signals, reserved, optional, of)
+    return BoundTerm(term.name, function, options, signals, reserved, optional, of)
 
 
 def bind_signal(name: str, site: Site, options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -181,7 +184,18 @@ def _read_option(option: str, spec: Option, value: Any, where: str) -> Any:
     return value
 
 
+def _load_option(value: Any, hint: Any) -> Any:
+    return load_weights(value) if hint is Weights else value
+
+
 def _check_option(value: Any, hint: Any, where: str) -> None:
+    if hint is Weights:
+        if not isinstance(value, WeightsFile):
+            raise UserError(
+                f"{value!r} is no file of weights", where=where,
+                fix="write file:PATH of a safetensors file; in Python read_weights('file:PATH')",
+            )  # fmt: skip
+        return
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise UserError(f"no choice {value!r}", where=where, available=get_args(hint))

@@ -1,6 +1,7 @@
 """KV caches: one pair per layer, as long as the layer's segment, and where the next token goes in them.
 
-Layers behind a pruning site hold fewer rows, so every segment has its own capacity and its own slot.
+Layers behind a pruning site hold fewer rows, so every segment has its own capacity and its own slot; where the
+recipe shrinks caches, the layers before it hold as few.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def decode_slots(manifest: Manifest, lengths: Ints, step: int) -> dict[str, Ints
     """
     slots = {}
     for segment in manifest.segments:
-        slot = lengths - segment.removed + step
+        slot = lengths - segment.removed - segment.evicted + step
         if int(slot.min()) < 0 or int(slot.max()) >= segment.capacity:
             raise SecateurError(
                 f"step {step} would write cache row {int(slot.max())}, the capacity is {segment.capacity}",

@@ -95,10 +95,13 @@ class Recipe(_Frozen):
     link: str
     keep: float
     positions: Literal["original", "compact"]
+    cache: Literal["ragged", "shrink"] = "ragged"
     sha256: Digest
     notes: str = ""
     calibrations: dict[str, Digest] = {}
     """File name -> digest of the calibration files its numbers come from."""
+    weights: dict[str, Digest] = {}
+    """File name -> digest of the files of learned weights its functions read."""
     stages: list[Stage]
 
 
@@ -159,9 +162,10 @@ class Program(_Frozen):
 
 
 class Segment(_Frozen):
-    """Layers ``first_layer`` to ``last_layer`` (exclusive) hold ``length`` tokens after prefill.
+    """Layers ``first_layer`` to ``last_layer`` (exclusive) see ``length`` tokens in prefill.
 
-    ``removed`` is how many tokens of the sequence are gone before the first of them.
+    ``removed`` is how many tokens of the sequence are gone before the first of them; ``evicted`` how many of those
+    they saw their caches do not hold after prefill, because later stages removed them there as well.
     """
 
     name: str
@@ -170,6 +174,7 @@ class Segment(_Frozen):
     length: Size
     capacity: Size
     removed: Count
+    evicted: Count = 0
 
 
 class FileEntry(_Frozen):
@@ -222,8 +227,10 @@ class Manifest(_Frozen):
         for segment in self.segments:
             if segment.length + segment.removed != self.geometry.sequence:
                 raise ValueError(f"segment {segment.name}: length + removed is not the sequence's length")
-            if segment.capacity < segment.length:
-                raise ValueError(f"segment {segment.name}: capacity is below its length")
+            if segment.evicted >= segment.length:
+                raise ValueError(f"segment {segment.name}: evicted is not below its length")
+            if segment.capacity < segment.length - segment.evicted:
+                raise ValueError(f"segment {segment.name}: capacity is below the rows it holds")
         return self
 
     def program_files(self) -> set[str]:

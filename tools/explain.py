@@ -85,6 +85,7 @@ def draw(found: Explanation) -> list[Table]:
     rows: list[tuple[str, Any]] = [
         *found.paper(),
         ("positions", found.positions),
+        ("cache", found.cache),
         ("model", f"{found.model}, {found.dtype}"),
         ("geometry", f"batch {g.batch}, {g.images} image(s) of {found.tokens_per_image} tokens per row, "
                      f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
@@ -107,10 +108,11 @@ def draw(found: Explanation) -> list[Table]:
             if text is not None:
                 name, site = heads.pop() if heads else ("", "")
                 stages.add_row(name, site, role, Text(text))
-    layers = make_table("layers", "visual", "text", "length", title="Tokens per row")
+    layers = make_table("layers", "visual", "text", "length", "cached", title="Tokens per row")
     for first, last, visual in found.segments():
         slots = g.text_tokens + found.extra_tokens
-        layers.add_row(f"{first}-{last}", str(visual), str(slots), str(visual + slots))
+        held = found.cached_tokens[first] + slots
+        layers.add_row(f"{first}-{last}", str(visual), str(slots), str(visual + slots), str(held))
     cost = make_table("cost", "unpruned", "pruned", "left", title="Costs of one batch (decode: one step)")
     for name, change in found.flops.items():
         cost.add_row(f"{name} FLOPs", flops_text(change.before), flops_text(change.after), f"{change.ratio:.1%}")

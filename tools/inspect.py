@@ -99,7 +99,7 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
         ("model", f"{m.model.architecture} from {m.model.source}, licence {m.model.license or 'not stated'}"),
         ("decoder", f"{m.model.layers} layers of {m.model.hidden_size}, "
                     f"{m.model.kv_heads} KV heads of {m.model.head_dim}"),
-        ("recipe", f"{m.recipe.name}, keep {m.recipe.keep:g}, positions {m.recipe.positions}"),
+        ("recipe", f"{m.recipe.name}, keep {m.recipe.keep:g}, positions {m.recipe.positions}, cache {m.recipe.cache}"),
         ("paper", f"{m.recipe.title} {m.recipe.link}".strip()),
         ("geometry", f"batch {g.batch}, {g.images} image(s) of {g.image_height}x{g.image_width} per row, "
                      f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
@@ -128,11 +128,11 @@ def _stages(m: Manifest) -> Table:
 
 def draw_segments(m: Manifest, facts: dict[str, Any]) -> Table:
     """Tokens and cache bytes per run of layers; ``facts`` as :func:`describe` gives them."""
-    table = make_table("segment", "layers", "tokens", "visual", "capacity", "caches", title="Segments")
+    table = make_table("segment", "layers", "tokens", "visual", "cached", "capacity", "caches", title="Segments")
     for s in m.segments:
         table.add_row(
             s.name, f"{s.first_layer}-{s.last_layer - 1}", str(s.length), str(s.length - m.geometry.fixed_tokens),
-            str(s.capacity), size_text(facts["segment_cache_bytes"][s.name]),
+            str(s.length - s.evicted), str(s.capacity), size_text(facts["segment_cache_bytes"][s.name]),
         )  # fmt: skip
     return table
 

@@ -118,7 +118,7 @@ def _print_one(recipe: Recipe) -> None:
     settings = [f"{s.model}: {s.keep:.3g}{f' ({s.note})' if s.note else ''}" for s in recipe.settings]
     for what, value in (
         ("title", recipe.title), ("link", recipe.link), ("evidence", recipe.evidence),
-        ("positions", recipe.positions), ("keep 1", same), ("published", "\n".join(settings)),
+        ("positions", recipe.positions), ("cache", recipe.cache), ("keep 1", same), ("published", "\n".join(settings)),
         ("schedule", str(recipe.schedule or "")), ("notes", recipe.notes),
     ):  # fmt: skip
         if value:

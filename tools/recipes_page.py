@@ -71,6 +71,8 @@ def _write_recipe(row: Recipe) -> str:
     unchanged = "keep 1 leaves the model's output unchanged" if row.identity_at_one else "keep 1 changes the output too"
     numbering = "keep their positions" if row.positions == "original" else "are numbered anew"
     parts = [f"## {row.name}", f"{title}", f"Evidence: {row.evidence}. Survivors {numbering}; {unchanged}."]
+    if row.cache == "shrink":
+        parts[-1] += " The caches of earlier layers shrink to the survivors."
     if row.schedule is not None:
         parts[-1] += f" Schedule: `{row.schedule}`."
     signals = describe_recipe(row)["signals"]
@@ -107,7 +109,7 @@ def _write_stages(row: Recipe, run: Sequence[int], signals: dict[str, Any]) -> s
         stage.scope, f"{stage.window} images at a time"
     )
     head = "Prunes" if len(row.stages) == 1 else f"Stage {run[0]}" if len(run) == 1 else f"Stages {run[0]} to {run[-1]}"
-    lines = [f"{head} at `{show_sites(replace(row, stages=tuple(stages)))}`, {scope}:", ""]
+    lines = [f"{head} at `{show_sites(replace(row, stages=tuple(stages), schedule=None))}`, {scope}:", ""]
     for role, verb in (("score", "scores by"), ("select", "selects by"), ("merge", "merges by")):
         term = getattr(stage, role)
         if term is not None:

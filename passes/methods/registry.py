@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.passes.methods import (
     calibrate,
+    learned,
     merge,
     merge_nearest,
     merge_pairs,
@@ -23,6 +24,7 @@ from secateur.passes.methods import (
     select_pivots,
     select_recycle,
     select_windows,
+    windows_in_time,
 )
 
 _MODULES: tuple[ModuleType, ...] = (
@@ -42,6 +44,8 @@ _MODULES: tuple[ModuleType, ...] = (
     score_tower,
     select_windows,
     merge_nearest,
+    windows_in_time,
+    learned,
 )
 
 

@@ -83,13 +83,18 @@ def _most_isolated(distance: Tensor) -> Tensor:
 
 def _farthest_points(distance: Tensor, start: Tensor, k: int) -> Selection:
     """From ``start [G]`` on, k - 1 times the column farthest from the rows chosen so far; k is less than N."""
+    return Selection(pick_farthest_points(distance, start, k).sort(dim=-1).values)
+
+
+def pick_farthest_points(distance: Tensor, start: Tensor, k: int) -> Tensor:
+    """The same in the order they are picked, ``[G,k]``."""
     groups, count, _ = distance.shape
     position = _positions(distance, count)
     rows = distance.reshape(groups * count, count)
     offset = _positions(distance, groups) * count
     state = _mark_chosen(rows.index_select(0, start + offset), position, start)
     if k == 1:
-        return Selection(start.unsqueeze(1))
+        return start.unsqueeze(1)
 
     def pick_farthest(
         state: Tensor, _step: Tensor, rows: Tensor, offset: Tensor, position: Tensor
@@ -100,7 +105,7 @@ def _farthest_points(distance: Tensor, start: Tensor, k: int) -> Selection:
 
     steps = torch.zeros(k - 1, 1, device=distance.device)
     _, picks = scan_op(pick_farthest, [state], [steps], additional_inputs=(rows, offset, position))
-    return Selection(torch.cat([start.unsqueeze(0), picks]).transpose(0, 1).sort(dim=-1).values)
+    return torch.cat([start.unsqueeze(0), picks]).transpose(0, 1)
 
 
 def top_k_and_uniform(score: Tensor, k: int, contextual: Annotated[float, Field(gt=0, lt=1)] = 0.156) -> Selection:

@@ -41,13 +41,13 @@ def rank_within(score: Tensor, part: Sequence[int]) -> Tensor:
 
     Tokens are compared within their part alone, so many small parts cost less than one large one.
     """
-    layout = _Layout(part)
-    inside = layout.gather(score.unsqueeze(-1)).squeeze(-1)
-    inside = torch.where(layout.there, inside, -torch.inf)
+    parts = Parts(part)
+    inside = parts.gather(score.unsqueeze(-1)).squeeze(-1)
+    inside = torch.where(parts.there, inside, -torch.inf)
     behind, ahead = inside.unsqueeze(-1), inside.unsqueeze(-2)
     place = torch.arange(inside.shape[-1], device=score.device)
     before = (ahead > behind) | ((ahead == behind) & (place < place.unsqueeze(1)))
-    return before.to(torch.float32).sum(dim=-1).flatten(1).index_select(1, layout.back)
+    return before.to(torch.float32).sum(dim=-1).flatten(1).index_select(1, parts.back)
 
 
 def windows_first(scores: tuple[Tensor, ...], k: int, grid: Grid, side: Count = 6, share: Share = 0.5) -> Tensor:
@@ -115,15 +115,15 @@ def chunks_first(score: Tensor, tokens: Tensor, k: int, chunks: Count = 16, vari
     chunks = min(chunks, count)
     sizes = [count // chunks + (index < count % chunks) for index in range(chunks)]
     part = [index for index, size in enumerate(sizes) for _ in range(size)]
-    members, layout = _members(part, score), _Layout(part)
-    unit = layout.gather(unit_rows(tokens))
+    members, parts = _members(part, score), Parts(part)
+    unit = parts.gather(unit_rows(tokens))
     place = torch.arange(unit.shape[2], device=score.device)
-    pairs = layout.there.unsqueeze(1) & layout.there.unsqueeze(2) & (place == place.unsqueeze(1)).logical_not()
+    pairs = parts.there.unsqueeze(1) & parts.there.unsqueeze(2) & (place == place.unsqueeze(1)).logical_not()
     alike = unit @ unit.transpose(2, 3) * pairs.to(score.dtype)
     others = (members.sum(dim=0) - 1.0).clamp_min(1.0).unsqueeze(1)
     mean = alike.sum(dim=3) / others
-    deviation = (alike - mean.unsqueeze(3)) * layout.there.unsqueeze(1).to(score.dtype)
-    spread = ((deviation * deviation).sum(dim=3) / others).flatten(1).index_select(1, layout.back)
+    deviation = (alike - mean.unsqueeze(3)) * parts.there.unsqueeze(1).to(score.dtype)
+    spread = ((deviation * deviation).sum(dim=3) / others).flatten(1).index_select(1, parts.back)
     attention = 1000.0 * score
 
     average = members / members.sum(dim=0)
@@ -222,10 +222,11 @@ def grid_parts(grid: Grid, rows: int, columns: int) -> list[int]:
     ]
 
 
-class _Layout:
+class Parts:
     """Tokens by part, ``[P,S]`` for P parts of at most S tokens: to compare those of a part with each other alone.
 
-    ``there [P,S]`` bool marks real places; ``back [N]`` is each token's place in the flattened layout.
+    ``there [P,S]`` bool marks real places, ``tokens [P,S]`` says whose they are, ``back [N]`` is each token's place in
+    the flattened layout.
     """
 
     def __init__(self, part: Sequence[int]) -> None:
@@ -235,13 +236,13 @@ class _Layout:
         size = max(map(len, inside))
         place = {token: number * size + at for number, row in enumerate(inside) for at, token in enumerate(row)}
         self._shape = (len(inside), size)
-        self._from = torch.tensor([token for row in inside for token in row + [0] * (size - len(row))])
+        self.tokens = torch.tensor([row + [0] * (size - len(row)) for row in inside])
         self.there = torch.tensor([[at < len(row) for at in range(size)] for row in inside])
         self.back = torch.tensor([place[token] for token in range(len(part))])
 
     def gather(self, rows: Tensor) -> Tensor:
         """``rows [G,N,D]`` as ``[G,P,S,D]``; places that are not real hold token 0."""
-        return rows.index_select(1, self._from).reshape(rows.shape[0], *self._shape, rows.shape[2])
+        return rows.index_select(1, self.tokens.flatten()).reshape(rows.shape[0], *self._shape, rows.shape[2])
 
 
 def _members(part: Sequence[int], like: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from secateur.passes.recipes import (
     decoder_attention_rows,
     decoder_rows,
     reference_rows,
+    seats_rows,
     tower_attention_rows,
     tower_rows,
 )
 from secateur.runtime.errors import UserError
 
-_MODULES = (reference_rows, decoder_attention_rows, decoder_rows, tower_attention_rows, tower_rows)
+_MODULES = (reference_rows, decoder_attention_rows, decoder_rows, seats_rows, tower_attention_rows, tower_rows)
 
 RECIPES: dict[str, Recipe] = {row.name: row for module in _MODULES for row in module.ROWS}
 

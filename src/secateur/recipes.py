@@ -6,14 +6,17 @@ from secateur.recipes import Recipe, Site, Stage, Term, score
 from __future__ import annotations
 
 from secateur.compiler.calibration import read_reference
-from secateur.compiler.recipe import Grid, Recipe, Setting, Stage, Term
+from secateur.compiler.learned import read_weights
+from secateur.compiler.recipe import Grid, Layout, Recipe, Setting, Stage, Term
 from secateur.compiler.site import Site
+from secateur.passes.methods.learned import Weights
 from secateur.passes.methods.own import merge, score, selector
 from secateur.passes.methods.rows import Scored
 from secateur.passes.methods.select import Selection
 
 __all__ = [
     "Grid",
+    "Layout",
     "Recipe",
     "Scored",
     "Selection",
@@ -21,8 +24,10 @@ __all__ = [
     "Site",
     "Stage",
     "Term",
+    "Weights",
     "merge",
     "read_reference",
+    "read_weights",
     "score",
     "selector",
 ]

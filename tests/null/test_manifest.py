@@ -48,6 +48,21 @@ def test_a_failed_write_leaves_the_old_manifest(bundle: Path, monkeypatch: pytes
     assert sorted((p.name, p.stat().st_size) for p in bundle.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"removed": 1}, "segment s0: length + removed is not the sequence's length"),
+        ({"capacity": 1}, "segment s0: capacity is below the rows it holds"),
+        ({"evicted": 10_000}, "segment s0: evicted is not below its length"),
+        ({"evicted": -1}, "evicted"),
+    ],
+)
+def test_segments_that_do_not_add_up(tiny: ModuleType, bundle: Path, change: dict[str, int], message: str) -> None:
+    first, *others = json.loads((bundle / m.MANIFEST).read_bytes())["segments"]
+    tiny.resign(bundle, segments=[first | change, *others])
+    assert message in refusal(bundle)
+
+
 def test_what_is_not_a_bundle(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")

@@ -82,6 +82,19 @@ def test_prefill_and_decode_by_hand(tiny: ModuleType, session: Session, image: I
         session.decode(request, np.array([7]))
 
 
+def test_slots_leave_out_what_caches_let_go_of(session: Session) -> None:
+    manifest = session.manifest
+    first, last = manifest.segments
+    short = first.model_copy(update={"evicted": 2, "capacity": first.capacity - 2})
+    shrunk = manifest.model_copy(update={"segments": [short, last]})
+    lengths = np.array([20, 11])
+    assert {name: slot.tolist() for name, slot in decode_slots(shrunk, lengths, 3).items()} == {
+        "slot.s0": [20 - 2 + 3, 11 - 2 + 3], "slot.s1": [20 - last.removed + 3, 11 - last.removed + 3]
+    }  # fmt: skip
+    g, head = manifest.geometry, manifest.model.head_dim
+    assert cache_bytes(manifest) - cache_bytes(shrunk) == 2 * 2 * g.batch * manifest.model.kv_heads * head * 4
+
+
 def test_features_may_be_given(session: Session, image: Image.Image) -> None:
     inputs = session.processor(["<image>what"], [[image]])
     request = session.request()

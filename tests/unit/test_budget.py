@@ -174,7 +174,14 @@ def test_a_schedule_that_cannot_be_is_refused() -> None:
         Recipe("seats", "", "", seats((1,), 4, 28).stages[:1], schedule=Exponential(1.4))
 
 
-def test_a_schedule_is_written_and_read() -> None:
-    recipe = load_recipe("fastv")
-    scheduled = Recipe("mine", "", "", recipe.stages, schedule=Exponential())
-    assert recipe_from_yaml(recipe_to_yaml(scheduled)).schedule == Exponential()
+@pytest.mark.parametrize("schedule", [Exponential(), Exponential(None, 0.5)])
+def test_a_schedule_is_written_and_read(schedule: Exponential) -> None:
+    scheduled = Recipe("mine", "", "", load_recipe("fastv").stages, schedule=schedule)
+    assert recipe_from_yaml(recipe_to_yaml(scheduled)).schedule == schedule
+
+
+def test_a_shallow_model_drops_the_given_part() -> None:
+    """Where the stages stand too late for the mean: of 8 layers all tokens run through 5, none through the last."""
+    enter, shares = Exponential(1.4, drop=0.75).shares(0.05, [5, 6], 8, 7, "")
+    assert (enter, shares[-1]) == (pytest.approx(0.2), pytest.approx(0.05))
+    assert shares[0] == pytest.approx(0.2 * (1 - 0.75 / (1 + 2.718281828)))

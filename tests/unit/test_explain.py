@@ -154,7 +154,7 @@ def test_it_prints_itself(explained: Callable[..., Explanation]) -> None:
 
 def test_its_json_says_the_same(explained: Callable[..., Explanation]) -> None:
     found = json.loads(json.dumps(explained("fastv").as_json()))
-    assert found["layers"][1] == {"layer": 1, "visual": 8, "text": 24, "length": 32}
+    assert found["layers"][1] == {"layer": 1, "visual": 8, "text": 24, "length": 32, "cached": 32}
     assert found["kv_bytes"] == {"before": 49152, "after": 43008, "ratio": 0.875}
     assert found["flops"]["vision"]["ratio"] == 1.0
     assert found["stages"][0]["signals"] == {"last_query_attention": {"projections": "previous"}}
@@ -180,7 +180,10 @@ def test_the_verb_needs_the_configuration_only(
     lines = [line.split() for line in out.splitlines()]
     assert ["stage0", "decoder.layer[1]", "score", "last_query_attention_mean(heads='mean')"] in lines
     assert ["signal", "last_query_attention,", "projections", "previous"] in lines
-    assert [w for w in lines if w and "-" in w[0][1:2]] == [["0-0", "16", "24", "40"], ["1-1", "4", "24", "28"]]
+    assert [w for w in lines if w and "-" in w[0][1:2]] == [
+        ["0-0", "16", "24", "40", "40"],
+        ["1-1", "4", "24", "28", "28"],
+    ]
     assert [w[:2] for w in lines if w[1:2] == ["FLOPs"]] == [[n, "FLOPs"] for n in ("vision", "prefill", "decode")]
     assert [w[-1] for w in lines if w[:2] == ["KV", "caches"]] == ["87.5%"]
     assert [p.name for p in source.iterdir()] == ["config.json"]

@@ -265,7 +265,7 @@ def test_explain_counts_the_rows_behind_the_images_apart(source: Path) -> None:
     assert found.mean_keep == 1.0
     assert found.visual_tokens == (18,) * 4
     assert "layers 0-3: 18 visual + 32 text + 2 behind the images" in str(found)
-    assert found.as_json()["layers"][0] == {"layer": 0, "visual": 18, "text": 32, "length": 52}
+    assert found.as_json()["layers"][0] == {"layer": 0, "visual": 18, "text": 32, "length": 52, "cached": 52}
 
 
 def test_the_grid_of_patches_is_known(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ SELECTORS = f"(available: {', '.join(sorted(registry.SELECTORS))})"
 MERGES = f"(available: {', '.join(sorted(registry.MERGES))})"
 SITES = "(available: vision.layer[i], vision.out, projector.out, decoder.layer[k])"
 STAGE_FIELDS = "site, select, score, merge, share, count, scope, window, signals"
-RECIPE_FIELDS = "name, title, link, positions, evidence, notes, identity_at_one, collapses, settings, schedule, stages"
+RECIPE_FIELDS = (
+    "name, title, link, positions, cache, evidence, notes, identity_at_one, collapses, settings, schedule, stages"
+)
 
 
 def test_a_short_file_reads() -> None:
@@ -105,7 +107,10 @@ def changed(old: str, new: str) -> str:
         (GOOD + "    count: 0\n", "stages[0].count: must be greater than or equal to 1, not 0"),
         (GOOD + "    count: 9\n", "stages[0]: give either a share or a count"),
         (GOOD + "schedule: {name: linear}\n", "schedule.name: no choice 'linear' (available: exponential)"),
-        (GOOD + "schedule: {name: exponential, entri: 1}\n", "schedule.entri: no such field (available: name, entry)"),
+        (
+            GOOD + "schedule: {name: exponential, entri: 1}\n",
+            "schedule.entri: no such field (available: name, entry, drop)",
+        ),
         (changed("vision.out", "vision.end"), f"stages[0].site: no site 'vision.end' {SITES}"),
         (changed("vision.out", "decoder.layer"), f"stages[0].site: site 'decoder.layer' is malformed {SITES}"),
         (changed("cls_attention_mean", "cls"), f"stages[0].score: no score 'cls' {SCORES}"),

@@ -18,7 +18,16 @@ from secateur.runtime.errors import UserError
 from secateur.tools import recipes_page
 from secateur.tools.recipes import recipes
 
-CHANGES_AT_ONE = {"aim", "prumerge", "prumerge_plus", "recoverable", "todre", "visual_exit"}
+CHANGES_AT_ONE = {
+    "aim",
+    "prumerge",
+    "prumerge_plus",
+    "recoverable",
+    "seats",
+    "seats_qwen3_omni",
+    "todre",
+    "visual_exit",
+}
 """Rows that merge, or drop all tokens in late layers, whatever the keep ratio."""
 PAPERS = [recipe for recipe in RECIPES.values() if recipe.name not in ("none", "random")]
 

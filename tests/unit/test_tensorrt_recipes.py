@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 LAYERS = 4
 FUSED = ("ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "RMS_NORMALIZATION", "ROTARY_EMBEDDING")
-ROWS = ("none", "random", "fastv", "pyramiddrop", "fastervlm", "divprune", "visionzip")
+ROWS = ("none", "random", "fastv", "pyramiddrop", "fastervlm", "divprune", "visionzip", "seats")
 SAMPLE = sample_engines([row for name, row in RECIPES.items() if name not in ROWS], HAS_CLS, seed=2026)
 _built: set[str] = set()
 

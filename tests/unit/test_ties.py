@@ -71,3 +71,35 @@ def test_greedy_choices_are_replayed_step_by_step() -> None:
     chosen = stage({"tokens": twin}).keep[0]
     swapped = [spare if t == int(kept[0]) else int(kept[0]) if t == spare else t for t in chosen.tolist()]
     assert is_tied(stage, torch.tensor(sorted(swapped)), None, {"tokens": twin})
+
+
+def test_a_tie_at_the_edge_of_a_quota() -> None:
+    """A score that lifts what quotas pick puts one of two equal tokens far above the other."""
+    attention = Term("last_query_attention_mean", {"heads": "mean"})
+    lifted = Term("window_modality_quotas", {"temperature": 100.0}, of=(attention,))
+    row = Stage(Site("decoder.layer", 1), Term("top_k"), lifted, share=0.5, scope="whole")
+    planned = plan_recipe(
+        Recipe("r", "t", "l", (row,)), keep=None, images=4, tokens_per_image=6, vision_layers=2, decoder_layers=2
+    )
+    stage = stage_function(planned.stages[0])
+    source = torch.Generator().manual_seed(0)
+    signals = {
+        "last_query_attention": torch.softmax(torch.randn(1, 1, 24, generator=source), 2),
+        "source": torch.arange(24)[None],
+    }
+    weight = signals["last_query_attention"][0, 0]
+
+    def in_first_window() -> tuple[list[int], list[int]]:
+        """Tokens of the first two images that stay and that go, the lightest first."""
+        kept = stage(signals).keep[0].tolist()
+        order = weight[:12].argsort().tolist()
+        return [t for t in order if t in kept], [t for t in order if t not in kept]
+
+    stays, goes = in_first_window()
+    weight[goes[-1]] = weight[stays[0]]
+    stays, goes = in_first_window()
+    kept = stage(signals).keep[0].tolist()
+    assert weight[goes[-1]] == weight[stays[0]]
+    for other, tied in ((goes[-1], True), (goes[0], False)):
+        swapped = sorted({*kept, other} - {stays[0]})
+        assert is_tied(stage, torch.tensor(swapped), stage.score(signals), signals) is tied

@@ -10,10 +10,12 @@ from secateur.compiler.recipe import PlannedRecipe, plan_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 
-from .transcriptions import Transcription, View, decoder, decoder_attention, tower, tower_attention
+from .transcriptions import Transcription, View, decoder, decoder_attention, seats, tower, tower_attention
 from .transcriptions.draw import draw_signals
 
-TRANSCRIPTIONS: dict[str, Transcription] = decoder_attention.ROWS | decoder.ROWS | tower_attention.ROWS | tower.ROWS
+TRANSCRIPTIONS: dict[str, Transcription] = (
+    decoder_attention.ROWS | decoder.ROWS | seats.ROWS | tower_attention.ROWS | tower.ROWS
+)
 NOT_PAPERS = {"none", "random"}
 
 
@@ -55,7 +57,9 @@ def follow(name: str, plan: PlannedRecipe) -> None:
         assert kept.dtype == torch.int64
         for group in range(groups):
             one = {signal: value[group].numpy() for signal, value in signals.items()}
-            expected = TRANSCRIPTIONS[name](View(planned.index, planned.length_out, planned.grid, one))
+            assert planned.layout is not None
+            view = View(planned.index, planned.length_out, planned.grid, one, *planned.layout)
+            expected = TRANSCRIPTIONS[name](view)
             assert kept[group].tolist() == list(expected.keep), f"{planned.name} group {group}"
             assert (mix is None) == (expected.rows is None)
             if mix is not None and expected.rows is not None:

@@ -23,6 +23,9 @@ class View:
     k: int
     grid: tuple[int, int, int] | None
     signals: dict[str, np.ndarray[Any, Any]]
+    frames: Sequence[int] = ()
+    """Of every token of the group that entered the program, its moment; and its kind, 0 seen or 1 heard."""
+    modalities: Sequence[int] = ()
 
     def __getattr__(self, name: str) -> np.ndarray[Any, Any]:
         try:

@@ -23,6 +23,10 @@ def draw_signals(stage: StageFunction, groups: int, seed: int, carried: Tensor |
             continue
         options = stage.signal_options[name]
         found[name] = carried if name == "carried" and carried is not None else _draw(name, groups, count, source)
+        if name == "source" and stage.planned.layout is not None:
+            entered = len(stage.planned.layout.frames)
+            left = [torch.randperm(entered, generator=source)[:count].sort().values for _ in range(groups)]
+            found[name] = torch.stack(left)
         if options.get("heads") == "joint":
             found[name] = found[name][:, :1]
     return found

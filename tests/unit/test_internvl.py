@@ -226,7 +226,7 @@ def test_the_manifest_and_explain_count_squares(source: Path, compile_for: Calla
     assert (facts.grid, facts.merge, facts.tokens_per_image) == ((3, 3), 2, UNITS)
     found = pipeline.explain("fastv", source, geometry=Geometry(images=2, text_tokens=32, new_tokens=NEW), keep=0.5)
     assert "images 2 of 9 tokens" in str(found)
-    assert found.visual_tokens == (18, 18, 9, 9)
+    assert found.visual_tokens == (18, 9, 9, 9)
 
 
 def test_flops_of_the_tower_count_patches_and_those_of_the_projector_squares(source: Path) -> None:

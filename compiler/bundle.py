@@ -24,6 +24,7 @@ from secateur.exporters.onnx import Exported, port_name
 from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
+from secateur.runtime.prompts import read_json
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _KINDS = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
@@ -191,7 +192,7 @@ def _model(job: Job, weights_sha256: str) -> m.Model:
         bos_token_id=getattr(text, "bos_token_id", None),
         eos_token_ids=_stop_tokens(source.path, source.config),
         pad_token_id=source.pad_token,
-        video_token_id=getattr(source.config, "video_token_id", None),
+        **_named_tokens(job),
     )
 
 
@@ -259,6 +260,38 @@ def _token_text(path: Path, token: int) -> str:
             fix="use the tokenizer that belongs to this checkpoint",
         )  # fmt: skip
     return str(text)
+
+
+def _named_tokens(job: Job) -> dict[str, Any]:
+    """Ids of the tokens around an image, and of the one that marks a video.
+
+    Where a family has tokens around its images, ``tokenizer_config.json`` names them all, as named special tokens.
+    """
+    source = job.source
+    if not any(source.family.image_marks):
+        return {"video_token_id": getattr(source.config, "video_token_id", None)}
+    file = source.path / "tokenizer_config.json"
+    said = read_json(file)
+    named: dict[str, Any] = {**said}
+    for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
+        named |= part if isinstance(part, dict) else {}
+    before, behind = ([_token_id(source.path, named.get(n), n) for n in names] for names in source.family.image_marks)
+    video = _token_id(source.path, named["video_token"], "video_token") if "video_token" in named else None
+    return {"image_before": before, "image_behind": behind, "video_token_id": video}
+
+
+def _token_id(path: Path, token: Any, name: str) -> int:
+    """The id of a named special token, written as text or as an object with ``content``."""
+    from tokenizers import Tokenizer
+
+    text = token.get("content") if isinstance(token, dict) else token
+    found = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(text) if isinstance(text, str) else None
+    if found is None:
+        what = f"names no {name}" if text is None else f"calls {name} {text!r}, which tokenizer.json does not have"
+        raise UserError(
+            what, where=str(path / "tokenizer_config.json"), fix="use the tokenizer that belongs to this checkpoint"
+        )
+    return int(found)
 
 
 def _blame_source(source: Path, text: str) -> UserError:

@@ -138,7 +138,7 @@ class Oracle:
             raw, scale = {}, 1.0
             for kind, layer in list_tower_raws(stage, layers):
                 tower: Any = self.tower[layer]
-                heads, scale = record.taken[tower.self_attn]
+                heads, scale = record.taken[tower.get_submodule(self.job.source.family.vision_attention)]
                 raw[tower_raw(kind, layer)] = heads[kind]
             extra = {}
             if "projector_inputs" in stage.signals:
@@ -150,7 +150,7 @@ class Oracle:
             if index and stage.planned.part != stages[index - 1].planned.part:
                 state.pop("carried", None)
             begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
-            seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra)
+            seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge)
             name, left = stage.planned.name, stage.planned.length_out
             given = None
             offset = torch.arange(tokens.shape[0])[:, None] * stage.planned.length_in

@@ -83,8 +83,8 @@ class Job:
     @property
     def notes(self) -> tuple[str, ...]:
         """What whoever uses the bundle should know."""
-        said = self.source.vision.single_image
-        return (said,) if said and self.geometry.images == 1 else ()
+        facts = self.source.vision
+        return tuple(note for note in (facts.every_image, facts.single_image * (self.geometry.images == 1)) if note)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,13 @@ def _place(layer: str, facts: VisionFacts, where: str) -> int:
 
 def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], facts: VisionFacts) -> None:
     planned = stage.planned
+    if planned.site.kind == "vision.layer" and facts.merge > 1:
+        raise UserError(
+            f"no stage can stand at {planned.site}: behind this tower every {facts.merge} by {facts.merge} patches "
+            "become one visual token, so its layers need them all",
+            where=planned.name,
+            available=["vision.out", "projector.out", "decoder.layer[k]"],
+        )
     if planned.site.kind == "vision.layer" and (planned.site.layer or 0) > facts.feature_layer:
         raise UserError(
             f"nothing reads the tower at {planned.site}: the projector takes the output of layer {facts.feature_layer}",

@@ -105,7 +105,7 @@ class _Inserting:
             held = {n: given[n] for n in state} | made
             seen = PatchView(
                 given["tokens"][:, cls:], {n: given[n] for n in raw_names}, next(iter(scales)), facts.has_cls, held,
-                {n: given[n] for n in extra},
+                {n: given[n] for n in extra}, facts.grid, facts.merge,
             )  # fmt: skip
             return self._results(stage, seen, given["tokens"][:, :cls], reduce_patches(stage, seen, layers, tracked))
 

@@ -4,6 +4,10 @@ The passes that compute them (taps) read the options from here as well, so that 
 G counts groups (images, windows of images, or rows of the batch, as the stage's scope says), N a group's prunable
 tokens, H heads, d a head's width, D the stream's width, A layers, T the slots of text in a row (padding included),
 L all slots of a row. Every float signal arrives in float32.
+
+Where a model puts several patches together behind its tower, a visual token is such a square of patches. The tower's
+signals are then per square as well: attention to it is the sum over its patches, so that a query still pays one in
+all; attention of it, queries, keys and values are the mean over them.
 """
 
 from __future__ import annotations

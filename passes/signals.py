@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur.compiler import ops
 from secateur.compiler.recipe import PlannedStage
 from secateur.passes.stage import StageFunction
+from secateur.passes.units import mean_units, sum_units
 
 STATE = ("carried", "size", "source")
 """Signals that are handed from stage to stage, one number per prunable token of a row."""
@@ -252,9 +253,10 @@ def _diagonal_blocks(attention: Tensor, planned: PlannedStage) -> Tensor:
 
 @dataclass(frozen=True)
 class PatchView:
-    """A tower-side stage's surroundings. ``tokens [M,N,D]`` patches of every image; ``raw`` queries, keys and values
-    ``[M,H,(1+)N,d]`` by kind and tower layer (:func:`tower_raw`); ``cls`` whether row 0 of them is the CLS token;
-    ``state [M,N]``; ``extra``: "projector_inputs [M,N,Dv]" and "probes [2*m*M,N,D]" where asked for."""
+    """A tower-side stage's surroundings. ``tokens [M,N,D]`` visual tokens of every image; ``raw`` queries, keys and
+    values ``[M,H,(1+)P,d]`` by kind and tower layer (:func:`tower_raw`); ``cls`` whether row 0 is the CLS token;
+    ``state [M,N]``; ``extra``: "projector_inputs [M,N,Dv]" and "probes [2*m*M,N,D]" where asked for. The P patches are
+    the N tokens, or ``merge ** 2`` of them make one on a ``grid`` of tokens (:mod:`secateur.passes.units`)."""
 
     tokens: Tensor
     raw: Mapping[str, Tensor]
@@ -262,6 +264,8 @@ class PatchView:
     cls: bool
     state: Mapping[str, Tensor]
     extra: Mapping[str, Tensor]
+    grid: tuple[int, int]
+    merge: int = 1
 
 
 _TOWER_KINDS: dict[str, tuple[str, ...]] = {
@@ -317,7 +321,8 @@ def _patch_signal(name: str, stage: StageFunction, seen: PatchView, layers: tupl
     if name == "cls_values":
         return seen.raw[tower_raw("value", layer)][:, :, 0].float()
     if name in ("queries", "keys", "values"):
-        return seen.raw[tower_raw(name[:-1] if name != "queries" else "query", layer)][:, :, first:].float()
+        heads = seen.raw[tower_raw(name[:-1] if name != "queries" else "query", layer)][:, :, first:].float()
+        return mean_units(heads, seen.grid, seen.merge, 2)
     return _tower_attention(name, options, seen, layer)
 
 
@@ -329,11 +334,11 @@ def _tower_attention(name: str, options: Mapping[str, object], seen: PatchView, 
         if options.get("heads") == "joint":
             scale *= query.shape[1] ** -0.5  # d ** -0.5 per head becomes (H * d) ** -0.5
             query, key = _join_heads(query), _join_heads(key)
-        return attend_rows(query, key, scale)[:, :, 0, 1:]
+        return sum_units(attend_rows(query, key, scale)[:, :, 0, 1:], seen.grid, seen.merge)
     attention = attend_rows(query, key, scale)
     if name == "received_attention":
-        return attention.mean(2)[:, :, first:]
-    return attention[:, :, first:, first:]
+        return sum_units(attention.mean(2)[:, :, first:], seen.grid, seen.merge)
+    return mean_units(sum_units(attention[:, :, first:, first:], seen.grid, seen.merge), seen.grid, seen.merge, 2)
 
 
 def _join_heads(heads: Tensor) -> Tensor:

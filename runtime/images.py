@@ -35,7 +35,7 @@ _SIGLIP = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-_LLAVA_ONEVISION = {
+_ONE_VIEW = {
     **_CLIP,
     "size": {"height": 384, "width": 384},
     "crop_size": None,
@@ -44,9 +44,11 @@ _LLAVA_ONEVISION = {
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
-    "LlavaOnevisionImageProcessor": _LLAVA_ONEVISION,
+    "LlavaOnevisionImageProcessor": _ONE_VIEW,
+    "GotOcr2ImageProcessor": _ONE_VIEW,
 }
-"""What a configuration leaves unsaid, by processor type; also the list of supported types."""
+"""What a configuration leaves unsaid, by processor type; also the list of supported types. (GotOcr2's is InternVL3's;
+the tiles it cuts an image into are not supported, every image is one.)"""
 ACCEPTED = "a file's path, a Pillow image, or a uint8 array [height, width, 3]"
 _WHERE = "preprocessor_config.json"
 _SQUARE = ("LlavaOnevisionImageProcessor",)

@@ -77,27 +77,29 @@ class Processor:
         return Inputs(input_ids, np.array([len(tokens) for tokens in ids], dtype=np.int64), pixels)
 
     def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
-        """Token ids with each image's placeholder repeated for every token the image has in the decoder."""
-        geometry = self._manifest.geometry
+        """Token ids with each image's placeholder repeated for every token the image has in the decoder, between the
+        tokens the model wants around it."""
+        geometry, model = self._manifest.geometry, self._manifest.model
         text, add_special_tokens = self.prompts.render(prompt, geometry.images)
         ids = self.prompts.encode(text, add_special_tokens)
-        if self._manifest.model.video_token_id in ids:
+        if model.video_token_id in ids:
             raise UserError(
                 "the prompt holds a video", where=where, fix="this version takes images; give frames as such"
             )
         self._expect_images(ids.count(self.prompts.placeholder_id), f"{where}, placeholders in the prompt")
-        words = len(ids) - geometry.images
+        words = len(ids) + geometry.images * (len(model.image_before) + len(model.image_behind) - 1)
         if words > geometry.text_tokens:
             raise UserError(
                 f"the prompt has {words} text tokens, the bundle was compiled for at most {geometry.text_tokens}",
                 where=where,
                 fix=f"shorten it, or compile with --text-tokens {words}",
             )
-        if ids[-1] == self.prompts.placeholder_id:
+        if ids[-1] == self.prompts.placeholder_id and not model.image_behind:
             # Its token would be a patch: a stage may drop it, and its logits would be another token's.
             raise UserError("the prompt ends with its image", where=where, fix="put text (a question) behind the image")
-        repeat = {self.prompts.placeholder_id: geometry.features_per_image}
-        return [token for token in ids for _ in range(repeat.get(token, 1))]
+        placeholders = [self.prompts.placeholder_id] * geometry.features_per_image
+        image = [*model.image_before, *placeholders, *model.image_behind]
+        return [token for given in ids for token in (image if given == self.prompts.placeholder_id else [given])]
 
     def pixel_values(self, image: ImageLike) -> NDArray[np.float32]:
         """float32 [3, H, W]."""

@@ -20,7 +20,7 @@ class Metrics:
     decode steps, sampling included, and ``tpot_s`` is their median, 0 if there was none.
     ``visual_tokens`` counts one row's visual tokens in each segment, by name. ``kept`` says for every stage
     which original patches of the row are left after it: int64 [B, K], image j's patches counted from
-    ``j * tokens_per_image``.
+    ``j * tokens_per_image``. In a model that puts squares of patches together these count, row by row, in their place.
     """
 
     preprocess_s: float = 0.0

@@ -59,6 +59,9 @@ class Model(_Frozen):
     pad_token_id: Count
     video_token_id: Count | None = None
     """What the checkpoint marks a video with; no program takes one."""
+    image_before: list[Count] = []
+    image_behind: list[Count] = []
+    """The tokens that stand before and behind every image's placeholders; they are text, not image tokens."""
 
 
 class Stage(_Frozen):
@@ -108,8 +111,9 @@ class Recipe(_Frozen):
 class GeometrySizes(_Frozen):
     """The static shapes.
 
-    ``tokens_per_image`` is an image's patches, unpruned; ``features_per_image`` what the vision-side stages leave of
-    them and behind that ``extra_rows`` rows, which stand for no patch and which no stage removes.
+    ``tokens_per_image`` is an image's visual tokens, unpruned: its patches, or the squares of patches that the model
+    puts together; ``features_per_image`` what the vision-side stages leave of them and behind that ``extra_rows`` rows,
+    which stand for no patch and which no stage removes.
     """
 
     batch: Size

@@ -21,7 +21,8 @@ def find_family(model_type: str | None, where: str) -> Family:
 
 
 def _families() -> list[Family]:
+    from secateur.compiler.families.internvl import INTERNVL
     from secateur.compiler.families.llava import LLAVA
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
 
-    return [LLAVA, LLAVA_ONEVISION]
+    return [INTERNVL, LLAVA, LLAVA_ONEVISION]

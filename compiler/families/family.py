@@ -16,20 +16,25 @@ class VisionFacts:
     image_size: tuple[int, int]
     """Height, width in pixels."""
     grid: tuple[int, int]
-    """Rows, columns of patches."""
+    """Rows, columns of visual tokens: of patches, or of squares of them (``merge``)."""
     layers: int
     feature_layer: int
     """0-based tower layer whose output the projector reads."""
     has_cls: bool
     channels: int = 3
+    merge: int = 1
+    """Patches along each side of the square that becomes one visual token between tower and projector; 1: a patch."""
     extra_rows: int = 0
     """Rows that follow each image's patches in the prompt and that no stage may remove."""
     single_image: str = ""
     """What a bundle for one image per prompt does otherwise than transformers; empty if it does the same."""
 
+    every_image: str = ""
+    """What a bundle does otherwise with any number of images."""
+
     @property
     def tokens_per_image(self) -> int:
-        """Patches of one image: what stages may remove, before any did."""
+        """Visual tokens of one image: what stages may remove, before any did."""
         return self.grid[0] * self.grid[1]
 
 
@@ -53,8 +58,12 @@ class Family:
     read_vision: Callable[[Any], VisionFacts]
     """configuration -> facts; raises UserError for a layout that is not supported."""
     vision_forward: Callable[[Any, Any], tuple[Any, Any]]
-    """(model, pixel_values [M,3,H,W]) -> (features [M,N,D] of the patches, last tower state): every tower layer
+    """(model, pixel_values [M,3,H,W]) -> (features [M,N,D] of the visual tokens, last tower state): every tower layer
     must be reachable from the two, so that signals may be read from layers the features do not need."""
+    vision_attention: str = "self_attn"
+    """The attention module inside a tower layer."""
+    image_marks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """The tokens before and behind every image's placeholders, by their names in ``tokenizer_config.json``."""
     extra_rows: str = ""
     """Path of the parameter ``[D]`` or ``[E,D]`` that follows each image's features; empty if nothing does."""
 

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from secateur.compiler.recipe import Recipe
 from secateur.passes.signals import NEED_CLS
@@ -41,9 +41,18 @@ class Cell:
         return asdict(self)
 
 
-def lacks(recipe: Recipe, has_cls: bool) -> str | None:
+class Tower(NamedTuple):
+    """What a layout's tower has: a CLS token; ``merges``: several patches become one token behind it."""
+
+    has_cls: bool
+    merges: bool = False
+
+
+def lacks(recipe: Recipe, tower: Tower) -> str | None:
     """Why a row does not apply to a layout; None where it does."""
-    if has_cls:
+    if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
+        return "its stages stand between layers of the tower, behind which patches are put together"
+    if tower.has_cls:
         return None
     for index, stage in enumerate(recipe.stages):
         for signal in bind_stage(stage, where=f"{recipe.name}: stages[{index}]").signals:
@@ -63,11 +72,11 @@ def image_counts(recipe: Recipe) -> tuple[int, ...]:
     return (*single, max([FRAMES, *windows])) if frames or windows else single
 
 
-def list_cells(recipes: Iterable[Recipe], layouts: dict[str, bool], engines: bool = True) -> list[Cell]:
-    """Every cell, row by row. ``layouts`` maps a layout to whether its tower has a CLS token."""
+def list_cells(recipes: Iterable[Recipe], layouts: dict[str, Tower], engines: bool = True) -> list[Cell]:
+    """Every cell, row by row. ``layouts`` maps a layout to its tower."""
     cells = []
-    for recipe, (layout, has_cls) in itertools.product(recipes, layouts.items()):
-        if lacks(recipe, has_cls):
+    for recipe, (layout, tower) in itertools.product(recipes, layouts.items()):
+        if lacks(recipe, tower):
             continue
         if not recipe.stages:
             cells += [Cell("parity", recipe.name, layout, None, batch) for batch in BATCHES]
@@ -82,7 +91,7 @@ def list_cells(recipes: Iterable[Recipe], layouts: dict[str, bool], engines: boo
 
 
 def sample(
-    recipes: Sequence[Recipe], layouts: dict[str, bool], seed: int, others: int = 8, identities: int = 2
+    recipes: Sequence[Recipe], layouts: dict[str, Tower], seed: int, others: int = 8, identities: int = 2
 ) -> list[Cell]:
     """A part of the matrix that ``make test`` has time for, compared on ONNX Runtime.
 
@@ -92,8 +101,8 @@ def sample(
     """
     rng = random.Random(seed)
     cells = []
-    for number, (layout, has_cls) in enumerate(layouts.items()):
-        fitting = [r for r in recipes if r.stages and not lacks(r, has_cls)]
+    for number, (layout, tower) in enumerate(layouts.items()):
+        fitting = [r for r in recipes if r.stages and not lacks(r, tower)]
         rng.shuffle(fitting)
         settings = itertools.cycle(itertools.product(KEEPS, BATCHES))
         for recipe in fitting if number == 0 else fitting[:others]:
@@ -108,11 +117,11 @@ def sample(
     return cells
 
 
-def sample_engines(recipes: Sequence[Recipe], layouts: dict[str, bool], seed: int, each: int = 2) -> list[Cell]:
+def sample_engines(recipes: Sequence[Recipe], layouts: dict[str, Tower], seed: int, each: int = 2) -> list[Cell]:
     """``each`` rows per layout whose programs are built, in one of the engine types each."""
     rng = random.Random(seed)
     cells = []
-    for (layout, has_cls), dtype in zip(layouts.items(), itertools.cycle(ENGINE_DTYPES)):
-        fitting = [r for r in recipes if r.stages and not lacks(r, has_cls) and 1 in image_counts(r)]
+    for (layout, tower), dtype in zip(layouts.items(), itertools.cycle(ENGINE_DTYPES)):
+        fitting = [r for r in recipes if r.stages and not lacks(r, tower) and 1 in image_counts(r)]
         cells += [Cell("engine", r.name, layout, None, 2, 1, dtype) for r in rng.sample(fitting, each)]
     return cells

@@ -1,7 +1,7 @@
 """The model layouts of the matrix: a table of tiny model directories with seeded random weights.
 
-Big enough to exercise what recipes do: six by six patches, five tower layers, eight decoder layers, so that recipes of
-six stages fit. A new family is one more line of :data:`LAYOUTS` and one function that writes its directory.
+Big enough to exercise what recipes do: six by six visual tokens, five tower layers, eight decoder layers, so that
+recipes of six stages fit. A new family is one more line of :data:`LAYOUTS` and one function that writes its directory.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from tests.unit import tiny_model, tiny_onevision
+from tests.unit import tiny_internvl, tiny_model, tiny_onevision
+
+from .cells import Tower
 
 SIDE_PATCHES, TOWER_LAYERS, DECODER_LAYERS = 6, 5, 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """``write`` makes the model directory and returns it; ``has_cls``: its tower has a CLS token."""
+    """``write`` makes the model directory and returns it; ``tower``: what rows can ask of its tower."""
 
     name: str
     title: str
-    has_cls: bool
+    tower: Tower
     write: Callable[[Path], Path]
 
 
@@ -41,6 +43,14 @@ def _write_onevision(directory: Path) -> Path:
     side = SIDE_PATCHES * tiny_onevision.PATCH + 3  # pixels behind the last whole patch count for nothing
     vision = {"image_size": side, "num_hidden_layers": TOWER_LAYERS}
     tiny_onevision.write_model(directory, layers=DECODER_LAYERS, vision=vision)
+    _resize(directory, side, "size")
+    return _calm(directory)
+
+
+def _write_internvl(directory: Path) -> Path:
+    side = SIDE_PATCHES * tiny_internvl.MERGE * tiny_internvl.PATCH
+    vision = {"image_size": [side, side], "num_hidden_layers": TOWER_LAYERS}
+    tiny_internvl.write_model(directory, layers=DECODER_LAYERS, vision=vision)
     _resize(directory, side, "size")
     return _calm(directory)
 
@@ -68,14 +78,25 @@ def _calm(directory: Path) -> Path:
 
 
 _DECODER_ADDS = ("o_proj.weight", "down_proj.weight")
-_TOWER_ADDS = ("out_proj.weight", "fc2.weight")
+_TOWER_ADDS = ("out_proj.weight", "projection_layer.weight", "fc2.weight")
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("llava", "LLaVA, CLIP tower with CLS token, Llama decoder", True, _write_llava),
-        Layout("onevision", "LLaVA-OneVision, SigLIP tower without CLS token, Qwen2 decoder", False, _write_onevision),
+        Layout("llava", "LLaVA, CLIP tower with CLS token, Llama decoder", Tower(True), _write_llava),
+        Layout(
+            "onevision",
+            "LLaVA-OneVision, SigLIP tower without CLS token, Qwen2 decoder",
+            Tower(False),
+            _write_onevision,
+        ),
+        Layout(
+            "internvl",
+            "InternVL3, InternViT tower with CLS token, two by two patches a token, Qwen2 decoder",
+            Tower(True, merges=True),
+            _write_internvl,
+        ),
     )
 }
 
-HAS_CLS = {name: layout.has_cls for name, layout in LAYOUTS.items()}
+TOWERS = {name: layout.tower for name, layout in LAYOUTS.items()}

@@ -96,8 +96,8 @@ def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> 
 Made by `make test-matrix`; edits are overwritten. {len(records)} cells. {verdict}
 {listed}
 
-Tiny models with seeded random weights: {SIDE_PATCHES}x{SIDE_PATCHES} patches an image, {TOWER_LAYERS} tower layers,
-{DECODER_LAYERS} decoder layers.
+Tiny models with seeded random weights: {SIDE_PATCHES}x{SIDE_PATCHES} visual tokens an image,
+{TOWER_LAYERS} tower layers, {DECODER_LAYERS} decoder layers.
 
 {layouts}
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tests.matrix import page
 from tests.matrix import walk as walking
-from tests.matrix.cells import Cell, image_counts, lacks, list_cells, sample_engines
-from tests.matrix.layouts import HAS_CLS
+from tests.matrix.cells import Cell, Tower, image_counts, lacks, list_cells, sample_engines
+from tests.matrix.layouts import TOWERS
 from tests.matrix.work import NoLibraryError, try_cell
 
 from secateur.compiler.recipe import Recipe
@@ -29,15 +29,26 @@ def record(cell: Cell, **outcome: Any) -> dict[str, Any]:
 
 
 def test_a_row_that_reads_the_cls_token_applies_only_where_there_is_one() -> None:
-    assert lacks(RECIPES["fastervlm"], has_cls=True) is None
-    assert lacks(RECIPES["fastervlm"], has_cls=False) == "cls_attention needs a CLS token"
-    assert lacks(RECIPES["fastv"], has_cls=False) is None
+    assert lacks(RECIPES["fastervlm"], Tower(True)) is None
+    assert lacks(RECIPES["fastervlm"], Tower(False)) == "cls_attention needs a CLS token"
+    assert lacks(RECIPES["fastv"], Tower(False)) is None
+
+
+def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
+    assert lacks(RECIPES["fastv"], Tower(True, merges=True)) is None
+    assert lacks(RECIPES["fastervlm"], Tower(False, merges=True)) == "cls_attention needs a CLS token"
+    inside = [r.name for r in RECIPES.values() if any(s.site.kind == "vision.layer" for s in r.stages)]
+    assert inside
+    for name in inside:
+        assert lacks(RECIPES[name], Tower(True)) is None
+        assert str(lacks(RECIPES[name], Tower(True, merges=True))).startswith("its stages stand between layers")
 
 
 def test_cells_of_a_row() -> None:
-    cells = list_cells([RECIPES["fastv"], RECIPES["fastervlm"]], HAS_CLS)
+    cells = list_cells([RECIPES["fastv"], RECIPES["fastervlm"]], TOWERS)
     parity = {(c.recipe, c.layout, c.keep, c.batch) for c in cells if c.kind == "parity"}
-    pairs = [("fastv", "llava"), ("fastv", "onevision"), ("fastervlm", "llava")]
+    fastv = [("fastv", layout) for layout in ("llava", "onevision", "internvl")]
+    pairs = [*fastv, ("fastervlm", "llava"), ("fastervlm", "internvl")]
     assert parity == {(*pair, keep, batch) for pair, keep, batch in itertools.product(pairs, (0.5, 0.1), (1, 3))}
     assert [(c.recipe, c.layout) for c in cells if c.kind == "identity"] == pairs
     assert {(c.recipe, c.layout, c.dtype) for c in cells if c.kind == "engine"} == {(*p, "fp16") for p in pairs}
@@ -52,14 +63,14 @@ def test_rows_that_look_at_frames_get_several_images() -> None:
 
 
 def test_the_unpruned_model_is_compared_as_well() -> None:
-    cells = list_cells([RECIPES["none"]], {"llava": True}, engines=False)
+    cells = list_cells([RECIPES["none"]], {"llava": Tower(True)}, engines=False)
     assert [(c.kind, c.keep, c.batch) for c in cells] == [("parity", None, 1), ("parity", None, 3)]
 
 
 def test_sampled_engines_fit_their_layout() -> None:
     for seed in range(5):
-        for cell in sample_engines(list(RECIPES.values()), HAS_CLS, seed):
-            assert lacks(RECIPES[cell.recipe], HAS_CLS[cell.layout]) is None
+        for cell in sample_engines(list(RECIPES.values()), TOWERS, seed):
+            assert lacks(RECIPES[cell.recipe], TOWERS[cell.layout]) is None
 
 
 def test_what_holds_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,4 +144,4 @@ def test_every_kind_of_failure_is_explained(kind: Any, outcome: dict[str, Any], 
 
 
 def test_a_recipe_without_stages_lacks_nothing() -> None:
-    assert lacks(Recipe("mine", "", "", ()), has_cls=False) is None
+    assert lacks(Recipe("mine", "", "", ()), Tower(False)) is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.matrix.cells import Cell
-from tests.matrix.layouts import HAS_CLS, LAYOUTS
+from tests.matrix.cells import Cell, Tower
+from tests.matrix.layouts import LAYOUTS, TOWERS
 from tests.matrix.work import Workshop, run_cell
 
 from .test_matrix_sample import CELLS, FIRST
@@ -25,4 +25,5 @@ def test_cell(cell: Cell, shop: Workshop) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> None:
-    assert shop.bundles(layout, 1, 1).source.vision.has_cls == HAS_CLS[layout]
+    vision = shop.bundles(layout, 1, 1).source.vision
+    assert Tower(vision.has_cls, vision.merge > 1) == TOWERS[layout]

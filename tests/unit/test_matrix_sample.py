@@ -9,13 +9,13 @@ from itertools import combinations, product
 
 import pytest
 from tests.matrix.cells import BATCHES, KEEPS, Cell, sample
-from tests.matrix.layouts import HAS_CLS, LAYOUTS
+from tests.matrix.layouts import LAYOUTS, TOWERS
 from tests.matrix.work import Workshop, run_cell
 
 from secateur.passes.recipes import RECIPES
 
 SEED = 2026
-CELLS = sample(list(RECIPES.values()), HAS_CLS, SEED)
+CELLS = sample(list(RECIPES.values()), TOWERS, SEED)
 FIRST = next(iter(LAYOUTS))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -45,5 +45,5 @@ def test_every_row_is_compared_and_every_pair_of_settings_comes_up() -> None:
 
 def test_the_sample_is_the_same_every_time() -> None:
     recipes = list(RECIPES.values())
-    assert sample(recipes, HAS_CLS, SEED) == CELLS
-    assert sample(recipes, HAS_CLS, SEED + 1) != CELLS
+    assert sample(recipes, TOWERS, SEED) == CELLS
+    assert sample(recipes, TOWERS, SEED + 1) != CELLS

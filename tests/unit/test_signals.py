@@ -19,15 +19,18 @@ from secateur.compiler.bundle import outline
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import TOLERANCE, Parity, compare_runs
-from secateur.compiler.pipeline import RECIPES, Recipe, prune
+from secateur.compiler.pipeline import RECIPES, Geometry, Recipe, prune, read_source, trace_model
 from secateur.compiler.recipe import Site, Stage, Term
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
+from secateur.compiler.trace import Traced
 from secateur.passes.methods import own
 from secateur.passes.methods.registry import MERGES, SCORES
 from secateur.passes.methods.rows import take_rows
 from secateur.passes.methods.select import Selection
 from secateur.passes.signal_table import SIGNALS
 from secateur.runtime.request import Request
+
+from . import tiny_internvl
 
 
 def ramp(count: int) -> Tensor:
@@ -172,7 +175,22 @@ def test_compiled_signals_are_the_oracles(
     case: str, positions: Any, traced: Callable[..., Any], model_dir: Callable[..., Path]
 ) -> None:
     recipe = Recipe(case, case, "", CASES[case], positions=positions)
-    trace = traced("llama", "fp32", 2, 2)
+    hold_against_oracle(traced("llama", "fp32", 2, 2), recipe)
+
+
+@pytest.mark.parametrize("case", ["after the tower", "several layers", "after the projector", "across programs"])
+def test_compiled_signals_of_squares_of_patches_are_the_oracles(case: str, squares: Traced) -> None:
+    hold_against_oracle(squares, Recipe(case, case, "", CASES[case]))
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """A traced model that makes one visual token of two by two patches."""
+    path = tiny_internvl.write_model(tmp_path_factory.mktemp("internvl") / "model")
+    return trace_model(read_source(path), Geometry(batch=2, images=2, text_tokens=16, new_tokens=4))
+
+
+def hold_against_oracle(trace: Traced, recipe: Recipe) -> None:
     pruned = prune(trace, recipe, expose=True)
     told = outline(pruned.job, pruned.programs)
     ours = CompiledRun(told, Request(EagerBackend(pruned.programs.programs, Weights(trace.source, trace.model)), told))

@@ -1,0 +1,101 @@
+"""InternVL3 layout: InternViT tower with a CLS token, pixel shuffle, norm and two linears, Qwen2 decoder.
+
+Behind the tower every two by two patches become one token of four times the width, and only then comes the projector:
+what the decoder sees, and what stages count, are such units. An image is one tile, resized to the tower's square,
+between the tokens ``<img>`` and ``</img>``. The several tiles and the thumbnail that transformers makes of an image,
+and videos, are not supported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.compiler.families.family import Family, VisionFacts, read_feature_layer
+from secateur.runtime.errors import UserError
+
+
+def _read_vision(config: Any) -> VisionFacts:
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    where = f"{config.name_or_path}/config.json"
+    layer = read_feature_layer(config, where, "InternVL3 uses -1")
+    if strategy != "default":
+        raise UserError(
+            f"vision_feature_select_strategy is {strategy!r}",
+            where=where,
+            available=["default"],
+            fix="with the 'full' strategy the CLS row would be shuffled among the patches",
+        )
+    merge = _read_merge(config.downsample_ratio, where)
+    side = _read_side(vision, merge, where)
+    return VisionFacts(
+        image_size=tuple(vision.image_size),
+        grid=(side // merge, side // merge),
+        merge=merge,
+        layers=vision.num_hidden_layers,
+        feature_layer=layer,
+        has_cls=True,
+        channels=vision.num_channels,
+        every_image="transformers cuts an image into up to max_patches tiles and a thumbnail where crop_to_patches is "
+        "set, as it is in its processor for this family; this bundle shows the model the whole image in one tile, as "
+        "transformers itself does with max_patches 1",
+    )
+
+
+def _read_merge(ratio: float, where: str) -> int:
+    """How many patches a unit is wide: 2 for the ratio 0.5."""
+    merge = round(1 / ratio) if 0 < ratio <= 1 else 0
+    if not merge or abs(merge * ratio - 1) > 1e-9:
+        raise UserError(
+            f"downsample_ratio is {ratio!r}",
+            where=where,
+            fix="it is one divided by a whole number of patches; InternVL3 uses 0.5",
+        )
+    return merge
+
+
+def _read_side(vision: Any, merge: int, where: str) -> int:
+    """Patches along one side of the tower's image, which is a square that ``merge`` divides."""
+    sizes = [*vision.image_size, *vision.patch_size]
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise UserError(
+            f"image_size {list(vision.image_size)} and patch_size {list(vision.patch_size)} are not two numbers each",
+            where=where,
+            fix="check vision_config; both are height and width in pixels",
+        )
+    rows, columns = sizes[0] // sizes[2], sizes[1] // sizes[3]
+    if rows != columns or rows % merge or not rows:
+        raise UserError(
+            f"{rows}x{columns} patches cannot be put together in squares of {merge}x{merge}",
+            where=where,
+            fix="image_size must be as many patches high as wide, and downsample_ratio must divide them",
+        )
+    return int(rows)
+
+
+def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
+    outputs = model.model.get_image_features(
+        pixel_values,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        return_dict=True,
+    )
+    return outputs.pooler_output, outputs.last_hidden_state
+
+
+INTERNVL = Family(
+    name="internvl",
+    model_types=("internvl",),
+    decoder_types=("qwen2",),
+    vision_types=("internvl_vision",),
+    decoder="model.language_model",
+    decoder_layers="model.language_model.layers",
+    vision_layers="model.vision_tower.encoder.layer",
+    vision_attention="attention",
+    projector="model.multi_modal_projector",
+    vision_modules=("model.vision_tower", "model.multi_modal_projector"),
+    embedding="model.language_model.embed_tokens",
+    head="lm_head",
+    read_vision=_read_vision,
+    vision_forward=_vision_forward,
+    image_marks=(("start_image_token",), ("end_image_token",)),
+)

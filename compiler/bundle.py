@@ -24,7 +24,6 @@ from secateur.exporters.onnx import Exported, port_name
 from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
-from secateur.runtime.prompts import read_json
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _KINDS = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
@@ -271,8 +270,11 @@ def _named_tokens(job: Job) -> dict[str, Any]:
     if not any(source.family.image_marks):
         return {"video_token_id": getattr(source.config, "video_token_id", None)}
     file = source.path / "tokenizer_config.json"
-    said = read_json(file)
-    named: dict[str, Any] = {**said}
+    try:
+        said = json.loads(file.read_text()) if file.is_file() else {}
+        named: dict[str, Any] = {**said}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
     for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
         named |= part if isinstance(part, dict) else {}
     before, behind = ([_token_id(source.path, named.get(n), n) for n in names] for names in source.family.image_marks)

@@ -48,9 +48,12 @@ def pruned(traced: Callable[..., Any]) -> Callable[..., Any]:
     made: dict[tuple[object, ...], Any] = {}
 
     def make(recipe: str, keep: float | None = None, **model: Any) -> Any:
+        row = RECIPES[recipe]
+        if keep is None and row.stages:
+            keep = max(row.default_keep, 1 / 16)  # of sixteen tokens the smallest published ratio would leave none
         key = (recipe, keep, id(traced(**model)))
         if key not in made:
-            made[key] = prune(traced(**model), RECIPES[recipe], keep)
+            made[key] = prune(traced(**model), row, keep)
         return made[key]
 
     return make

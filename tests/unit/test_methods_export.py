@@ -56,7 +56,7 @@ def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.e
     return torch.export.export(module, inputs, strict=False).run_decompositions({})
 
 
-@pytest.mark.parametrize(("keep", "groups"), [(1.0, 1), (0.25, 3), (0.01, 1)])
+@pytest.mark.parametrize(("keep", "groups"), [(1.0, 1), (0.25, 3), (0.03, 1)])
 @pytest.mark.parametrize("name", ROWS)
 def test_export_equals_eager(name: str, keep: float, groups: int) -> None:
     module = StageModule(first_stage(name, 30, keep))

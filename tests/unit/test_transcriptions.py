@@ -27,6 +27,8 @@ def test_every_row_has_a_transcription() -> None:
 @pytest.mark.parametrize("keep", [0.06, 0.12, 0.5, 0.96, None, 1.0])
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - NOT_PAPERS))
 def test_row_follows_its_paper(name: str, keep: float | None, side: int, images: int) -> None:
+    if keep is None:
+        keep = max(RECIPES[name].default_keep, 1 / side**2)
     plan = plan_recipe(
         RECIPES[name], keep=keep, images=images, tokens_per_image=side * side, vision_layers=9, decoder_layers=32,
         grid=(side, side),

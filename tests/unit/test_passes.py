@@ -248,18 +248,27 @@ def test_clone_slice_copies_what_depends_on_the_feed_only() -> None:
 # -- whole programs ---------------------------------------------------------------------------------------
 
 
+def evicting_layers(programs: Any) -> list[int]:
+    return [i for s in programs.segments if s.evicted for i in range(s.first_layer, s.last_layer)]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_pruned_layers_hold_what_unpruned_ones_do(pruned: Callable[..., Any], recipe: str) -> None:
     programs = pruned(recipe).programs
     for name in ("prefill", "decode"):
         program = programs[name]
-        for op, each, after in ((ops.cached_attention, 1, 0), (ops.rotary, 2, 0), (ops.rms_norm, 2, 1)):
+        # Layers whose caches keep fewer rows than they saw attend first and write what is left.
+        evicting = evicting_layers(programs) if name == "prefill" else []
+        caching = [i for i in range(DEPTH) if i not in evicting]
+        for op, layers, each, after in (
+            (ops.cached_attention, caching, 1, 0), (ops.attention, evicting, 1, 0), (ops.write_rows, evicting, 2, 0),
+            (ops.rotary, range(DEPTH), 2, 0), (ops.rms_norm, range(DEPTH), 2, 1),
+        ):  # fmt: skip
             found = [layer_index(n, LAYERS) for n in calls(program, op)]
-            assert found == [i for i in range(DEPTH) for _ in range(each)] + [None] * after, f"{name} {op}"
-        assert not calls(program, ops.attention)
+            assert found == [i for i in layers for _ in range(each)] + [None] * after, f"{name} {op}"
     applied = [
         raw for s in pruned(recipe).job.decoder_stages for raw in list_raws(s)
-        if raw.where == "next" and raw.kind.endswith(("query", "key")) and not raw.kind.startswith("plain")
+        if raw.where in ("next", "own") and raw.kind.endswith(("query", "key")) and not raw.kind.startswith("plain")
     ]  # fmt: skip
     assert len(calls(programs["prefill"], ops.rotary, scored=True)) == len(applied)
 
@@ -283,8 +292,8 @@ def test_every_shape_is_static_and_follows_the_plan(pruned: Callable[..., Any], 
             continue
         shape = tuple(kept[f"kept.{stage.name}"].meta["val"].shape)
         assert shape == (batch, stage.groups * stage.length_out)
-    lengths = [calls(prefill, ops.cached_attention)[s.first_layer].args[0].meta["val"].shape[2]
-               for s in result.programs.segments]  # fmt: skip
+    attention = {layer_index(n, LAYERS): n for n in calls(prefill, ops.cached_attention, ops.attention)}
+    lengths = [attention[s.first_layer].args[0].meta["val"].shape[2] for s in result.programs.segments]
     assert lengths == [s.length for s in result.programs.segments]
 
 

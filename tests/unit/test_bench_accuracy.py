@@ -100,7 +100,7 @@ def test_rows_outside_the_bounds_are_found_and_explained_only_by_the_control() -
     (control,) = accuracy_bounds.control_cells(found)
     for accuracy in (0.15, 0.45):
         page = accuracy_bounds.write([*found, record(control.row, 0.5, accuracy)])
-        assert ("distance: fitprune 0.5.**" in page) == (accuracy == 0.15)
+        assert ("won back: fitprune 0.5.**" in page) == (accuracy == 0.15)
         assert f"| fitprune | 0.5 | 10.0 | 50.0 | {100 * accuracy:.1f}, stages further in |" in page
         assert "* `fitprune`: ranks by" in page
         assert "fastv 0.5 (45.0 to 50.0)" in page

@@ -198,13 +198,14 @@ def test_compiling_again_gives_the_same_bytes(bundle: Path, model_dir: Callable[
 
 @pytest.mark.usefixtures("traced_once")
 def test_the_summary(capsys: pytest.CaptureFixture[str], model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    code, text, err = secateur(capsys, "compile", model_dir(), "-o", out, "--recipe", "fastv", *SIZES)
+    model, out = model_dir(), tmp_path / "bundle"
+    capsys.readouterr()  # writing a model shows a bar
+    code, text, err = secateur(capsys, "compile", model, "-o", out, "--recipe", "fastv", *SIZES)
     assert code == 0
     lines = text.splitlines()
-    assert [line.split()[:5] for line in lines[2:4]] == [
-        ["s0", "0-0", "40", "16", "48"],
-        ["s1", "1-3", "32", "8", "40"],
+    assert [line.split()[:6] for line in lines[2:4]] == [
+        ["s0", "0-0", "40", "16", "40", "48"],
+        ["s1", "1-3", "32", "8", "32", "40"],
     ]
     assert [line.split()[0] for line in lines[7:10]] == ["vision", "prefill", "decode"]
     assert re.fullmatch(rf"{re.escape(str(out))}: fastv, keep 0.5, onnxruntime, fp32, \d+\.\d [KM]iB", lines[-2])

@@ -87,13 +87,13 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "onevision",
             "LLaVA-OneVision, SigLIP tower without CLS token, Qwen2 decoder",
-            Tower(False),
+            Tower(False, read_last=True),
             _write_onevision,
         ),
         Layout(
             "internvl",
             "InternVL3, InternViT tower with CLS token, two by two patches a token, Qwen2 decoder",
-            Tower(True, merges=True),
+            Tower(True, merges=True, read_last=True),
             _write_internvl,
         ),
     )

@@ -36,6 +36,8 @@ def test_a_row_that_reads_the_cls_token_applies_only_where_there_is_one() -> Non
 
 def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
     assert lacks(RECIPES["fastv"], Tower(True, merges=True)) is None
+    assert lacks(RECIPES["prumerge"], Tower(True)) is None
+    assert str(lacks(RECIPES["prumerge"], Tower(True, read_last=True))).endswith("reads, which is the last")
     assert lacks(RECIPES["fastervlm"], Tower(False, merges=True)) == "cls_attention needs a CLS token"
     inside = [r.name for r in RECIPES.values() if any(s.site.kind == "vision.layer" for s in r.stages)]
     assert inside

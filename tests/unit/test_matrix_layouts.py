@@ -26,4 +26,5 @@ def test_cell(cell: Cell, shop: Workshop) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> None:
     vision = shop.bundles(layout, 1, 1).source.vision
-    assert Tower(vision.has_cls, vision.merge > 1) == TOWERS[layout]
+    read_last = vision.feature_layer == vision.layers - 1
+    assert Tower(vision.has_cls, vision.merge > 1, read_last) == TOWERS[layout]

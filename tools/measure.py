@@ -122,14 +122,21 @@ def measure_memory(bundle: Path, *, threads: int | None, new_tokens: int | None)
     return found
 
 
-def peak_resident_bytes() -> int:
-    """Of this process. The kernel's own mark; what getrusage says may stem from the parent process."""
+def resident_mark(process: int | str = "self") -> int | None:
+    """Peak resident bytes of a living process, the kernel's own mark; None where there is none to read."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return None
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. What getrusage says, where there is no mark, may stem from the parent process."""
+    if (mark := resident_mark()) is not None:
+        return mark
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -60,12 +60,14 @@ def test_the_data_are_holes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_layout_is_measured(tmp_path: Path) -> None:
-    layout = Layout(tiny_model.make_config(layers=4, image_token_index=300), clip_pixels(32))
+    layout = Layout(tiny_model.make_config(layers=4, image_token_index=300), clip_pixels(32), gib=1.5)
     layout.config["text_config"] |= {"vocab_size": 301}
+    held = bytearray(b"x") * (2 << 30)  # what this process holds is not the child's
     report = measure("tiny", layout)
+    del held
     assert report["linked"]
     assert report["shards"] == 1
-    assert report["peak_gib"] > 0  # at least what this process held when the child began
+    assert 0 < report["peak_gib"] < layout.gib
     assert report["phases"].keys() >= {"trace", "prune", "export", "weights"}
     assert report["cpu_seconds"] > 0
     assert draw([report]).row_count == 1

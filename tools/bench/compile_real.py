@@ -24,6 +24,9 @@ from rich.table import Table
 
 from secateur.tools.bench.compile_scale import LLAVA_7B
 from secateur.tools.console import notes, results
+from secateur.tools.measure import resident_mark
+
+_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ def measure(name: str, layout: Layout, weights: str = "reference") -> dict[str, 
         model.mkdir()
         (model / "config.json").write_text(json.dumps(layout.config))
         write_processor(model, layout)
-        # In a process of its own, as a child's peak counts what its parent held when it began.
         form = () if layout.original else ("--in-memory",)
         _run("secateur.tools.bench.sparse_checkpoint", str(model), "--dtype", layout.dtype, *form)
         begin = time.perf_counter()
@@ -83,7 +85,7 @@ def _run(module: str, *arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
         try:
-            _, status, usage = os.wait4(child.pid, 0)
+            status, usage, peak = _watch(child.pid)
         except BaseException:
             child.kill()
             child.wait()
@@ -95,7 +97,19 @@ def _run(module: str, *arguments: str) -> dict[str, Any]:
         raise subprocess.CalledProcessError(child.returncode, command, text)
     phases = {name: float(seconds) for name, seconds in re.findall(r"^(\w+) +([\d.]+) s$", text, re.M)}
     cpu = usage.ru_utime + usage.ru_stime
-    return {"peak_gib": usage.ru_maxrss / 2**20, "cpu_seconds": cpu, "phases": phases}
+    return {"peak_gib": peak / 2**30, "cpu_seconds": cpu, "phases": phases}
+
+
+def _watch(process: int) -> tuple[int, Any, int]:
+    """Wait for a child; its exit status, its usage, and its peak of resident bytes. The mark is read while it lives:
+    the peak in its usage may be what this process held when the child began."""
+    peak = 0
+    while True:
+        peak = resident_mark(process) or peak
+        done, status, usage = os.wait4(process, os.WNOHANG)
+        if done:
+            return status, usage, peak or usage.ru_maxrss * 1024
+        time.sleep(_LOOK_SECONDS)
 
 
 def _describe(model: Path, bundle: Path) -> dict[str, Any]:

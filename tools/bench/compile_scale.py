@@ -88,9 +88,9 @@ def run_phases(folder: str, recipe: str, dialect: str) -> dict[str, Any]:
 
 def peak_gib() -> float:
     """Peak resident memory of this process so far."""
-    import resource
+    from secateur.tools.measure import peak_resident_bytes
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
 
 
 def draw(report: dict[str, Any]) -> Table:

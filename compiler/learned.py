@@ -8,13 +8,12 @@ Behind ``file:`` stands a path that ends in .safetensors, counted from the recip
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.runtime.errors import UserError
-from secateur.runtime.manifest import hash_file
+from secateur.runtime.manifest import hash_file, read_header
 
 _REFERENCE = re.compile(r"file:([^#@]+)(?:@([0-9a-f]{8,64}))?")
 _DIGITS = 12
@@ -58,17 +57,13 @@ def read_weights(text: str, folder: Path = Path(), where: str = "weights") -> We
     location = folder / path
     try:
         size = location.stat().st_size
-        with location.open("rb") as file:
-            head = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(head)) if 2 <= head < size else None
+        read_header(location)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", where=where) from None
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
+    except ValueError:
         raise UserError(
             f"{path} is no safetensors file", where=where, fix="save the weights with safetensors.torch.save_file"
-        )
+        ) from None
     if size > MOST_BYTES:
         raise UserError(
             f"{path} has {size >> 20} MiB, weights of a score {MOST_BYTES >> 20} MiB at most", where=where,

@@ -82,6 +82,24 @@ def read_feature_layer(config: Any, where: str, usual: str) -> int:
     return index - 1
 
 
+def check_strategy(config: Any, where: str, wanted: str, otherwise: str) -> None:
+    """Refuse another ``vision_feature_select_strategy`` than ``wanted``; ``otherwise`` says what it would do."""
+    strategy = config.vision_feature_select_strategy
+    if strategy != wanted:
+        raise UserError(
+            f"vision_feature_select_strategy is {strategy!r}", where=where, available=[wanted], fix=otherwise
+        )
+
+
+def image_features(model: Any, pixel_values: Any) -> Any:
+    """What ``get_image_features`` returns for images ``[M,3,H,W]``: ``pooler_output`` are the features."""
+    config = model.config
+    return model.model.get_image_features(
+        pixel_values, vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy, return_dict=True,
+    )  # fmt: skip
+
+
 def read_grid(config: Any, where: str) -> tuple[int, int]:
     """Rows, columns of whole patches in the tower's square image."""
     image_size, patch_size = config.vision_config.image_size, config.vision_config.patch_size

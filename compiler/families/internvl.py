@@ -10,21 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, read_feature_layer
+from secateur.compiler.families.family import Family, VisionFacts, check_strategy, image_features, read_feature_layer
 from secateur.runtime.errors import UserError
 
 
 def _read_vision(config: Any) -> VisionFacts:
-    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     layer = read_feature_layer(config, where, "InternVL3 uses -1")
-    if strategy != "default":
-        raise UserError(
-            f"vision_feature_select_strategy is {strategy!r}",
-            where=where,
-            available=["default"],
-            fix="with the 'full' strategy the CLS row would be shuffled among the patches",
-        )
+    check_strategy(config, where, "default", "with the 'full' strategy the CLS row would be shuffled among the patches")
     merge = _read_merge(config.downsample_ratio, where)
     side = _read_side(vision, merge, where)
     return VisionFacts(
@@ -73,12 +67,7 @@ def _read_side(vision: Any, merge: int, where: str) -> int:
 
 
 def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
-    outputs = model.model.get_image_features(
-        pixel_values,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        return_dict=True,
-    )
+    outputs = image_features(model, pixel_values)
     return outputs.pooler_output, outputs.last_hidden_state
 
 

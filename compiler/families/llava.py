@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, read_feature_layer, read_grid
-from secateur.runtime.errors import UserError
+from secateur.compiler.families.family import (
+    Family,
+    VisionFacts,
+    check_strategy,
+    image_features,
+    read_feature_layer,
+    read_grid,
+)
 
 
 def _read_vision(config: Any) -> VisionFacts:
-    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     layer = read_feature_layer(config, where, "LLaVA-1.5 uses -2")
-    if strategy != "default":
-        raise UserError(
-            f"vision_feature_select_strategy is {strategy!r}",
-            where=where,
-            available=["default"],
-            fix="the 'full' strategy sends the CLS row to the decoder, which no recipe here expects",
-        )
+    check_strategy(
+        config, where, "default", "the 'full' strategy sends the CLS row to the decoder, which no recipe here expects"
+    )
     return VisionFacts(
         image_size=(vision.image_size, vision.image_size),
         grid=read_grid(config, where),
@@ -31,12 +33,7 @@ def _read_vision(config: Any) -> VisionFacts:
 def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
     import torch
 
-    outputs = model.model.get_image_features(
-        pixel_values,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        return_dict=True,
-    )
+    outputs = image_features(model, pixel_values)
     return torch.stack(outputs.pooler_output), outputs.last_hidden_state
 
 

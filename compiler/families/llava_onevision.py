@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, read_feature_layer, read_grid
-from secateur.runtime.errors import UserError
+from secateur.compiler.families.family import Family, VisionFacts, check_strategy, read_feature_layer, read_grid
 
 
 def _read_vision(config: Any) -> VisionFacts:
-    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     layer = read_feature_layer(config, where, "LLaVA-OneVision uses -1")
-    if strategy != "full":
-        raise UserError(
-            f"vision_feature_select_strategy is {strategy!r}",
-            where=where,
-            available=["full"],
-            fix="the 'default' strategy drops the first row, which is a patch in a tower without a CLS token",
-        )
+    check_strategy(
+        config,
+        where,
+        "full",
+        "the 'default' strategy drops the first row, which is a patch in a tower without a CLS token",
+    )
     return VisionFacts(
         image_size=(vision.image_size, vision.image_size),
         grid=read_grid(config, where),

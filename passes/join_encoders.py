@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, splice
 from secateur.passes.edit import Node, aten, shape_of
+from secateur.passes.refresh_shapes import refresh_shapes
 
 
 def join_encoders(
@@ -65,4 +66,4 @@ def join_encoders(
         feed = {"kept": torch.zeros(batch, left, dtype=torch.int64)}
         (outputs[name],) = splice(module, trace_function("follow", follow, feed, ("kept",)), {"kept": seen[name]})
     graph.output(tuple(outputs.values()))
-    return Program("vision", module, tuple(outputs)).with_module(module)
+    return refresh_shapes(Program("vision", module, tuple(outputs)))

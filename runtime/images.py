@@ -73,10 +73,7 @@ class ImagePipeline:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImagePipeline:
         """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``."""
-        nested = config.get("image_processor")
-        if nested is not None and not isinstance(nested, Mapping):
-            raise BundleError(f"image_processor is {nested!r}, not an object", where="processor_config.json")
-        config = nested or config
+        config = read_part(config, "image_processor")
         name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
         kind = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
         if kind not in DEFAULTS:
@@ -235,6 +232,14 @@ def _read_crop(size: Any) -> tuple[int, int]:
 def _mean_colour(mean: Any) -> tuple[int, int, int]:
     red, green, blue = (int(255 * value) for value in _three(mean))
     return red, green, blue
+
+
+def read_part(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """One processor's part of a ``processor_config.json``; a configuration of one processor as it is."""
+    nested = config.get(part)
+    if nested is not None and not isinstance(nested, Mapping):
+        raise BundleError(f"{part} is {nested!r}, not an object", where="processor_config.json")
+    return nested or config
 
 
 def read_rescale(values: Mapping[str, Any]) -> float | None:

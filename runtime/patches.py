@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secateur.runtime.errors import BundleError, UserError
-from secateur.runtime.images import ImageLike, normalize, read_mean_std, read_rescale, read_rgb
+from secateur.runtime.images import ImageLike, normalize, read_mean_std, read_part, read_rescale, read_rgb
 
 Grid: TypeAlias = "tuple[int, int, int]"
 """Patches of an image or video: in time, in height, in width (the ``grid_thw`` of transformers)."""
@@ -84,10 +84,7 @@ class PatchPipeline:
         that cannot be.
         """
         part = "video_processor" if video else "image_processor"
-        nested = config.get(part)
-        if nested is not None and not isinstance(nested, Mapping):
-            raise BundleError(f"{part} is {nested!r}, not an object", where="processor_config.json")
-        config = nested or config
+        config = read_part(config, part)
         name = str((video and config.get("video_processor_type")) or config.get("image_processor_type"))
         kind = name.removesuffix("Fast").removesuffix("Pil")
         if video:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from secateur.runtime.patches import PatchPipeline, smart_resize
+from secateur.runtime.video import FrameSampler
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -121,3 +122,26 @@ def test_native_grids_of_videos_equal_the_processors(family: str, name: str, cap
             high, wide = theirs.resize(theirs.__new__(theirs), videos, bounds, None, factor, ours.temporal, cap)
             want = (math.ceil(frames / ours.temporal), high // ours.patch, wide // ours.patch)
             assert ours.native_grid(height, width, frames=frames) == want
+
+
+def test_frames_are_chosen_as_the_processors_choose_them() -> None:
+    """Asked for the compiled rate, with the compiled number as the most it may take."""
+    qwen2 = transformers_video.load("qwen2_vl").Qwen2VLVideoProcessor
+    qwen3 = transformers_video.load("qwen3_vl").Qwen3VLVideoProcessor
+    random = np.random.default_rng(2)
+    compared = 0
+    for _ in range(400):
+        frames, fps = 2 * int(random.integers(2, 33)), float(random.choice([1, 2, 4]))
+        rate = float(random.choice([8, 12.5, 24, 30]))
+        count = math.ceil(frames * rate / fps) + int(random.integers(0, 400))
+        metadata = SimpleNamespace(total_num_frames=count, fps=rate)
+        stand_in = SimpleNamespace(num_frames=None, fps=fps, temporal_patch_size=2, min_frames=4, max_frames=frames)
+        want = qwen3.sample_frames(stand_in, metadata).tolist()
+        assert FrameSampler(frames, fps, ends=True).choose(count, rate) == want
+        want = qwen2.sample_frames(stand_in, metadata).tolist()
+        if len(want) > frames:
+            # Its steps are rounded, so that one more than it was asked for may fit; the cutter would repeat it.
+            continue
+        compared += 1
+        assert FrameSampler(frames, fps).choose(count, rate) == want
+    assert compared > 300

@@ -122,14 +122,13 @@ def normalize(
     std: tuple[float, ...] | None,
 ) -> NDArray[np.float32]:
     """uint8 [3, H, W] to float32 [3, H, W]: times ``rescale``, minus ``mean``, over ``std``; None leaves a step out."""
-    # The product is taken in float64 and rounded once; mean and deviation are applied in float32.
-    values = pixels.astype(np.float32)
-    if rescale is not None:
-        values = (pixels.astype(np.float64) * rescale).astype(np.float32)
+    # A colour has 256 values, each is computed once: the product in float64 and rounded, the rest in float32.
+    levels = np.arange(256) * (1.0 if rescale is None else rescale)
+    table = np.broadcast_to(levels.astype(np.float32), (3, 256))
     if mean is not None and std is not None:
-        centre, spread = (np.array(x, dtype=np.float32)[:, None, None] for x in (mean, std))
-        values = (values - centre) / spread
-    return np.ascontiguousarray(values, dtype=np.float32)
+        centre, spread = (np.array(x, dtype=np.float32)[:, None] for x in (mean, std))
+        table = (table - centre) / spread
+    return np.stack([values[colour] for values, colour in zip(table, pixels, strict=True)])
 
 
 def read_rgb(image: ImageLike) -> Image.Image:

@@ -171,7 +171,7 @@ class PatchPipeline:
         """
         if grid[0] != 1:
             raise UserError(f"an image cannot fill {grid[0]} patches in time", fix="give a video")
-        return self._flatten([self._read(image, grid)], grid)
+        return self._flatten([image], grid)
 
     def video(self, frames: Sequence[ImageLike] | NDArray[np.uint8], grid: Grid) -> NDArray[np.float32]:
         """Frames (a uint8 array [T, H, W, 3] is one sequence of them) to float32 [t*h*w, values_per_patch].
@@ -185,7 +185,7 @@ class PatchPipeline:
                 f"{len(frames)} frame(s) for {grid[0]} patches in time of {self.temporal} frames each",
                 fix=f"give {most} frames",
             )
-        return self._flatten([self._read(frame, grid) for frame in frames], grid)
+        return self._flatten(frames, grid)
 
     def native_grid(self, height: int, width: int, frames: int | None = None) -> Grid:
         """The grid that transformers would choose for an image, or for a video of ``frames``, of this many pixels.
@@ -215,7 +215,7 @@ class PatchPipeline:
         return math.ceil(frames / self.temporal), high // self.patch, wide // self.patch
 
     def _read(self, image: ImageLike, grid: Grid) -> NDArray[np.float32]:
-        self.check(grid)
+        """float32 [3, H, W] of the size of the grid."""
         rgb = read_rgb(image)
         size = (grid[2] * self.patch, grid[1] * self.patch)
         if self.resize:
@@ -228,17 +228,21 @@ class PatchPipeline:
             )
         return normalize(np.moveaxis(np.asarray(rgb), -1, 0), self.rescale, self.mean, self.std)
 
-    def _flatten(self, frames: list[NDArray[np.float32]], grid: Grid) -> NDArray[np.float32]:
-        """Frames of float32 [3, H, W] to rows: a token's patches are neighbours, a row is colour by frame by pixels."""
+    def _flatten(self, frames: Sequence[ImageLike] | NDArray[np.uint8], grid: Grid) -> NDArray[np.float32]:
+        """Rows of patches: those of one token are neighbours, and a row is colour by frame by pixels."""
+        self.check(grid)
         time, high, wide = grid
-        frames = frames + frames[-1:] * (time * self.temporal - len(frames))
-        axes = np.stack(frames).reshape(
-            time, self.temporal, 3,
-            high // self.merge, self.merge, self.patch,
-            wide // self.merge, self.merge, self.patch,
-        )  # fmt: skip
-        rows = axes.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        return np.ascontiguousarray(rows.reshape(time * high * wide, self.values_per_patch))
+        merge, patch = self.merge, self.patch
+        rows = np.empty(
+            (time, high // merge, wide // merge, merge, merge, 3, self.temporal, patch, patch), dtype=np.float32
+        )
+        for index, frame in enumerate(frames):
+            axes = self._read(frame, grid).reshape(3, high // merge, merge, patch, wide // merge, merge, patch)
+            cut = axes.transpose(1, 4, 2, 5, 0, 3, 6)
+            # The last frame fills what is left of its patches.
+            for place in range(index, time * self.temporal if index == len(frames) - 1 else index + 1):
+                rows[place // self.temporal, ..., place % self.temporal, :, :] = cut
+        return rows.reshape(time * high * wide, self.values_per_patch)
 
 
 def smart_resize(

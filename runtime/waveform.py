@@ -21,6 +21,8 @@ _CROSSINGS = 32
 """Zero crossings of the resampling filter on either side: the transition band is about 3 % of the lower rate."""
 _BETA = 9.0
 """Of its Kaiser window: the stop band lies about 90 dB down."""
+_BLOCK = 256
+"""Phases whose weights are computed at once; two rates may have as many phases as the higher has samples a second."""
 _LOUDEST = 4.0
 """Float samples overshoot full scale a little when a clip was resampled; beyond this they are unscaled integers."""
 
@@ -83,13 +85,15 @@ def resample(samples: NDArray[np.float32], rate: int, to: int) -> NDArray[np.flo
     around = sliding_window_view(padded, 2 * reach + 1)
     result = np.empty(count, dtype=np.float32)
     offsets = np.arange(-reach, reach + 1)
-    for phase in range(min(up, count)):
-        whole, part = divmod(phase * down, up)
-        distance = cutoff * (offsets - part / up)
+    for first in range(0, min(up, count), _BLOCK):
+        phases = np.arange(first, min(up, count, first + _BLOCK))
+        distance = cutoff * (offsets - (phases * down % up)[:, None] / up)
         inside = np.clip(1 - (distance / _CROSSINGS) ** 2, 0, None)
         weights = np.sinc(distance) * np.i0(_BETA * np.sqrt(inside)) * (inside > 0)
-        outputs = len(range(phase, count, up))
-        result[phase::up] = around[whole::down][:outputs] @ (weights / weights.sum())
+        weights /= weights.sum(axis=1, keepdims=True)
+        for phase, row in zip(phases, weights, strict=True):
+            outputs = len(range(phase, count, up))
+            result[phase::up] = around[phase * down // up :: down][:outputs] @ row
     return result
 
 

@@ -44,7 +44,8 @@ from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
 from secateur.passes.insert_vision_stages import insert_vision_stages
-from secateur.passes.join_phases import join_decode, join_prefill
+from secateur.passes.join_encoders import join_encoders
+from secateur.passes.join_phases import Axes, join_decode, join_prefill
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
@@ -88,17 +89,36 @@ def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
 
 
 def _vision_stages(programs: ProgramSet, job: Job) -> ProgramSet:
-    source = job.source
-    pruned = insert_vision_stages(
-        programs["vision"], job.vision_stages, source.family, source.vision, job.geometry.images, job.carries
+    source, audio = job.source, job.source.family.audio
+    carries = job.carries and (source.audio is None or bool(job.vision_stages))
+    pruned = [insert_vision_stages(programs["vision"], job.vision_stages, source.family.tower, source.vision, carries)]
+    if source.audio is not None and audio is not None:
+        if job.carries and not (job.vision_stages and job.audio_stages):
+            lacks = "projector.out" if job.audio_stages else "audio.out"
+            raise UserError(
+                f"the decoder goes on with scores of what is seen and heard, and no stage at {lacks} gives any",
+                where=f"recipe {job.plan.recipe.name}", fix=f"add a stage with a score at {lacks}, or compile without sound",
+            )  # fmt: skip
+        pruned.append(insert_vision_stages(programs["audio"], job.audio_stages, audio.tower, source.audio, job.carries))
+    return programs.update(*pruned)
+
+
+def _encoders(programs: ProgramSet, job: Job) -> ProgramSet:
+    if job.source.audio is None or job.source.media is None:
+        return programs
+    choosing = [s.planned for s in job.vision_stages if not s.planned.observes]
+    whole = job.source.vision.tokens_per_image
+    orders = [job.source.media.order(whole, count) for count in (whole, *(s.length_out for s in choosing))]
+    joined = join_encoders(
+        programs["vision"], programs["audio"], orders, job.carries, [stage.name for stage in choosing]
     )
-    return programs.update(pruned)
+    return programs.update(joined, drop=["audio"])
 
 
 def _extra_rows(programs: ProgramSet, job: Job) -> ProgramSet:
     if not job.source.vision.extra_rows:
         return programs
-    vision = append_rows(programs["vision"], programs["extra_rows"], job.geometry.images)
+    vision = append_rows(programs["vision"], programs["extra_rows"], job.source.vision.frames)
     return programs.update(vision, drop=["extra_rows"])
 
 
@@ -133,9 +153,20 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
         pad_token=job.source.pad_token, tokens_per_image=job.source.vision.tokens_per_image,
         kept_per_image=job.kept_per_image, original_positions=job.original_positions,
         extra_rows=job.source.vision.extra_rows,
+        axes=_axes(job),
     )  # fmt: skip
     decode = join_decode(programs["decode_decoder"], programs["embedding"], programs["head"], batch)
     return programs.update(prefill, decode, drop=["prefill_decoder", "decode_decoder", "embedding", "head"])
+
+
+def _axes(job: Job) -> Axes | None:
+    """Offsets of the media's places, where position ids have several axes and the recipe does not count slots."""
+    media = job.source.media
+    if media is None:
+        return None
+    if job.removes_before_decoder and not job.original_positions:
+        return Axes(None, None)
+    return Axes(media.offsets, None if job.removes_before_decoder else tuple(range(job.features_per_row)))
 
 
 PASSES: tuple[Pass, ...] = (
@@ -147,6 +178,7 @@ PASSES: tuple[Pass, ...] = (
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),
+    Pass("join_encoders", _encoders),
     Pass("split_segments", _segments),
     Pass("split_phases", _phases),
     Pass("insert_decoder_stages", _decoder_stages),

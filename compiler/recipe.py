@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from secateur.compiler.layout import Grid as Grid
 from secateur.compiler.layout import Layout as Layout
+from secateur.compiler.media import MediaLayout
 from secateur.compiler.place_sites import drop_crowded, place_sites
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import SITE_KINDS as SITE_KINDS
@@ -23,6 +24,17 @@ Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
 Cache = Literal["ragged", "shrink"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
+
+
+class Tokens(Protocol):
+    """How many tokens a tower makes: ``frames`` grids of ``tokens_per_image``."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def tokens_per_image(self) -> int: ...
 
 
 class NothingLeftError(UserError):
@@ -251,6 +263,8 @@ def plan_recipe(
     decoder_layers: int,
     grid: tuple[int, int] | None = None,
     vision_running: int | None = None,
+    media: MediaLayout | None = None,
+    audio: Tokens | None = None,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
 
@@ -259,7 +273,9 @@ def plan_recipe(
     ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before; a recipe that ``collapses`` scales
     what each stage removes instead. In a composed recipe the same holds inside each part, for the tokens that enter it.
     Raises NothingLeftError where that rounds to no token. ``grid`` is an image's rows and columns of tokens,
-    ``vision_running`` the number of tower layers the projector needs, where it is not all of them.
+    ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how the
+    tokens of several media lie, ``audio`` of which of them are heard: those reach the decoder as they are, beside what
+    the stages before it leave of what is seen.
     """
     keep = recipe.default_keep if keep is None else keep
     if not 0.0 < keep <= 1.0:
@@ -275,15 +291,33 @@ def plan_recipe(
     stages: list[PlannedStage] = []
     groups, length, whole = images, tokens_per_image, True
     index, reaching = 0, tokens_per_image  # tokens of an image that reach the decoder
+    heard = audio.frames * audio.tokens_per_image if audio is not None else 0
     for number, part in enumerate(_scale_parts(recipe, keep)):
         entered = groups * length
         fractions = _fractions(part, sites[index : index + len(part.recipe.stages)], decoder_layers)
         for stage, fraction in zip(part.recipe.stages, fractions, strict=True):
             site = sites[index]
+            if site.kind == "audio.out":
+                assert audio is not None, "stages for sound are planned where there is sound"
+                stages.append(_plan_sound(recipe, index, stage, audio, part.recipe.positions, number))
+                index += 1
+                continue
+            if heard and site.kind == "decoder.layer":
+                # From here on what is seen and what is heard is one row of tokens.
+                groups, length, images, whole = 1, groups * length + heard, 1, False
+                entered, heard = entered + heard, 0
+                if stage.scope != "whole":
+                    raise UserError(
+                        f"stage {index} has scope {stage.scope!r}, but sound lies beside or between the images",
+                        where=f"recipe {recipe.name}",
+                        fix="use scope 'whole' in the decoder, or compile without sound",
+                    )
             groups, length = _regroup(recipe, index, site, groups, length, images)
             count = _count_left(recipe, index, fraction, entered // groups, length)
             inside = site.kind.startswith("decoder")
             layout = Layout.of_images(images // groups, reaching if inside else tokens_per_image)
+            if inside and media is not None and groups == 1:
+                layout = media.layout_after(tokens_per_image, reaching)
             reaching = reaching if inside else count
             shape = Grid(images // groups, *grid) if grid is not None and whole else None
             stages.append(
@@ -295,6 +329,23 @@ def plan_recipe(
             whole = whole and count == length and stage.merge is None
             length, index = count, index + 1
     return PlannedRecipe(recipe, keep, tuple(stages))
+
+
+def _plan_sound(
+    recipe: Recipe, index: int, stage: Stage, audio: Tokens, positions: Positions, part: int
+) -> PlannedStage:
+    """A stage behind the audio tower: it scores, for stages in the decoder to choose by."""
+    if stage.select is not None:
+        raise UserError(
+            f"stage {index} would choose at audio.out",
+            where=f"recipe {recipe.name}",
+            fix="leave select out: score there, and choose at decoder.layer[0], where what is seen and heard meets",
+        )
+    count = audio.tokens_per_image
+    return PlannedStage(
+        index, stage.site, stage.score, None, stage.merge, stage.scope, positions, stage.signals,
+        audio.frames, count, count, Grid(1, *audio.grid), Layout.of_images(1, count), part,
+    )  # fmt: skip
 
 
 def _scale_parts(recipe: Recipe, keep: float) -> list[Part]:

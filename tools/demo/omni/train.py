@@ -202,7 +202,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision-batch", type=int, default=40)
     parser.add_argument("--audio-steps", type=int, default=120)
     parser.add_argument("--audio-batch", type=int, default=16)
-    parser.add_argument("--answers-steps", type=int, default=700)
+    parser.add_argument("--answers-steps", type=int, default=300)
     parser.add_argument("--answers-clips", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "audio" in stages:
         train_audio(options.work, Schedule(options.audio_steps, 1.5e-3, 30), options.audio_batch)
     if "answers" in stages:
-        schedule = Schedule(options.answers_steps, 1.5e-3, 40)
+        schedule = Schedule(options.answers_steps, 1.5e-3, 20, log_every=25, save_every=50)
         train_answers(options.work, schedule, options.answers_clips)
 
 

@@ -1,7 +1,6 @@
 """The omni demo: clips are as their labels say, inputs are what the family's processor makes, files are laid out as
 the family's checkpoints are."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,10 @@ from secateur.tools.demo.omni.clips import (
     make_clip,
     make_video,
 )
-from secateur.tools.demo.omni.evaluate import choose_tokens, held_out
+from secateur.tools.demo.omni.evaluate import choose_tokens
 from secateur.tools.demo.omni.files import read_frames, read_questions, read_sound, write_clip
-from secateur.tools.demo.omni.language import KINDS, SPECIAL_TOKENS, answer_question, build_tokenizer, list_answers
+from secateur.tools.demo.omni.language import KINDS, SPECIAL_TOKENS, build_tokenizer, list_answers
+from secateur.tools.demo.omni.questions import held_out
 from secateur.tools.demo.omni.towers import encode_mels, encode_patches, use_equal_parts
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "omni"
@@ -180,6 +180,7 @@ def test_held_out_questions_ask_every_kind_of_every_clip():
     assert [question.kind for question in asked] == list(KINDS) * 3
     assert {question.answer for question in asked} <= set(list_answers())
     assert asked[0].clip is asked[4].clip
+    assert asked[0].frames is asked[0].clip.video.frames
 
 
 def test_clip_files_hold_what_was_written(tmp_path):

@@ -61,6 +61,10 @@ def build_config() -> Any:
         "AUDIO", "IMAGE", "VIDEO", "audio_bos", "audio_eos", "vision_bos", "vision_eos", "vision_pad", "im_end",
         "endoftext",
     )}  # fmt: skip
+    marks: dict[str, Any] = {
+        "vision_start_token_id": ids["vision_bos"], "vision_end_token_id": ids["vision_eos"],
+        "vision_token_id": ids["vision_pad"],
+    }  # fmt: skip
     return Qwen2_5OmniThinkerConfig(
         audio_config={
             "num_mel_bins": MEL_BINS, "d_model": 96, "encoder_layers": 2, "encoder_attention_heads": 3,
@@ -83,9 +87,7 @@ def build_config() -> Any:
         video_token_index=ids["VIDEO"],
         audio_start_token_id=ids["audio_bos"],
         audio_end_token_id=ids["audio_eos"],
-        vision_start_token_id=ids["vision_bos"],
-        vision_end_token_id=ids["vision_eos"],
-        vision_token_id=ids["vision_pad"],
+        **marks,
         user_token_id=tokenizer.convert_tokens_to_ids("user"),
         position_id_per_seconds=AUDIO_TOKENS_PER_SECOND,
         seconds_per_chunk=2,

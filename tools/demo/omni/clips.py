@@ -126,7 +126,7 @@ def draw_digit(rng: np.random.Generator, digit: int) -> NDArray[np.float32]:
     glyph = _draw_glyph(digit).rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, expand=True)
     height = int(rng.integers(SMALLEST_DIGIT, LARGEST_DIGIT + 1))
     width = max(14, round(glyph.width * height / glyph.height * rng.uniform(0.95, 1.1)))
-    return np.asarray(glyph.resize((width, height), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(glyph.resize((width, height), Image.Resampling.BOX), np.float32) / np.float32(255)
 
 
 def dial_tones(digit: int) -> tuple[int, int]:

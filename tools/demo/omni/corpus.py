@@ -19,7 +19,7 @@ def load_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **make())
+        np.savez(partial, **make())  # type: ignore[arg-type]  # its last keyword is a flag
         partial.replace(path)
     with np.load(path) as stored:
         return {name: stored[name] for name in stored.files}

@@ -24,6 +24,7 @@ from secateur.tools.demo.omni.clips import SAMPLING_RATE, SECONDS, Audio, Video
 from secateur.tools.demo.omni.language import CHAT_TEMPLATE
 
 SECONDS_PER_CHUNK = 2
+HOP = SAMPLING_RATE // 100  # samples between mel frames
 CHUNK_VIDEO = SECONDS_PER_CHUNK * TOKENS_PER_GRID
 CHUNK_AUDIO = SECONDS_PER_CHUNK * AUDIO_TOKENS_PER_SECOND
 INK_SHOWS, INK_ABSENT = 0.06, 0.005  # share of a token's pixels under ink: from here on, and up to here
@@ -33,10 +34,11 @@ def cut_patches(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Normalised patches as the Qwen2-VL processor flattens them, float32 [T*H*W, 3*2*14*14], from frames uint8
     [2T, 112, 112, 3]: 2x2 patches of one token stand together, a patch is channel, frame, row, column."""
     mean, std = (np.asarray(PREPROCESSOR[name], np.float32) for name in ("image_mean", "image_std"))
-    pixels = (frames.astype(np.float32) / 255 - mean) / std
+    pixels = (frames.astype(np.float32) / np.float32(255) - mean) / std
     cells = pixels.reshape(-1, TEMPORAL_PATCH_SIZE, SIDE, MERGE_SIZE, PATCH_SIZE, SIDE, MERGE_SIZE, PATCH_SIZE, 3)
     #                       0  1                    2     3           4           5     6           7           8
-    return np.ascontiguousarray(cells.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)).reshape(len(pixels) // 2 * GRID * GRID, -1)
+    patches: NDArray[np.float32] = cells.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(len(frames) // 2 * GRID**2, -1)
+    return patches
 
 
 @cache
@@ -53,7 +55,7 @@ def hear_mels(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     The family's processor pads with silence to five minutes and masks the padding: a little silence gives the same
     frames.
     """
-    padded = np.pad(wave, (0, 10 * PREPROCESSOR["hop_length"]))
+    padded = np.pad(wave, (0, 10 * HOP))
     features = _build_extractor()(padded, sampling_rate=SAMPLING_RATE, padding=False, return_tensors="np")
     mels: NDArray[np.float32] = features["input_features"][0][:, :MEL_FRAMES]
     assert mels.shape == (MEL_BINS, MEL_FRAMES)

@@ -109,8 +109,8 @@ def build_tokenizer() -> Any:
     first = len(model["vocab"])
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"] | {word: first + number for number, word in enumerate(SPECIAL_TOKENS)},
-        merges=[tuple(pair) for pair in model["merges"]],
-        unk_token=None,
+        merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[misc]  # pairs are what it takes
+        unk_token=None,  # type: ignore[arg-type]  # bytes leave nothing unknown
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",

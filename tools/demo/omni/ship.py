@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ship", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the training's work folder")
     parser.add_argument("--to", type=Path, required=True, help="folder that gets model/, clips/, questions.json")
-    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

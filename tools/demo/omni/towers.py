@@ -38,9 +38,9 @@ def attend_equal_parts(
     scaling: float, max_length_q: int, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention of [1, H, P*L, D] within P parts of length L; returns [1, P*L, H, D]."""
-    _, heads, total, width = query.shape
-    parts = [x[0].unflatten(1, (-1, int(max_length_q))).transpose(0, 1) for x in (query, key, value)]
-    out = F.scaled_dot_product_attention(*parts, scale=scaling)  # [P, H, L, D]
+    heads, total, width = query.shape[1:]
+    q, k, v = (x[0].unflatten(1, (-1, int(max_length_q))).transpose(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scaling)  # [P, H, L, D]
     return out.transpose(1, 2).reshape(1, total, heads, width), None
 
 

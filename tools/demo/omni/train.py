@@ -170,11 +170,13 @@ def train_answers(work: Path, schedule: Schedule, clips: int) -> list[dict]:
             }
             for v, a in zip(videos, sounds, strict=True)
         ]  # fmt: skip
-        media = [
-            (torch.from_numpy(corpus[kind][rows]).float(), draw_shown(rng, corpus[f"{kind}_label"][rows], count))
-            for kind, rows, count in (("video", videos, shown[0]), ("audio", sounds, shown[1]))
-        ]
-        return measure_answers(model, prompt, *media, answers, draw_wordings(rng, len(videos)))
+
+        def show(kind: str, rows: np.ndarray, count: int) -> tuple[torch.Tensor, np.ndarray]:
+            features = torch.from_numpy(corpus[kind][rows]).float()
+            return features, draw_shown(rng, corpus[f"{kind}_label"][rows], count)
+
+        video, audio = show("video", videos, shown[0]), show("audio", sounds, shown[1])
+        return measure_answers(model, prompt, video, audio, answers, draw_wordings(rng, len(videos)))
 
     def step_loss(step: int) -> Measured:
         rng = np.random.default_rng([3, step])

@@ -97,7 +97,8 @@ def _vision_stages(programs: ProgramSet, job: Job) -> ProgramSet:
             lacks = "projector.out" if job.audio_stages else "audio.out"
             raise UserError(
                 f"the decoder goes on with scores of what is seen and heard, and no stage at {lacks} gives any",
-                where=f"recipe {job.plan.recipe.name}", fix=f"add a stage with a score at {lacks}, or compile without sound",
+                where=f"recipe {job.plan.recipe.name}",
+                fix=f"add a stage with a score at {lacks}, or compile without sound",
             )  # fmt: skip
         pruned.append(insert_vision_stages(programs["audio"], job.audio_stages, audio.tower, source.audio, job.carries))
     return programs.update(*pruned)

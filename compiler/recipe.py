@@ -273,9 +273,9 @@ def plan_recipe(
     ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before; a recipe that ``collapses`` scales
     what each stage removes instead. In a composed recipe the same holds inside each part, for the tokens that enter it.
     Raises NothingLeftError where that rounds to no token. ``grid`` is an image's rows and columns of tokens,
-    ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how the
-    tokens of several media lie, ``audio`` of which of them are heard: those reach the decoder as they are, beside what
-    the stages before it leave of what is seen.
+    ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how
+    the tokens of several media lie, ``audio`` which of them are heard: those reach the decoder as they are, beside
+    what the stages before it leave of what is seen.
     """
     keep = recipe.default_keep if keep is None else keep
     if not 0.0 < keep <= 1.0:

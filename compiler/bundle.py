@@ -290,8 +290,7 @@ def _named_tokens(job: Job) -> dict[str, Any]:
     """
     source = job.source
     if not any(source.family.image_marks):
-        named = ("video_token_id", "audio_token_id")
-        return {name: getattr(source.config, name, None) for name in named}
+        return {key: getattr(source.config, key, None) for key in ("video_token_id", "audio_token_id")}
     file = source.path / "tokenizer_config.json"
     try:
         said = json.loads(file.read_text()) if file.is_file() else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class Geometry:
 
     ``text_tokens`` is the bucket for every token that is no media's placeholder (template, BOS and separators
     included; rows a family appends to an image are the image's); ``new_tokens`` is how many tokens decode may add.
-    A row has ``images``, or one video of ``frames`` sampled frames at ``fps`` a second; ``image_size`` is the height and
-    width in pixels of either where the family leaves the choice. ``audio_seconds`` of sound follow, or with
+    A row has ``images``, or one video of ``frames`` sampled frames at ``fps`` a second; ``image_size`` is the height
+    and width in pixels of either where the family leaves the choice. ``audio_seconds`` of sound follow, or with
     ``audio_in_video`` lie between the video's frames as they are heard.
     """
 
@@ -45,6 +46,22 @@ class Geometry:
                 f"{self.images} images beside a video of {self.frames} frames", where="geometry",
                 fix="a row has images or one video: leave out --images or --frames",
             )  # fmt: skip
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Geometry:
+        """What a bundle was compiled for."""
+        sizes, media = manifest.geometry, manifest.media
+        return cls(
+            batch=sizes.batch,
+            images=1 if sizes.frames else sizes.images,
+            text_tokens=sizes.text_tokens,
+            new_tokens=sizes.new_tokens,
+            image_size=None if media is None else (sizes.image_height, sizes.image_width),
+            frames=sizes.frames,
+            fps=sizes.fps or cls.fps,
+            audio_seconds=sizes.audio_seconds,
+            audio_in_video=media is None or all(item.kind != "audio" for item in media.items),
+        )
 
     @property
     def interleaves(self) -> bool:

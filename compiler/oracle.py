@@ -7,8 +7,8 @@ caches of fixed size. Rows are run one by one at their own length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,8 @@ class Oracle:
     def _hear(self, input_features: Tensor, row: RowRun, record: _Record) -> Tensor:
         """What is seen and heard ``[F,D]`` in the prompt's order, with the stages behind the audio tower run."""
         job, tower, facts = self.job, self.family.audio, self.job.source.audio
-        assert tower is not None and facts is not None
+        assert tower is not None
+        assert facts is not None
         record.calls.clear()
         heard = tower.reference(self.model, input_features, facts)
         layers = list(self.model.get_submodule(tower.tower.layers).children())
@@ -261,7 +262,8 @@ class Oracle:
     def _positions_of_places(self, ids: Tensor, image: Tensor, row: RowRun) -> tuple[Tensor, int]:
         """What transformers itself numbers the unpruned prompt with, at the survivors' places."""
         job, media = self.job, self.job.source.media
-        assert media is not None and self.family.reference_positions is not None
+        assert media is not None
+        assert self.family.reference_positions is not None
         kinds = [heard for heard, count in media.runs for _ in range(count)]
         places = torch.arange(len(kinds))
         for stage in job.vision_stages:

@@ -19,9 +19,9 @@ def join_encoders(
     """``pixel_values``, ``input_features`` -> ``features [B,F,D]`` and, where the two have them, ``carried [B,F]`` and
     ``kept.<stage> [B,K]``.
 
-    ``orders[i]`` lists, for the tokens left after i stages of the vision side, where each token of the prompt lies among
-    all that are seen, followed by all that are heard. ``kept`` of a stage counts the tokens that entered it in the
-    prompt's order, those that are heard, all of which stay, counted in.
+    ``orders[i]`` lists, for the tokens left after i stages of the vision side, where each token of the prompt lies
+    among all that are seen, followed by all that are heard. ``kept`` of a stage counts the tokens that entered it in
+    the prompt's order, those that are heard, all of which stay, counted in.
     """
     module = fx.GraphModule(nn.Module(), fx.Graph())
     graph = module.graph

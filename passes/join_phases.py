@@ -47,8 +47,8 @@ def join_prefill(
     ``original_positions`` numbers the features by the patches they came from: image j's tokens start after
     ``j * (tokens_per_image + extra_rows)`` image tokens, survivor p of it at ``kept``'s index, its extra rows behind
     all its patches, and text counts all of them. The decoder may read ``carried [B,V]``, which becomes an input here.
-    With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of their
-    item.
+    With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
+    their item.
     """
     batch, count = features.shape[0], features.shape[1]
     per_image, whole = kept_per_image + extra_rows, tokens_per_image + extra_rows
@@ -85,7 +85,8 @@ def join_prefill(
         return torch.cat((patches, behind.expand(batch, images, extra_rows)), 2).reshape(batch, count)
 
     def add_offsets(positions: Tensor, image: Tensor, rank: Tensor, *kept: Tensor) -> Tensor:
-        assert axes is not None and axes.offsets is not None
+        assert axes is not None
+        assert axes.offsets is not None
         table = torch.tensor(list(axes.offsets)).t()
         places = kept[0].gather(1, rank) if kept else torch.tensor(list(axes.places or ()))[rank]
         moved = table.index_select(1, places.reshape(-1)).reshape(3, batch, sequence)

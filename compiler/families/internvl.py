@@ -14,9 +14,9 @@ from secateur.compiler.families.family import (
     Family,
     VisionFacts,
     check_strategy,
+    fixed_size,
     image_features,
     read_feature_layer,
-    fixed_size,
 )
 from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.compiler.families.family import (
-    fixed_size,
     Family,
     VisionFacts,
     check_strategy,
+    fixed_size,
     image_features,
     read_feature_layer,
     read_grid,

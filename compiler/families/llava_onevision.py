@@ -13,9 +13,9 @@ from secateur.compiler.families.family import (
     Family,
     VisionFacts,
     check_strategy,
+    fixed_size,
     read_feature_layer,
     read_grid,
-    fixed_size,
 )
 from secateur.compiler.geometry import Geometry
 

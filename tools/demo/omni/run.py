@@ -26,7 +26,8 @@ def ask_bundle(bundle: Bundle, questions: Sequence[Asked], advance: Callable[[],
         ids = answer(request, asked)
         ends = bundle.session.manifest.model.eos_token_ids
         text = build_tokenizer().decode([token for token in ids if token not in ends]).strip()
-        kept = [places[0] for places in request.kept.values()]
+        # A stage that leaves nothing chooses nothing.
+        kept = [places[0] for places in request.kept.values() if places.shape[1]]
         bundle.asked.append(Answered(text, text == asked.answer and ids[-1] in ends, kept))
         advance()
 

@@ -19,6 +19,7 @@ from secateur.compiler import ops
 from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of, type_of
 from secateur.exporters.lowering import aten, output, read
+from secateur.exporters.lowering_experts import batch_experts, lower_experts, scan_experts
 
 MICROSOFT = "com.microsoft"
 _LONG_CACHE = 32768
@@ -267,6 +268,7 @@ DIALECTS: dict[str, Dialect] = {
             {
                 **_COMMON, ops.rotary: _rotary_rows, ops.attention: _attend_at_once,
                 ops.cached_attention: _group_query, ops.write_rows: _write_rows(_write_plain),
+                ops.experts: lower_experts(scan_experts),
             },
             {MICROSOFT: 1},
         ),
@@ -275,6 +277,7 @@ DIALECTS: dict[str, Dialect] = {
             {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
                 ops.cached_attention: _cached(_write_plain, _attend), ops.write_rows: _write_rows(_write_plain),
+                ops.experts: lower_experts(scan_experts),
             },
             {},
         ),
@@ -284,6 +287,7 @@ DIALECTS: dict[str, Dialect] = {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
                 ops.cached_attention: _cached(_write_scatter, _attend_twice),
                 ops.write_rows: _write_rows(_write_scatter),
+                ops.experts: lower_experts(batch_experts, gather_few=True),
             },
             {},
         ),

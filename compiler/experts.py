@@ -28,7 +28,8 @@ def use_experts(model: nn.Module) -> None:
     register_experts()
     for module in model.modules():
         if hasattr(type(module), "_apply_gate"):
-            module.config._experts_implementation = EXPERTS
+            config: Any = module.config
+            config._experts_implementation = EXPERTS
 
 
 def _experts_function(
@@ -49,7 +50,7 @@ def _check_form(module: nn.Module) -> None:
     odd = [f"{name} is {found}" for name, wanted in _LAYOUT.items() if (found := getattr(module, name)) != wanted]
     if not isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
         odd.append(f"its activation is {type(module.act_fn).__name__}")
-    if type(module)._apply_gate is not _default_apply_gate:
+    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         odd.append("it has a gate of its own")
     if odd:
         raise UserError(

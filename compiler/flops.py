@@ -62,7 +62,7 @@ def _cached_attention(node: fx.Node) -> int:
 
 
 def _experts(node: fx.Node) -> int:
-    """Three products of a row by ``D x F`` for each expert of each token; experts a token did not choose cost nothing."""
+    """Three products of a row by ``D x F`` for each expert a token chose; the others cost nothing."""
     _, indices, _, gate_up, down = (_shape(a) for a in args_of(node))
     return 2 * math.prod(indices) * (math.prod(gate_up[1:]) + math.prod(down[1:]))
 

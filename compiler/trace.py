@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, VisionFacts
 from secateur.compiler.function import first_line, trace_function
@@ -191,6 +192,7 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
             ).eval()
     finally:
         hf_logging.set_verbosity(verbosity)
+    use_experts(model)
     return model  # type: ignore[no-any-return]
 
 

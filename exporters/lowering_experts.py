@@ -99,7 +99,9 @@ def _group(b: Builder, indices: ir.Value, experts: int, places: int, rounds: int
         for n, size in ((1, [tokens, chosen]), (0, whole))
     )
     hits = b.op("ScatterElements", nobody, indices, one, dtype=torch.int64, shape=whole, attributes={"axis": 1})
-    before = b.op("CumSum", hits, b.constant(0, torch.int64), dtype=torch.int64, shape=whole, attributes={"exclusive": 1})
+    before = b.op(
+        "CumSum", hits, b.constant(0, torch.int64), dtype=torch.int64, shape=whole, attributes={"exclusive": 1}
+    )
     rank = b.op("GatherElements", before, indices, dtype=torch.int64, shape=[tokens, chosen], attributes={"axis": 1})
     counts = b.op("ReduceSum", hits, b.ints(0), dtype=torch.int64, shape=[experts], attributes={"keepdims": 0})
     size = b.constant(places, torch.int64)
@@ -107,7 +109,13 @@ def _group(b: Builder, indices: ir.Value, experts: int, places: int, rounds: int
     own = _emit(b, "Add", _emit(b, "Mul", indices, size, like=rank), _emit(b, "Mod", rank, size, like=rank), like=rank)
     at = _emit(b, "Add", own, _emit(b, "Mul", turn, b.constant(experts * places, torch.int64), like=rank), like=rank)
     total = rounds * experts * places
-    numbers = b.op("Expand", b.constant(np.arange(tokens)[:, None]), b.ints(tokens, chosen), dtype=torch.int64, shape=[tokens, chosen])
+    numbers = b.op(
+        "Expand",
+        b.constant(np.arange(tokens)[:, None]),
+        b.ints(tokens, chosen),
+        dtype=torch.int64,
+        shape=[tokens, chosen],
+    )
     empty = b.op("Expand", b.constant(tokens, torch.int64), b.ints(total), dtype=torch.int64, shape=[total])
     table = b.op(
         "ScatterElements", empty, b.reshape(at, [tokens * chosen]), b.reshape(numbers, [tokens * chosen]),
@@ -150,7 +158,13 @@ def _loop(b: Builder, layer: _Layer, groups: _Groups, weights: ir.Value, apply: 
     more = inner.op("Less", _emit(inner, "Add", done, size, like=number), most, dtype=torch.bool, shape=[])
     body = ir.Graph([number, going, sum_], [more, total], nodes=inner.nodes, name="round")
     return b.op(
-        "Loop", b.constant(rounds, torch.int64), b.constant(True), zero, dtype=kind, shape=shape, attributes={"body": body}
+        "Loop",
+        b.constant(rounds, torch.int64),
+        b.constant(True),
+        zero,
+        dtype=kind,
+        shape=shape,
+        attributes={"body": body},
     )
 
 
@@ -163,17 +177,16 @@ def scan_experts(b: Builder, layer: _Layer, tokens: ir.Value, counts: ir.Value) 
     inner = _inside(b, "expert")
     feeds = {"gate_up": layer.gate_up, "down": layer.down, "tokens": tokens, "count": counts}
     ports = {name: _port(inner, name, type_of(v), shape_of(v)[1:]) for name, v in feeds.items()}
+    b.turned.update(ports[name] for name, feed in feeds.items() if feed in b.turned)
 
     def step(branch: Builder, size: int) -> ir.Value:
         """The first ``size`` rows; the places behind them stay zero."""
         if size == 0:
             return branch.op("Expand", b.constant(0, _torch(kind)), b.ints(*shape[1:]), dtype=kind, shape=shape[1:])
         ids = branch.slice(ports["tokens"], 0, 0, size)
-        rows = branch.op(
-            "Gather", layer.rows, ids, dtype=kind, shape=[size, layer.width], attributes={"axis": 0}
-        )
-        hidden = _gated(branch, _turned(branch, rows, ports["gate_up"]))
-        made = _turned(branch, hidden, ports["down"])
+        rows = branch.op("Gather", layer.rows, ids, dtype=kind, shape=[size, layer.width], attributes={"axis": 0})
+        hidden = _gated(branch, _project(branch, rows, ports["gate_up"]))
+        made = _project(branch, hidden, ports["down"])
         if size == layer.places:
             return made
         return _emit(branch, "Pad", made, b.ints(0, 0, layer.places - size, 0), like=made, shape=shape[1:])
@@ -187,7 +200,12 @@ def scan_experts(b: Builder, layer: _Layer, tokens: ir.Value, counts: ir.Value) 
 
 
 def _choose(
-    b: Builder, count: ir.Value, sizes: Sequence[int], step: Callable[[Builder, int], ir.Value], shape: list[int], kind: Any
+    b: Builder,
+    count: ir.Value,
+    sizes: Sequence[int],
+    step: Callable[[Builder, int], ir.Value],
+    shape: list[int],
+    kind: Any,
 ) -> ir.Value:
     """``step`` for the smallest size that is at least ``count``, by halving; the largest is always enough."""
     if len(sizes) == 1:
@@ -209,7 +227,7 @@ def batch_experts(b: Builder, layer: _Layer, tokens: ir.Value, counts: ir.Value)
     """One product with all experts' weights for their gates, one for what comes after; empty places hold zeros."""
     shape = [layer.experts, layer.places, layer.width]
     rows = b.op("Gather", layer.rows, tokens, dtype=type_of(layer.rows), shape=shape, attributes={"axis": 0})
-    return _turned(b, _gated(b, _turned(b, rows, layer.gate_up)), layer.down)
+    return _project(b, _gated(b, _project(b, rows, layer.gate_up)), layer.down)
 
 
 def _gather_experts(
@@ -219,13 +237,15 @@ def _gather_experts(
     pairs, width = tokens * chosen, shape_of(x)[1]
     kind = type_of(x)
     picked = b.reshape(indices, [pairs])
-    own = [
-        b.op("Gather", w, picked, dtype=kind, shape=[pairs, *shape_of(w)[1:]], attributes={"axis": 0})
-        for w in (gate_up, down)
-    ]
+    own = []
+    for weight in (gate_up, down):
+        shape = [pairs, *shape_of(weight)[1:]]
+        own.append(b.op("Gather", weight, picked, dtype=kind, shape=shape, attributes={"axis": 0}))
+        if weight in b.turned:
+            b.turned.add(own[-1])
     owners = b.constant(np.repeat(np.arange(tokens, dtype=np.int64), chosen)[:, None])
     rows = b.op("Gather", x, owners, dtype=kind, shape=[pairs, 1, width], attributes={"axis": 0})
-    made = _turned(b, _gated(b, _turned(b, rows, own[0])), own[1])
+    made = _project(b, _gated(b, _project(b, rows, own[0])), own[1])
     scale = b.reshape(weights, [tokens, 1, chosen])
     sums = _emit(b, "MatMul", scale, b.reshape(made, [tokens, chosen, width]), like=made, shape=[tokens, 1, width])
     return b.reshape(sums, [tokens, width])
@@ -234,16 +254,19 @@ def _gather_experts(
 # -- pieces ------------------------------------------------------------------------------------------------
 
 
-def _turned(b: Builder, rows: ir.Value, weight: ir.Value) -> ir.Value:
-    """``rows @ weight^T``: of a matrix by Gemm, of a stack of them by MatMul."""
-    shape = [*shape_of(rows)[:-1], shape_of(weight)[-2]]
-    if len(shape) == 2:
-        return b.op("Gemm", rows, weight, dtype=type_of(rows), shape=shape, attributes={"transB": 1})
-    stack, out, width = shape_of(weight)
-    turned = b.op(
-        "Transpose", weight, dtype=type_of(weight), shape=[stack, width, out], attributes={"perm": [0, 2, 1]}
-    )
-    return b.op("MatMul", rows, turned, dtype=type_of(rows), shape=shape)
+def _project(b: Builder, rows: ir.Value, weight: ir.Value) -> ir.Value:
+    """``rows @ weight^T``, or ``rows @ weight`` where it lies turned: of a matrix Gemm, of a stack MatMul."""
+    turned = weight in b.turned
+    *stack, out, width = shape_of(weight)
+    if turned:
+        out, width = width, out
+    shape = [*shape_of(rows)[:-1], out]
+    if not stack:
+        return b.op("Gemm", rows, weight, dtype=type_of(rows), shape=shape, attributes={"transB": int(not turned)})
+    if not turned:
+        size, perm = [*stack, width, out], [0, 2, 1]
+        weight = b.op("Transpose", weight, dtype=type_of(weight), shape=size, attributes={"perm": perm})
+    return b.op("MatMul", rows, weight, dtype=type_of(rows), shape=shape)
 
 
 def _gated(b: Builder, both: ir.Value) -> ir.Value:

@@ -1,13 +1,10 @@
-"""Lowering of mixture-of-experts layers to static shapes: every token's every expert, whatever the router says.
+"""Lowering of mixture-of-experts layers to static shapes, with every token's every expert whatever the router says.
 
-Rows are grouped by expert into ``rounds x experts x places``: as many places per expert and round as some headroom
-over an even share needs, and as many rounds as the unluckiest expert needs, which may be chosen by every token. A loop
-stops after the rounds that hold rows, so that none is dropped and an even load takes one round.
-
-Within a round, ONNX Runtime runs a ``Scan`` over the experts: each step reads one expert's weights where they lie,
-without a copy, and only as many rows as a nested ``If`` on their number lets it. TensorRT multiplies all experts at
-once: steps of a loop run one after the other there, each far too small for a GPU. For a few tokens it gathers the
-weights of the experts they chose instead.
+``lower_scanned`` is for backends that run one node after the other. Rows are grouped by expert into rounds of
+``experts x places``: as many places as an even share of the rows needs and some headroom, and as many rounds as the
+unluckiest expert needs, which may be chosen by every token. A ``Loop`` stops after the rounds that hold rows: an even
+load takes one. In a round a ``Scan`` steps from expert to expert. A step gets the expert's weights as slices of the
+stacked tensors, without a copy, and a nested ``If`` on the number of its rows lets it compute few more than it has.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +19,7 @@ import torch
 from torch import fx
 
 from secateur.compiler.program import args_of
-from secateur.exporters.builder import Builder, Lower, shape_of, type_of
+from secateur.exporters.builder import Builder, shape_of, type_of
 from secateur.exporters.lowering import read
 
 _HEADROOM = 2
@@ -31,230 +27,158 @@ _HEADROOM = 2
 _STEP = 16
 _SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 """Numbers of rows an expert's products are made for; a step takes the smallest that is enough."""
-
-Apply = Callable[[Builder, "_Layer", ir.Value, ir.Value], ir.Value]
-"""Runs every expert: token numbers ``[E,C]`` and how many of each row count ``[E]`` -> rows ``[E,C,D]``."""
+_FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer's tensors. ``rows [T+1,D]``: the tokens, and zeros that stand for an empty place."""
+class Ranks:
+    """Per chosen expert ``[T,k]`` how many tokens before this one chose it too, and ``counts [E]`` of all who did."""
 
-    rows: ir.Value
-    gate_up: ir.Value
-    down: ir.Value
-    places: int
-
-    @property
-    def experts(self) -> int:
-        return shape_of(self.gate_up)[0]
-
-    @property
-    def width(self) -> int:
-        return shape_of(self.rows)[1]
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Where rows go. ``tokens [R,E,C]``, ``counts [E]``; per chosen expert ``[T,k]`` its round and place in it."""
-
-    tokens: ir.Value
+    rank: ir.Value
     counts: ir.Value
-    rounds: ir.Value
-    places: ir.Value
 
 
-def lower_experts(apply: Apply, gather_few: bool = False) -> Lower:
-    """The lowering of ``secateur::experts`` that runs a round by ``apply``.
-
-    ``gather_few`` copies the chosen experts' weights where tokens choose fewer experts than there are.
-    """
-
-    def lower(b: Builder, node: fx.Node) -> ir.Value:
-        x, indices, weights, gate_up, down = (read(b, a) for a in args_of(node))
-        tokens, chosen = shape_of(indices)
-        experts, width = shape_of(gate_up)[0], shape_of(x)[1]
-        if gather_few and tokens * chosen < experts:
-            return _gather_experts(b, x, indices, weights, gate_up, down)
-        share = math.ceil(tokens * chosen / experts) * _HEADROOM
-        places = min(tokens, math.ceil(share / _STEP) * _STEP)
-        rounds = math.ceil(tokens / places)
-        rows = _emit(b, "Pad", x, b.ints(0, 0, 1, 0), like=x, shape=[tokens + 1, width])
-        layer = _Layer(rows, gate_up, down, places)
-        groups = _group(b, indices, experts, places, rounds)
-        if rounds == 1:
-            made = apply(b, layer, b.reshape(groups.tokens, [experts, places]), groups.counts)
-            return _combine(b, made, groups.places, weights)
-        return _loop(b, layer, groups, weights, apply, rounds)
-
-    return lower
-
-
-def _group(b: Builder, indices: ir.Value, experts: int, places: int, rounds: int) -> _Groups:
-    """Count, for each chosen expert of each token, the tokens before it that chose the same."""
+def lower_scanned(b: Builder, node: fx.Node) -> ir.Value:
+    """Expert by expert, for ONNX Runtime and plain graphs."""
+    x, indices, weights, gate_up, down = (read(b, a) for a in args_of(node))
     tokens, chosen = shape_of(indices)
-    whole = [tokens, experts]
-    one, nobody = (
-        b.op("Expand", b.constant(n, torch.int64), b.ints(*size), dtype=torch.int64, shape=size)
-        for n, size in ((1, [tokens, chosen]), (0, whole))
-    )
-    hits = b.op("ScatterElements", nobody, indices, one, dtype=torch.int64, shape=whole, attributes={"axis": 1})
-    before = b.op(
-        "CumSum", hits, b.constant(0, torch.int64), dtype=torch.int64, shape=whole, attributes={"exclusive": 1}
-    )
-    rank = b.op("GatherElements", before, indices, dtype=torch.int64, shape=[tokens, chosen], attributes={"axis": 1})
-    counts = b.op("ReduceSum", hits, b.ints(0), dtype=torch.int64, shape=[experts], attributes={"keepdims": 0})
+    experts = shape_of(gate_up)[0]
+    share = math.ceil(tokens * chosen / experts) * _HEADROOM
+    places = min(tokens, math.ceil(share / _STEP) * _STEP)
+    rounds = math.ceil(tokens / places)
+    rows, ranks = with_zero_row(b, x), rank_tokens(b, indices, experts)
     size = b.constant(places, torch.int64)
-    turn = _emit(b, "Div", rank, size, like=rank)
-    own = _emit(b, "Add", _emit(b, "Mul", indices, size, like=rank), _emit(b, "Mod", rank, size, like=rank), like=rank)
-    at = _emit(b, "Add", own, _emit(b, "Mul", turn, b.constant(experts * places, torch.int64), like=rank), like=rank)
-    total = rounds * experts * places
-    numbers = b.op(
-        "Expand",
-        b.constant(np.arange(tokens)[:, None]),
-        b.ints(tokens, chosen),
-        dtype=torch.int64,
-        shape=[tokens, chosen],
-    )
-    empty = b.op("Expand", b.constant(tokens, torch.int64), b.ints(total), dtype=torch.int64, shape=[total])
-    table = b.op(
-        "ScatterElements", empty, b.reshape(at, [tokens * chosen]), b.reshape(numbers, [tokens * chosen]),
-        dtype=torch.int64, shape=[total], attributes={"axis": 0},
-    )  # fmt: skip
-    return _Groups(b.reshape(table, [rounds, experts, places]), counts, turn, own)
+    start, within = emit_like(b, "Mul", indices, size), emit_like(b, "Mod", ranks.rank, size)
+    own = emit_like(b, "Add", start, within)
+    if rounds == 1:
+        table = b.reshape(place_tokens(b, own, experts * places), [experts, places])
+        made = _scan(b, rows, gate_up, down, table, ranks.counts)
+        return add_up(b, made, own, weights)
+    turn = emit_like(b, "Div", ranks.rank, size)
+    at = emit_like(b, "Add", own, emit_like(b, "Mul", turn, b.constant(experts * places, torch.int64)))
+    table = b.reshape(place_tokens(b, at, rounds * experts * places), [rounds, experts, places])
+
+    def run(inner: Builder, number: ir.Value) -> ir.Value:
+        here = inner.op("Gather", table, number, dtype=torch.int64, shape=[experts, places], attributes={"axis": 0})
+        left = emit_like(inner, "Sub", ranks.counts, emit_like(inner, "Mul", number, size))
+        mine = inner.op("Equal", turn, number, dtype=torch.bool, shape=[tokens, chosen])
+        share = inner.op("Where", mine, weights, _zero(b, weights), dtype=type_of(weights), shape=[tokens, chosen])
+        return add_up(inner, _scan(inner, rows, gate_up, down, here, left), own, share)
+
+    most = b.op("ReduceMax", ranks.counts, b.ints(0), dtype=torch.int64, shape=[], attributes={"keepdims": 0})
+    full = emit_like(b, "Add", most, b.constant(places - 1, torch.int64))
+    return _sum_rounds(b, emit_like(b, "Div", full, size), x, run)
 
 
-def _combine(b: Builder, made: ir.Value, places: ir.Value, weights: ir.Value) -> ir.Value:
-    """Each token's rows of ``made [E,C,D]``, weighted and added: ``[T,D]``."""
-    experts, size, width = shape_of(made)
-    tokens, chosen = shape_of(places)
-    flat = b.reshape(made, [experts * size, width])
-    rows = b.op("Gather", flat, places, dtype=type_of(made), shape=[tokens, chosen, width], attributes={"axis": 0})
-    scale = b.reshape(weights, [tokens, 1, chosen])
-    return b.reshape(_emit(b, "MatMul", scale, rows, like=made, shape=[tokens, 1, width]), [tokens, width])
-
-
-def _loop(b: Builder, layer: _Layer, groups: _Groups, weights: ir.Value, apply: Apply, rounds: int) -> ir.Value:
-    """Round after round until no expert has rows left, adding up what each gives."""
-    shape = [shape_of(weights)[0], layer.width]
-    kind = type_of(layer.rows)
-    most = b.op("ReduceMax", groups.counts, b.ints(0), dtype=torch.int64, shape=[], attributes={"keepdims": 0})
-    zero = b.op("Expand", b.constant(0, _torch(kind)), b.ints(*shape), dtype=kind, shape=shape)
+def _sum_rounds(b: Builder, rounds: ir.Value, like: ir.Value, run: Callable[[Builder, ir.Value], ir.Value]) -> ir.Value:
+    """The sum of what the rounds give; ``rounds`` is known at run time only, no shape depends on it."""
+    kind, shape = type_of(like), shape_of(like)
     inner = _inside(b, "round")
-    number, going, sum_ = (
-        _port(inner, name, of, size)
-        for name, of, size in (("number", ir.DataType.INT64, []), ("going", ir.DataType.BOOL, []), ("sum", kind, shape))
-    )
-    tokens = inner.op(
-        "Gather", groups.tokens, number, dtype=torch.int64, shape=shape_of(groups.tokens)[1:], attributes={"axis": 0}
-    )
-    size = b.constant(layer.places, torch.int64)
-    done = _emit(inner, "Mul", number, size, like=number)
-    left = _emit(inner, "Sub", groups.counts, done, like=groups.counts)
-    mine = inner.op("Equal", groups.rounds, number, dtype=torch.bool, shape=shape_of(weights))
-    share = _emit(inner, "Where", mine, weights, b.constant(0, _torch(kind)), like=weights)
-    added = _combine(inner, apply(inner, layer, tokens, left), groups.places, share)
-    total = _emit(inner, "Add", sum_, added, like=sum_)
-    more = inner.op("Less", _emit(inner, "Add", done, size, like=number), most, dtype=torch.bool, shape=[])
-    body = ir.Graph([number, going, sum_], [more, total], nodes=inner.nodes, name="round")
-    return b.op(
-        "Loop",
-        b.constant(rounds, torch.int64),
-        b.constant(True),
-        zero,
-        dtype=kind,
-        shape=shape,
-        attributes={"body": body},
-    )
+    number, going = _port(inner, "number", ir.DataType.INT64, []), _port(inner, "going", ir.DataType.BOOL, [])
+    before = _port(inner, "sum", kind, shape)
+    after = emit_like(inner, "Add", before, run(inner, number))
+    on = inner.op("Identity", going, dtype=torch.bool, shape=[])
+    body = ir.Graph([number, going, before], [on, after], nodes=inner.nodes, name="round")
+    zero = b.op("Expand", _zero(b, like), b.ints(*shape), dtype=kind, shape=shape)
+    return b.op("Loop", rounds, b.constant(True), zero, dtype=kind, shape=shape, attributes={"body": body})
 
 
-# -- one expert after the other ----------------------------------------------------------------------------
-
-
-def scan_experts(b: Builder, layer: _Layer, tokens: ir.Value, counts: ir.Value) -> ir.Value:
-    """A ``Scan`` whose steps get one expert's weights as slices of the stacked tensors."""
-    kind, shape = type_of(layer.rows), [layer.experts, layer.places, layer.width]
+def _scan(
+    b: Builder, rows: ir.Value, gate_up: ir.Value, down: ir.Value, tokens: ir.Value, counts: ir.Value
+) -> ir.Value:
+    """Rows ``[E,C,D]`` of the tokens ``[E,C]``, of which the first ``counts [E]`` of each expert matter."""
+    experts, places = shape_of(tokens)
+    kind, width = type_of(rows), shape_of(rows)[1]
     inner = _inside(b, "expert")
-    feeds = {"gate_up": layer.gate_up, "down": layer.down, "tokens": tokens, "count": counts}
+    feeds = {"gate_up": gate_up, "down": down, "tokens": tokens, "count": counts}
     ports = {name: _port(inner, name, type_of(v), shape_of(v)[1:]) for name, v in feeds.items()}
     b.turned.update(ports[name] for name, feed in feeds.items() if feed in b.turned)
 
     def step(branch: Builder, size: int) -> ir.Value:
         """The first ``size`` rows; the places behind them stay zero."""
         if size == 0:
-            return branch.op("Expand", b.constant(0, _torch(kind)), b.ints(*shape[1:]), dtype=kind, shape=shape[1:])
+            whole = [places, width]
+            return branch.op("Expand", _zero(b, rows), b.ints(*whole), dtype=kind, shape=whole)
         ids = branch.slice(ports["tokens"], 0, 0, size)
-        rows = branch.op("Gather", layer.rows, ids, dtype=kind, shape=[size, layer.width], attributes={"axis": 0})
-        hidden = _gated(branch, _project(branch, rows, ports["gate_up"]))
-        made = _project(branch, hidden, ports["down"])
-        if size == layer.places:
+        taken = branch.op("Gather", rows, ids, dtype=kind, shape=[size, width], attributes={"axis": 0})
+        made = project(branch, gate(branch, project(branch, taken, ports["gate_up"])), ports["down"])
+        if size == places:
             return made
-        return _emit(branch, "Pad", made, b.ints(0, 0, layer.places - size, 0), like=made, shape=shape[1:])
+        return branch.op("Pad", made, b.ints(0, 0, places - size, 0), dtype=kind, shape=[places, width])
 
-    sizes = [0, *(n for n in _SIZES if n < layer.places), layer.places]
-    made = _choose(inner, ports["count"], sizes, step, shape[1:], kind)
+    sizes = [0, *(n for n in _SIZES if n < places), places]
+    made = _choose(inner, ports["count"], sizes, step)
     body = ir.Graph(list(ports.values()), [made], nodes=inner.nodes, name="expert")
-    return b.op(
-        "Scan", *feeds.values(), dtype=kind, shape=shape, attributes={"body": body, "num_scan_inputs": len(feeds)}
-    )
+    attributes = {"body": body, "num_scan_inputs": len(feeds)}
+    return b.op("Scan", *feeds.values(), dtype=kind, shape=[experts, places, width], attributes=attributes)
 
 
-def _choose(
-    b: Builder,
-    count: ir.Value,
-    sizes: Sequence[int],
-    step: Callable[[Builder, int], ir.Value],
-    shape: list[int],
-    kind: Any,
-) -> ir.Value:
+def _choose(b: Builder, count: ir.Value, sizes: Sequence[int], step: Callable[[Builder, int], ir.Value]) -> ir.Value:
     """``step`` for the smallest size that is at least ``count``, by halving; the largest is always enough."""
     if len(sizes) == 1:
         return step(b, sizes[0])
     middle = (len(sizes) - 1) // 2
     fits = b.op("LessOrEqual", count, b.constant(sizes[middle], torch.int64), dtype=torch.bool, shape=[])
     branches = {}
-    for name, part in (("then_branch", sizes[: middle + 1]), ("else_branch", sizes[middle + 1 :])):
-        inner = _inside(b, name[:4])
-        made = _choose(inner, count, part, step, shape, kind)
-        branches[name] = ir.Graph([], [made], nodes=inner.nodes, name=name)
-    return b.op("If", fits, dtype=kind, shape=shape, attributes=branches)
+    for name, part in (("then", sizes[: middle + 1]), ("else", sizes[middle + 1 :])):
+        inner = _inside(b, name)
+        made = _choose(inner, count, part, step)
+        branches[f"{name}_branch"] = ir.Graph([], [made], nodes=inner.nodes, name=name)
+    return b.op("If", fits, dtype=type_of(made), shape=shape_of(made), attributes=branches)
 
 
-# -- all experts at once -----------------------------------------------------------------------------------
+# -- pieces, for the other form as well (lowering_experts_batched.py) -------------------------------------------
 
 
-def batch_experts(b: Builder, layer: _Layer, tokens: ir.Value, counts: ir.Value) -> ir.Value:
-    """One product with all experts' weights for their gates, one for what comes after; empty places hold zeros."""
-    shape = [layer.experts, layer.places, layer.width]
-    rows = b.op("Gather", layer.rows, tokens, dtype=type_of(layer.rows), shape=shape, attributes={"axis": 0})
-    return _project(b, _gated(b, _project(b, rows, layer.gate_up)), layer.down)
+def with_zero_row(b: Builder, x: ir.Value) -> ir.Value:
+    """``x [T,D]`` with a row of zeros behind it, ``[T+1,D]``: that row stands for an empty place."""
+    tokens, width = shape_of(x)
+    return b.op("Pad", x, b.ints(0, 0, 1, 0), dtype=type_of(x), shape=[tokens + 1, width])
 
 
-def _gather_experts(
-    b: Builder, x: ir.Value, indices: ir.Value, weights: ir.Value, gate_up: ir.Value, down: ir.Value
-) -> ir.Value:
+def rank_tokens(b: Builder, indices: ir.Value, experts: int) -> Ranks:
+    """Count how often each expert was chosen, and before each token how often; no token chooses one twice."""
     tokens, chosen = shape_of(indices)
-    pairs, width = tokens * chosen, shape_of(x)[1]
-    kind = type_of(x)
-    picked = b.reshape(indices, [pairs])
-    own = []
-    for weight in (gate_up, down):
-        shape = [pairs, *shape_of(weight)[1:]]
-        own.append(b.op("Gather", weight, picked, dtype=kind, shape=shape, attributes={"axis": 0}))
-        if weight in b.turned:
-            b.turned.add(own[-1])
-    owners = b.constant(np.repeat(np.arange(tokens, dtype=np.int64), chosen)[:, None])
-    rows = b.op("Gather", x, owners, dtype=kind, shape=[pairs, 1, width], attributes={"axis": 0})
-    made = _project(b, _gated(b, _project(b, rows, own[0])), own[1])
+    pairs, whole = [tokens, chosen], [tokens, experts]
+    ones, none = (
+        b.op("Expand", b.constant(n, torch.int64), b.ints(*size), dtype=torch.int64, shape=size)
+        for n, size in ((1, pairs), (0, whole))
+    )
+    hits = b.op("ScatterElements", none, indices, ones, dtype=torch.int64, shape=whole, attributes={"axis": 1})
+    first = b.constant(0, torch.int64)
+    before = b.op("CumSum", hits, first, dtype=torch.int64, shape=whole, attributes={"exclusive": 1})
+    rank = b.op("GatherElements", before, indices, dtype=torch.int64, shape=pairs, attributes={"axis": 1})
+    counts = b.op("ReduceSum", hits, b.ints(0), dtype=torch.int64, shape=[experts], attributes={"keepdims": 0})
+    return Ranks(rank, counts)
+
+
+def place_tokens(b: Builder, at: ir.Value, total: int) -> ir.Value:
+    """Which token stands at each of ``total`` places, where ``at [T,k]`` says each token's; T where none does."""
+    tokens, chosen = shape_of(at)
+    own = b.constant(np.arange(tokens, dtype=np.int64)[:, None])
+    numbers = b.op("Expand", own, b.ints(tokens, chosen), dtype=torch.int64, shape=[tokens, chosen])
+    empty = b.op("Expand", b.constant(tokens, torch.int64), b.ints(total), dtype=torch.int64, shape=[total])
+    flat = [b.reshape(v, [tokens * chosen]) for v in (at, numbers)]
+    return b.op("ScatterElements", empty, *flat, dtype=torch.int64, shape=[total], attributes={"axis": 0})
+
+
+def add_up(b: Builder, made: ir.Value, places: ir.Value, weights: ir.Value) -> ir.Value:
+    """The rows of ``made [...,D]`` at each token's ``places [T,k]``, weighted and added: ``[T,D]``."""
+    tokens, chosen = shape_of(places)
+    *size, width = shape_of(made)
+    flat = b.reshape(made, [math.prod(size), width])
+    rows = b.op("Gather", flat, places, dtype=type_of(made), shape=[tokens, chosen, width], attributes={"axis": 0})
+    return weigh(b, rows, weights)
+
+
+def weigh(b: Builder, rows: ir.Value, weights: ir.Value) -> ir.Value:
+    """``rows [T,k,D]`` times ``weights [T,k]``, added: ``[T,D]``."""
+    tokens, chosen, width = shape_of(rows)
     scale = b.reshape(weights, [tokens, 1, chosen])
-    sums = _emit(b, "MatMul", scale, b.reshape(made, [tokens, chosen, width]), like=made, shape=[tokens, 1, width])
-    return b.reshape(sums, [tokens, width])
+    return b.reshape(b.op("MatMul", scale, rows, dtype=type_of(rows), shape=[tokens, 1, width]), [tokens, width])
 
 
-# -- pieces ------------------------------------------------------------------------------------------------
-
-
-def _project(b: Builder, rows: ir.Value, weight: ir.Value) -> ir.Value:
+def project(b: Builder, rows: ir.Value, weight: ir.Value) -> ir.Value:
     """``rows @ weight^T``, or ``rows @ weight`` where it lies turned: of a matrix Gemm, of a stack MatMul."""
     turned = weight in b.turned
     *stack, out, width = shape_of(weight)
@@ -269,27 +193,29 @@ def _project(b: Builder, rows: ir.Value, weight: ir.Value) -> ir.Value:
     return b.op("MatMul", rows, weight, dtype=type_of(rows), shape=shape)
 
 
-def _gated(b: Builder, both: ir.Value) -> ir.Value:
+def gate(b: Builder, both: ir.Value) -> ir.Value:
     """``silu(gate) * up`` of ``[...,2F]``, gates first."""
     shape = shape_of(both)
     half, axis = shape[-1] // 2, len(shape) - 1
-    gate, up = b.slice(both, axis, 0, half), b.slice(both, axis, half, 2 * half)
-    gated = _emit(b, "Mul", gate, _emit(b, "Sigmoid", gate, like=gate), like=gate)
-    return _emit(b, "Mul", gated, up, like=gate)
+    gates, ups = b.slice(both, axis, 0, half), b.slice(both, axis, half, 2 * half)
+    return emit_like(b, "Mul", emit_like(b, "Mul", gates, emit_like(b, "Sigmoid", gates)), ups)
 
 
-def _emit(b: Builder, name: str, *inputs: ir.Value, like: ir.Value, shape: list[int] | None = None) -> ir.Value:
-    return b.op(name, *inputs, dtype=type_of(like), shape=shape_of(like) if shape is None else shape)
+def emit_like(b: Builder, name: str, first: ir.Value, *others: ir.Value) -> ir.Value:
+    """An operator whose result has the first operand's type, and its shape unless the second is larger."""
+    shape = max((shape_of(v) for v in (first, *others)), key=math.prod)
+    return b.op(name, first, *others, dtype=type_of(first), shape=shape)
+
+
+def _zero(b: Builder, like: ir.Value) -> ir.Value:
+    return b.constant(0, _FLOATS[type_of(like)])
 
 
 def _inside(b: Builder, title: str) -> Builder:
     """A builder for the body of a loop or a branch."""
-    return Builder(b.module, b.lowerings, b, prefix=f"{b.prefix}{f'{b.layer}/' if b.layer else ''}{title}/")
+    place = f"{b.layer}/" if b.layer else ""
+    return Builder(b.module, b.lowerings, b, prefix=f"{b.prefix}{place}{title}/")
 
 
-def _port(b: Builder, name: str, kind: Any, shape: list[int]) -> ir.Value:
+def _port(b: Builder, name: str, kind: ir.DataType, shape: list[int]) -> ir.Value:
     return ir.Value(name=f"{b.prefix}{name}", shape=ir.Shape(shape), type=ir.TensorType(kind))
-
-
-def _torch(kind: Any) -> torch.dtype:
-    return {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}.get(kind, torch.float32)

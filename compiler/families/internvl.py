@@ -74,7 +74,7 @@ def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
 INTERNVL = Family(
     name="internvl",
     model_types=("internvl",),
-    decoder_types=("qwen2",),
+    decoder_types=("qwen2", "qwen3_moe"),
     vision_types=("internvl_vision",),
     decoder="model.language_model",
     decoder_layers="model.language_model.layers",

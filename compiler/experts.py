@@ -48,12 +48,12 @@ def _check_form(module: nn.Module) -> None:
     from transformers.integrations.moe import _default_apply_gate
 
     odd = [f"{name} is {found}" for name, wanted in _LAYOUT.items() if (found := getattr(module, name)) != wanted]
-    if not isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
-        odd.append(f"its activation is {type(module.act_fn).__name__}")
     if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         odd.append("it has a gate of its own")
+    elif not isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
+        odd.append(f"its activation is {type(module.act_fn).__name__}")
     if odd:
         raise UserError(
             f"experts of a form that cannot be compiled: {', '.join(odd)}", where=type(module).__name__,
-            available="experts down(silu(gate(x)) * up(x)) with gate and up stacked and no biases",
+            available=["down(silu(gate(x)) * up(x)) without biases, gate rows stacked above up rows"],
         )  # fmt: skip

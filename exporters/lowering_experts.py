@@ -25,7 +25,7 @@ from secateur.exporters.lowering import read
 _HEADROOM = 2
 """Places per expert of a round, over an even share of the rows."""
 _STEP = 16
-_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+_SIZES = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 """Numbers of rows an expert's products are made for; a step takes the smallest that is enough."""
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 

@@ -75,9 +75,10 @@ def test_a_decoder_has_one_node_in_each_sparse_layer() -> None:
     def run(hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return model(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
+    buffers = {f"model.{name}": buffer for name, buffer in compute_buffers(model).items()}
     program = trace_function(
         "decoder", run, {"hidden": hidden, "position_ids": ids}, ("hidden",), {"model": model},
-        {"hidden": {1: length}, "position_ids": {1: length}}, {f"model.{n}": b for n, b in compute_buffers(model).items()},
+        {"hidden": {1: length}, "position_ids": {1: length}}, buffers,
     )  # fmt: skip
     assert [node.meta["layer"] for node in experts_of(program)] == [f"model.layers.{i}.mlp.experts" for i in (0, 2, 3)]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, Forward, VisionFacts
 from secateur.compiler.function import first_line, trace_function
@@ -294,6 +295,7 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
             )
     finally:
         hf_logging.set_verbosity(verbosity)
+    use_experts(model)
     if source.vision.packed:
         audio = family.audio.modules[:1] if family.audio is not None else ()
         for path in (family.vision_modules[0], *audio):

@@ -76,15 +76,14 @@ def make_config(
     seen = _VISION | (vision or {})
     config: dict[str, Any] = {
         "model_type": kind, "vision_config": seen, "tie_word_embeddings": False,
-        "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
+        "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END,
+        "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
         "text_config": _TEXT | {"num_hidden_layers": layers} | (text or {}),
     }  # fmt: skip
     if kind == "qwen2_5_vl":
         config |= {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "image_token_id": IMAGE,
-            "video_token_id": VIDEO,
-        }
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "image_token_id": IMAGE, "video_token_id": VIDEO,
+        }  # fmt: skip
         config["text_config"]["model_type"] = "qwen2_5_vl_text"
         seen.setdefault("tokens_per_second", 2)
         return config | changes

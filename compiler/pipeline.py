@@ -41,6 +41,7 @@ from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
+from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
@@ -50,6 +51,7 @@ from secateur.passes.join_phases import Axes, join_decode, join_prefill
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
+from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import write_manifest
 
@@ -72,6 +74,12 @@ class Pass:
 
 def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
     return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))
+
+
+def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+    return lambda programs, job: programs.update(
+        *(function(p) for name, p in programs.programs.items() if name in ("vision", "audio"))
+    )
 
 
 def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -174,9 +182,11 @@ def _axes(job: Job) -> Axes | None:
 PASSES: tuple[Pass, ...] = (
     # Tidy: every later pattern is written for graphs without tracing's leftovers.
     Pass("drop_noops", _each(drop_noops)),
+    Pass("straighten_heads", _each(straighten_heads)),
     # Fold what backends have kernels for, before rows are taken: pruned layers then carry the folded form too.
     Pass("fold_rms_norm", _each(fold_rms_norm)),
     Pass("fold_rotary", _each(fold_rotary)),
+    Pass("fold_constants", _towers(fold_constants)),
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),

@@ -29,8 +29,8 @@ from secateur.runtime.waveform import AudioLike
 _log = logging.getLogger(__name__)
 
 Images: TypeAlias = "ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]]"
-Videos: TypeAlias = "VideoLike | Sequence[VideoLike]"
-Audio: TypeAlias = "AudioLike | Sequence[AudioLike]"
+Videos: TypeAlias = "VideoLike | Sequence[VideoLike] | Sequence[Sequence[VideoLike]]"
+Audio: TypeAlias = "AudioLike | Sequence[AudioLike] | Sequence[Sequence[AudioLike]]"
 
 # Requests kept for the next call, so that calls one after another reuse their caches.
 _IDLE_REQUESTS = 1

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +23,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from secateur.compiler.budget import Budget, PrefillCost, visual_lengths
-from secateur.compiler.pipeline import Geometry, choose_keep, load_recipe, plan_for, prune, read_source, trace_model
+from secateur.compiler.budget import PrefillCost, visual_lengths
+from secateur.compiler.inputs import random_rows
+from secateur.compiler.pipeline import Budget, Geometry, choose_keep, compile, load_recipe, plan_for, read_source
+from secateur.runtime.session import Session
 from secateur.tools.bench.latency import QUIET, describe_machine, saved_share
-from secateur.tools.console import notes, quiet_compiler, results, set_up_logging
+from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.demo.omni.architecture import build_config, save_directory
 
 PAIR = (0.06, 0.35)
 """The setting the authors label 10 %: means over layers of what is seen and of what is heard."""
@@ -39,11 +44,7 @@ TEXT_7B: dict[str, Any] = {
 }  # fmt: skip
 TEXT_SMALL = TEXT_7B | {
     "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
-    "vocab_size": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-}  # fmt: skip
-_MARKS = {
-    "vision_start_token_id": 1001, "vision_end_token_id": 1002, "image_token_id": 1003, "video_token_id": 1004,
-    "audio_token_id": 1005, "audio_start_token_id": 1006, "audio_end_token_id": 1007, "pad_token_id": 0,
+    "vocab_size": 448, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
 }  # fmt: skip
 
 
@@ -52,17 +53,22 @@ def geometry(seconds: int) -> Geometry:
     return Geometry(image_size=SIZE, frames=int(seconds * FPS), fps=FPS, audio_seconds=seconds, text_tokens=TEXT_TOKENS)
 
 
-def make_config(text: dict[str, Any], small: bool) -> Any:
-    """The thinker's configuration; ``small`` shrinks both towers, which are not measured."""
+def make_config(text: Mapping[str, Any], small: bool) -> Any:
+    """The thinker's configuration, with the demo model's tokens; ``small`` shrinks the towers, which are not
+    measured."""
     from transformers import Qwen2_5OmniThinkerConfig
 
+    told = build_config().to_dict()
     width = text["hidden_size"]
     vision: dict[str, Any] = {"out_hidden_size": width}
     audio: dict[str, Any] = {"output_dim": width}
     if small:
         vision |= {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "fullatt_block_indexes": [1]}
         audio |= {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "d_model": 64}
-    return Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio, **_MARKS)
+    kept = {key: told["text_config"][key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    return Qwen2_5OmniThinkerConfig(
+        **told | {"text_config": {**kept, **text}, "vision_config": vision, "audio_config": audio}
+    )
 
 
 def count_flops(work: Path) -> list[dict[str, Any]]:
@@ -88,72 +94,45 @@ def count_flops(work: Path) -> list[dict[str, Any]]:
 
 
 def make_model(directory: Path) -> Path:
-    """The smaller model, written once, seeded, in fp32."""
-    if (directory / "model.safetensors").is_file():
+    """The smaller model with the demo's processor files, written once, seeded; a directory that is there is used."""
+    if directory.is_dir():
         return directory
     import torch
     from transformers import AutoModelForMultimodalLM
 
-    torch.manual_seed(0)
-    AutoModelForMultimodalLM.from_config(make_config(TEXT_SMALL, small=True)).save_pretrained(
-        directory, max_shard_size="20GB"
-    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".omni-", dir=directory.parent))
+    try:
+        torch.manual_seed(0)
+        save_directory(AutoModelForMultimodalLM.from_config(make_config(TEXT_SMALL, small=True)), work)
+        os.replace(work, directory)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     return directory
 
 
-def open_prefill(
-    traced: Any, recipe: Any, keep: float | None, work: Path, threads: int
-) -> tuple[Any, Callable[[], float]]:
-    """The pruned job, and a function that runs its prefill on ONNX Runtime once and returns the seconds it took.
+def open_prefill(bundle: Path, threads: int) -> tuple[Any, Callable[[], float]]:
+    """The bundle's manifest, and a function that runs its prefill once and returns the seconds it took.
 
-    Vision and decode are left out: what is measured is prefill, on features drawn at random.
+    Frames and sound are noise, encoded once: what is measured is prefill.
     """
-    from dataclasses import replace
-
-    from secateur.compiler.bundle import outline
-    from secateur.compiler.inputs import list_placed
-    from secateur.compiler.pipeline import export
-    from secateur.exporters.checkpoint import Checkpoint
-    from secateur.exporters.onnx import save_model
-    from secateur.exporters.weights import WEIGHTS_FILE, write_weights
-    from secateur.runtime.backends import open_backend
-    from secateur.runtime.media import media_positions
-
-    pruned = prune(traced, recipe, keep)
-    programs = replace(pruned.programs, programs={"prefill": pruned.programs["prefill"]})
-    exported = export(replace(pruned, programs=programs), "onnxruntime")
-    work.mkdir(parents=True, exist_ok=True)
-    save_model(exported.models["prefill"], work / "prefill.onnx")
-    write_weights(exported.layout, Checkpoint(traced.source.path, traced.model), work / WEIGHTS_FILE, lambda *_: None)
-    manifest = outline(pruned.job, programs).model_copy(update={"provider": None, "dialect": "onnxruntime"})
-    backend = open_backend("onnxruntime", work, manifest, threads=threads)
-    (placed,) = list_placed(manifest)
-    words = TEXT_TOKENS - sum(token != manifest.model.image_token_id for token in placed)
-    row = [5] * (words // 2) + placed + [5] * (words - words // 2)
-    ids, lengths = np.array([row]), np.array([len(row)])
-    assert manifest.media is not None
-    feed = {"input_ids": ids, "lengths": lengths,
-            "positions": media_positions(manifest, manifest.media, ids, lengths)[0]}  # fmt: skip
-    source = np.random.default_rng(0)
-    declared = manifest.programs["prefill"]
-    ports = {p.name: backend.buffer(p.shape, p.dtype) for p in declared.inputs}
-    for name, buffer in ports.items():
-        if name in feed:
-            buffer.write(feed[name])
-        elif name == "kept":
-            buffer.write(np.arange(buffer.shape[1])[None])
-        elif not name.startswith("past_"):
-            buffer.write(np.abs(source.standard_normal(buffer.shape)).astype(np.float32))
-    shared = {p.name: ports.get(p.name.replace("present_", "past_")) for p in declared.outputs}
-    outputs = {p.name: shared[p.name] or backend.buffer(p.shape, p.dtype) for p in declared.outputs}
-    bound = backend.bind("prefill", ports, outputs)
+    session = Session(bundle, threads=threads)
+    manifest, request = session.manifest, session.request()
+    (row,) = random_rows(manifest, 1, 1, seed=0)
+    ids = np.full((1, manifest.geometry.sequence), manifest.model.pad_token_id)
+    # As many words as there is room for: padding is computed as well.
+    words = [row.input_ids[0]] * (manifest.geometry.sequence - len(row.input_ids))
+    ids[0] = [*words, *row.input_ids]
+    lengths = np.array([ids.shape[1]])
+    request.encode(row.pixel_values, row.input_features)
 
     def run() -> float:
         start = time.perf_counter()
-        bound.run()
+        request.prefill(ids, lengths)
         return time.perf_counter() - start
 
-    return pruned, run
+    return manifest, run
 
 
 def open_transformers(model_dir: Path, tokens: int, threads: int) -> Callable[[], float]:
@@ -178,36 +157,45 @@ def open_transformers(model_dir: Path, tokens: int, threads: int) -> Callable[[]
 
 def measure(work: Path, seconds: int, threads: int, turns: int) -> dict[str, Any]:
     """Median seconds of the whole prefill, the pruned one and transformers', which run in turn; one turn warms up."""
-    from secateur.compiler.flops import count_flops as flops_of
-
     model = make_model(work / "omni-small")
-    shape = geometry(seconds)
-    with quiet_compiler():
-        source = read_source(model, shape)
-        traced = trace_model(source, shape)
-        recipe = load_recipe("seats").with_rates(PAIR)
-        keep = choose_keep(source, shape, recipe, Budget(rates=PAIR))
-        whole, run_whole = open_prefill(traced, load_recipe("none"), None, work / "seats-none", threads)
-        pruned, run_pruned = open_prefill(traced, recipe, keep, work / "seats-pruned", threads)
-    run_theirs = open_transformers(model, whole.job.sequence, threads)
-    taken: dict[str, list[float]] = {"whole": [], "pruned": [], "transformers": []}
+    bundles = {"whole": work / "seats-whole", "pruned": work / "seats-pruned"}
+    for name, recipe in (("whole", "none"), ("pruned", "seats")):
+        notes.print(f"compiling {name}")
+        compile(
+            model, bundles[name], recipe=recipe, mean_keep=PAIR if recipe == "seats" else None,
+            geometry=geometry(seconds), force=True,
+        )  # fmt: skip
+    opened = {name: open_prefill(path, threads) for name, path in bundles.items()}
+    whole, pruned = opened["whole"][0], opened["pruned"][0]
+    runs = {name: run for name, (_, run) in opened.items()}
+    runs["transformers"] = open_transformers(model, whole.geometry.sequence, threads)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         notes.print(f"turn {turn} of {turns}")
-        for name, run in (("pruned", run_pruned), ("whole", run_whole), ("transformers", run_theirs)):
+        for name, run in runs.items():
             spent = run()
             if turn:
                 taken[name].append(spent)
     times = {name: median(each) for name, each in taken.items()}
-    counts = [flops_of(job.programs["prefill"]) for job in (whole, pruned)]
+    counts = [manifest.programs["prefill"].flops for manifest in (whole, pruned)]
     cut, faster = counts[0] / counts[1], times["whole"] / times["pruned"]
-    decoder = traced.model.get_submodule(source.family.decoder_layers)
+    sizes = whole.geometry
+    config = json.loads((model / "config.json").read_text())["text_config"]
     return {
-        "seconds": seconds, "visual": source.vision.tokens_per_row, "audio": source.audio_tokens, "text": TEXT_TOKENS,
-        "parameters": sum(p.numel() for p in decoder.parameters()), "turns": turns,
-        "plan": str(pruned.job.plan), "segments": [s.length for s in pruned.programs.segments],
-        "flops": counts[0], "pruned_flops": counts[1], "cut": cut, "times": times, "all_times": taken,
-        "speed_up": faster, "share": faster / cut, "saved": saved_share(faster, cut),
+        "seconds": seconds, "visual": sizes.images * sizes.tokens_per_image, "audio": sizes.audio_tokens,
+        "text": TEXT_TOKENS, "parameters": count_parameters(config), "turns": turns, "keep": pruned.recipe.keep,
+        "segments": [segment.length for segment in pruned.segments], "flops": counts[0], "pruned_flops": counts[1],
+        "cut": cut, "times": times, "all_times": taken, "speed_up": faster, "share": faster / cut,
+        "saved": saved_share(faster, cut),
     }  # fmt: skip
+
+
+def count_parameters(text: Mapping[str, Any]) -> int:
+    """Of the decoder's linear maps."""
+    width, heads, keys = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
+    size = width // heads
+    layer = 2 * width * heads * size + 2 * width * keys * size + 3 * width * text["intermediate_size"]
+    return int(text["num_hidden_layers"] * layer)
 
 
 def draw_counts(found: list[dict[str, Any]]) -> Table:

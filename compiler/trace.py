@@ -43,8 +43,9 @@ class Source:
     @property
     def pad_token(self) -> int:
         """Id that fills the text bucket; nothing ever attends to it."""
+        # Some configurations leave the whole's at a default that the decoder's vocabulary does not have.
         for holder in (self.config, self.text):
-            if isinstance(pad := getattr(holder, "pad_token_id", None), int) and pad >= 0:
+            if isinstance(pad := getattr(holder, "pad_token_id", None), int) and 0 <= pad < self.text.vocab_size:
                 return pad
         return 0
 

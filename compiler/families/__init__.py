@@ -24,5 +24,6 @@ def _families() -> list[Family]:
     from secateur.compiler.families.internvl import INTERNVL
     from secateur.compiler.families.llava import LLAVA
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
+    from secateur.compiler.families.smolvlm import SMOLVLM
 
-    return [INTERNVL, LLAVA, LLAVA_ONEVISION]
+    return [INTERNVL, LLAVA, LLAVA_ONEVISION, SMOLVLM]

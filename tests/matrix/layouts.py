@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from tests.unit import tiny_internvl, tiny_model, tiny_onevision
+from tests.unit import tiny_internvl, tiny_model, tiny_onevision, tiny_smolvlm
 
 from .cells import Tower
 
@@ -52,6 +52,16 @@ def _write_internvl(directory: Path) -> Path:
     vision = {"image_size": [side, side], "num_hidden_layers": TOWER_LAYERS}
     tiny_internvl.write_model(directory, layers=DECODER_LAYERS, vision=vision)
     _resize(directory, side, "size")
+    return _calm(directory)
+
+
+def _write_smolvlm(directory: Path) -> Path:
+    side = SIDE_PATCHES * tiny_smolvlm.MERGE * tiny_smolvlm.PATCH
+    tiny_smolvlm.write_model(
+        directory, layers=DECODER_LAYERS, vision={"image_size": side, "num_hidden_layers": TOWER_LAYERS}
+    )
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_image_size": {"longest_edge": side}}, indent=1))
     return _calm(directory)
 
 
@@ -95,6 +105,12 @@ LAYOUTS: dict[str, Layout] = {
             "InternVL3, InternViT tower with CLS token, two by two patches a token, Qwen2 decoder",
             Tower(True, merges=True, read_last=True),
             _write_internvl,
+        ),
+        Layout(
+            "smolvlm",
+            "SmolVLM2, tower without CLS token, three by three patches a token, Llama decoder",
+            Tower(False, merges=True),
+            _write_smolvlm,
         ),
     )
 }

@@ -272,7 +272,7 @@ def _named_tokens(job: Job) -> dict[str, Any]:
     file = source.path / "tokenizer_config.json"
     try:
         said = json.loads(file.read_text()) if file.is_file() else {}
-        named: dict[str, Any] = {**said}
+        named: dict[str, Any] = {**source.family.mark_texts, **said}
     except (ValueError, TypeError, RecursionError):
         raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
     for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):

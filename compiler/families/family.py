@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.runtime.errors import UserError
@@ -64,6 +64,8 @@ class Family:
     """The attention module inside a tower layer."""
     image_marks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """The tokens before and behind every image's placeholders, by their names in ``tokenizer_config.json``."""
+    mark_texts: Mapping[str, str] = field(default_factory=dict)
+    """The text of a mark where ``tokenizer_config.json`` names none."""
     extra_rows: str = ""
     """Path of the parameter ``[D]`` or ``[E,D]`` that follows each image's features; empty if nothing does."""
 

@@ -97,4 +97,5 @@ SMOLVLM = Family(
     read_vision=_read_vision,
     vision_forward=_vision_forward,
     image_marks=(("fake_image_token", "global_image_token"), ("fake_image_token",)),
+    mark_texts={"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
 )

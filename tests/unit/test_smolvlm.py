@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from secateur.compiler import pipeline
+from secateur.compiler.bundle import outline
 from secateur.compiler.pipeline import Geometry, read_source
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImagePipeline
@@ -87,6 +88,17 @@ def test_an_image_stands_between_its_marks(compile_for: Callable[..., Path]) -> 
         image = get_image_prompt_string(0, 0, UNITS, names[0], names[1], names[2])
         assert ours == session.processor.prompts.encode(f"tell {image} or {image}", True)
     assert (ours.count(IMAGE), ours.count(AROUND), ours.count(GLOBAL)) == (2 * UNITS, 4, 2)
+
+
+@pytest.mark.parametrize("named", [{}, {"fake_image_token": {"content": "<fake_token_around_image>"}}])
+def test_marks_without_a_name_are_those_transformers_takes(source: Path, tmp_path: Path, named: dict[str, Any]) -> None:
+    path = write_config(tmp_path / "model")
+    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+        (path / name).write_bytes((source / name).read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps({"extra_special_tokens": named}))
+    job = pipeline.plan_job(read_source(path), Geometry(), pipeline.load_recipe("none"), None)
+    told = outline(job).model
+    assert (told.image_before, told.image_behind, told.video_token_id) == ([AROUND, GLOBAL], [AROUND], None)
 
 
 @pytest.mark.parametrize("recipe", ["none", "fastv", "divprune"])

@@ -6,6 +6,7 @@ transformers' own attention interface; no model code is copied.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, VisionFacts
 from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.order import order_entry
 from secateur.compiler.program import Program, ProgramSet
 from secateur.runtime.errors import UserError
 
@@ -118,7 +120,7 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
-    ``position_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``.
+    ``position_ids [B,s]`` and, where tokens of one image attend to each other, ``block_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``.
     ``head``: ``[B,D]`` -> float32 logits. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``.
     """
     model = build_meta_model(source, dtype)
@@ -132,8 +134,14 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     decoder, head = model.get_submodule(family.decoder), model.get_submodule(family.head)
     embedding = model.get_submodule(family.embedding)
 
-    def run_decoder(hidden: Tensor, position_ids: Tensor) -> Tensor:
-        out = decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
+    # The exporter reads the length off the last input: not off the one that decode goes without.
+    blocks = {"block_ids": ids.clone()} if family.image_masks else {}
+    entering = {"hidden": hidden, **blocks, "position_ids": ids}
+
+    def run_decoder(hidden: Tensor, *rest: Tensor) -> Tensor:
+        # What its forward does not know it hands on to every layer's attention.
+        given = dict(zip((*blocks, "position_ids"), rest, strict=True))
+        out = decoder(inputs_embeds=hidden, use_cache=False, **given).last_hidden_state
         return out  # type: ignore[no-any-return]
 
     constants = compute_buffers(model)
@@ -147,17 +155,19 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
             {"pixel_values": pixels}, ("features", "tower"), own(*family.vision_modules), None, constants,
         ),
         trace_function(
-            "decoder", run_decoder, {"hidden": hidden, "position_ids": ids}, ("hidden",), own(family.decoder),
-            {"hidden": {1: length}, "position_ids": {1: length}}, constants,
+            "decoder", run_decoder, entering, ("hidden",), own(family.decoder),
+            {name: {1: length} for name in entering}, constants,
         ),
         trace_function(
             "embedding", lambda ids: embedding(ids), {"ids": ids}, ("hidden",), own(family.embedding),
-            {"ids": {1: length}},
+            {"ids": {1: length}}, constants,
         ),
         trace_function(
             "head", lambda row: head(row).float(), {"row": hidden[:, 0].contiguous()}, ("logits",), own(family.head)
         ),
     ]  # fmt: skip
+    if len(set(getattr(source.text, "layer_types", None) or ())) > 1:
+        programs[1] = order_entry(programs[1], family.decoder_layers)
     if family.extra_rows:
         programs.append(_trace_parameter("extra_rows", model, family.extra_rows))
     return Traced(source, geometry, dtype, model, ProgramSet({p.name: p for p in programs}))
@@ -213,6 +223,7 @@ def _attention_function(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         bool(getattr(module, "is_causal", True) if causal is None else causal),
         kwargs.get("sliding_window"), kwargs.get("softcap"),
+        *((None, blocks) if (blocks := kwargs.get("block_ids")) is not None else ()),
     )  # fmt: skip
     return out.transpose(1, 2), None
 
@@ -225,6 +236,15 @@ def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if module._non_persistent_buffers_set:
-            twin = type(module)(module.config)
+            twin = type(module)(module.config) if hasattr(module, "config") else _fill_buffers(model, module)
             found.update({f"{path}.{n}": getattr(twin, n).detach() for n in module._non_persistent_buffers_set})
     return found
+
+
+def _fill_buffers(model: Any, module: nn.Module) -> nn.Module:
+    """A copy of a module that cannot be built from a configuration alone, its computed buffers filled by the model's own
+    initialisation; parameters stay on ``meta``."""
+    twin = copy.copy(module)
+    twin._buffers = {n: torch.empty_like(b, device="cpu") for n, b in module._buffers.items() if b is not None}
+    model._init_weights(twin)
+    return twin

@@ -158,7 +158,7 @@ class _Inserting:
             return features
         if kind == "vision.layer":
             return _entering(graph, f"{self.family.vision_layers}.{stage.planned.site.layer}", str(stage.planned.site))
-        return _entering(graph, self.family.projector, kind)
+        return _entering(graph, self.family.projector_entry or self.family.projector, kind)
 
     def _readers(self, graph: fx.Graph, value: Node, stage: StageFunction, order: Mapping[Node, int]) -> list[Node]:
         """Who shall read the shorter stream: at an inner site everything behind it, after the tower what leads to the
@@ -183,7 +183,7 @@ class _Inserting:
         if not {"projector_inputs", "probe_slopes"} & set(stage.signals):
             return {}
         graph = module.graph
-        rows = _entering(graph, self.family.projector, "projector")
+        rows = _entering(graph, self.family.projector_entry or self.family.projector, "projector")
         found: dict[str, Node] = {}
         if "projector_inputs" in stage.signals:
             found["projector_inputs"] = rows

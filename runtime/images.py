@@ -41,6 +41,7 @@ _ONE_VIEW = {
     "crop_size": None,
     "do_center_crop": False,
 }
+_GEMMA3 = {**_SIGLIP, "resample": Image.Resampling.BILINEAR}
 _SMOLVLM = {
     **_SIGLIP,
     "size": {"longest_edge": 1456},
@@ -53,6 +54,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LlavaOnevisionImageProcessor": _ONE_VIEW,
     "GotOcr2ImageProcessor": _ONE_VIEW,
     "SmolVLMImageProcessor": _SMOLVLM,
+    "Gemma3ImageProcessor": _GEMMA3,
 }
 """What a configuration leaves unsaid, by processor type; also the list of supported types. (GotOcr2's is InternVL3's;
 the tiles it and SmolVLM's cut an image into are not supported, every image is one.)"""
@@ -93,6 +95,12 @@ class ImagePipeline:
         if kind not in DEFAULTS:
             raise UserError(f"no image processor {name!r}", where=_WHERE, available=DEFAULTS)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
+        if values.get("do_pan_and_scan"):
+            raise UserError(
+                "do_pan_and_scan is on, and the crops it cuts are not supported",
+                where=_WHERE,
+                fix="set it to false: the model then sees every image whole",
+            )
         try:
             return cls._from_values(values, square=kind in _SQUARE)
         except (TypeError, ValueError, OverflowError) as error:

@@ -38,7 +38,9 @@ class Processor:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._manifest = manifest
-        self.prompts = Prompts(directory, manifest.model.image_token, manifest.model.image_token_id)
+        model = manifest.model
+        stands_for = model.image_token_id if model.prompt_token_id is None else model.prompt_token_id
+        self.prompts = Prompts(directory, model.image_token, stands_for)
         config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
         self.images = ImagePipeline.from_config(config)
         compiled_for = (manifest.geometry.image_height, manifest.geometry.image_width)
@@ -81,6 +83,9 @@ class Processor:
         tokens the model wants around it."""
         geometry, model = self._manifest.geometry, self._manifest.model
         text, add_special_tokens = self.prompts.render(prompt, geometry.images)
+        before, behind = model.image_space
+        if before or behind:
+            text = text.replace(self.prompts.placeholder, before + self.prompts.placeholder + behind)
         ids = self.prompts.encode(text, add_special_tokens)
         if model.video_token_id in ids:
             raise UserError(
@@ -97,7 +102,7 @@ class Processor:
         if ids[-1] == self.prompts.placeholder_id and not model.image_behind:
             # Its token would be a patch: a stage may drop it, and its logits would be another token's.
             raise UserError("the prompt ends with its image", where=where, fix="put text (a question) behind the image")
-        placeholders = [self.prompts.placeholder_id] * geometry.features_per_image
+        placeholders = [model.image_token_id] * geometry.features_per_image
         image = [*model.image_before, *placeholders, *model.image_behind]
         return [token for given in ids for token in (image if given == self.prompts.placeholder_id else [given])]
 

@@ -53,9 +53,7 @@ def scaled_attention(
     return torch.softmax(logits.float(), -1).to(q.dtype) @ v
 
 
-def causal_mask(
-    start: Tensor, queries: int, keys: int, window: int | None, block_ids: Tensor | None = None
-) -> Tensor:
+def causal_mask(start: Tensor, queries: int, keys: int, window: int | None, block_ids: Tensor | None = None) -> Tensor:
     """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own, and those of
     its block (``block_ids [B,keys]``, as many queries as keys)."""
     slot = start[:, None] + torch.arange(queries, device=start.device)

@@ -257,7 +257,6 @@ class Oracle:
             for hook in hooks:
                 hook.remove()
 
-
     def rotate(self, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """The rotary tables of a layer at other positions ``[1,L]``; layers may be of types with tables of their own."""
         kind = getattr(layer.self_attn, "layer_type", None)
@@ -353,9 +352,7 @@ class _Walk:
         raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
         blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
         extra_rows = self.oracle.job.source.vision.extra_rows
-        seen = SequenceView(
-            hidden, last, columns, texts, raw, scale, self.state, self.entered, extra_rows, blocks
-        )
+        seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered, extra_rows, blocks)
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None
         watch: list[Seen] = []
@@ -388,9 +385,7 @@ class _Walk:
                 found[raw.name], scales[raw.name] = self._heads(raw, index, hidden, slots)
         return found, scales
 
-    def _heads(
-        self, raw: Raw, index: int, hidden: Tensor, slots: Mapping[str, Tensor]
-    ) -> tuple[Tensor, float]:
+    def _heads(self, raw: Raw, index: int, hidden: Tensor, slots: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         number = index if raw.where == "next" else index - 1
         layer: Any = self.oracle.layers[number]
         tables = self._tables(number, hidden)

@@ -67,9 +67,7 @@ def _rms_norm(b: Builder, node: fx.Node) -> ir.Value:
         return b.op("RMSNormalization", read(b, x), read(b, weight), dtype=dtype, shape=shape, attributes=attributes)
     wide, scale = read(b, x, torch.float32), read(b, weight, torch.float32)
     one = b.constant(1.0, torch.float32)
-    scale = b.remember(
-        ("one more", scale), lambda: b.op("Add", scale, one, dtype=torch.float32, shape=shape_of(scale))
-    )
+    scale = b.remember(("one more", scale), lambda: b.op("Add", scale, one, dtype=torch.float32, shape=shape_of(scale)))
     made = b.op("RMSNormalization", wide, scale, dtype=torch.float32, shape=shape, attributes=attributes)
     return b.cast(made, dtype)
 

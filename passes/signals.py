@@ -166,9 +166,7 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
     return _diagonal_blocks(picked, planned)
 
 
-def score_rows(
-    query: Tensor, key: Tensor, scale: float, slots: Tensor, block_ids: Tensor | None = None
-) -> Tensor:
+def score_rows(query: Tensor, key: Tensor, scale: float, slots: Tensor, block_ids: Tensor | None = None) -> Tensor:
     """Scaled products of some query rows with all keys; -inf for keys behind the query's own slot and not of its block.
 
     ``query [B,H,R,d]``, ``key [B,Hkv,L,d]``, ``slots [B,R]``, ``block_ids [B,L]`` -> float32 ``[B,H,R,L]``.

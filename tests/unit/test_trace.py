@@ -162,12 +162,12 @@ def test_what_is_written_in_place_is_traced_as_values() -> None:
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no model type": (
         {"model_type": None},
-        "{config}: no model_type (available: internvl, llava, llava_onevision, smolvlm); "
+        "{config}: no model_type (available: gemma3, internvl, llava, llava_onevision, smolvlm); "
         "choose a model of a supported family",
     ),
     "unknown model type": (
         {"model_type": "bert"},
-        "{config}: unknown model type 'bert' (available: internvl, llava, llava_onevision, smolvlm); "
+        "{config}: unknown model type 'bert' (available: gemma3, internvl, llava, llava_onevision, smolvlm); "
         "choose a model of a supported family",
     ),
     "unknown decoder": (

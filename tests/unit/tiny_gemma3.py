@@ -76,7 +76,7 @@ def write_model(directory: Path, *, seed: int = 0, **options: Any) -> Path:
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "language_model" in name and "norm" in name or "soft_emb_norm" in name:
+            if ("language_model" in name and "norm" in name) or "soft_emb_norm" in name:
                 # These weights count from 1.
                 parameter.normal_(0, 0.1, generator=source)
             if "embed_tokens" in name:

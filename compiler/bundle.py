@@ -280,7 +280,7 @@ def _named_tokens(job: Job) -> dict[str, Any]:
         named |= part if isinstance(part, dict) else {}
     before, behind = ([_token_id(source.path, named.get(n), n) for n in names] for names in source.family.image_marks)
     video = _token_id(source.path, named["video_token"], "video_token") if "video_token" in named else None
-    found = {"image_before": before, "image_behind": behind, "video_token_id": video}
+    found: dict[str, Any] = {"image_before": before, "image_behind": behind, "video_token_id": video}
     if mark := source.family.prompt_mark:
         found |= {"prompt_token_id": _token_id(source.path, named.get(mark), mark)}
         found |= {"image_space": list(source.family.mark_space)}

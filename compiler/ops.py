@@ -4,13 +4,13 @@ Each stands for something a backend has a fused kernel for, so it must survive t
 one node: attention (with and without a cache), rotary embedding, RMS normalisation, taking rows of a sequence.
 Every operator has an eager kernel, so that a graph runs in plain PyTorch after any pass.
 
-``attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]``. ``block_ids [B,S]`` int64: causal attention, but rows of one
-non-negative number see each other in both directions; -1 is in no block. ``window`` w: no row sees slots that lie w or
-more before its own, whatever the block.
+``attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]``. ``block_ids [B,S]`` int64: causal attention, but rows of
+one non-negative number see each other in both directions; -1 is in no block. ``window`` w: no row sees slots that lie
+w or more before its own, whatever the block.
 ``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers,
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
-sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; ``block_ids`` of the new rows come with it alone.
-``rms_norm``: over the last dimension, in float32. ``offset``: the weight counts from 1, and is applied in float32 as well.
+sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only then may ``block_ids`` be given.
+``rms_norm``: over the last dimension, in float32. ``offset``: the weight counts from 1 and is applied in float32 too.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.
 ``take_rows``: ``x [B,L,...]``, ``index [B,K]`` -> ``[B,K,...]``.
@@ -54,8 +54,8 @@ def scaled_attention(
 
 
 def causal_mask(start: Tensor, queries: int, keys: int, window: int | None, block_ids: Tensor | None = None) -> Tensor:
-    """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own, and those of
-    its block (``block_ids [B,keys]``, as many queries as keys)."""
+    """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own, and those
+    of its block (``block_ids [B,keys]``, as many queries as keys)."""
     slot = start[:, None] + torch.arange(queries, device=start.device)
     key = torch.arange(keys, device=start.device)
     mask = key[None, None] <= slot[..., None]

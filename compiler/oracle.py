@@ -258,7 +258,7 @@ class Oracle:
                 hook.remove()
 
     def rotate(self, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """The rotary tables of a layer at other positions ``[1,L]``; layers may be of types with tables of their own."""
+        """The rotary tables of a layer at other positions ``[1,L]``; layers of a type may have their own."""
         kind = getattr(layer.self_attn, "layer_type", None)
         own = len(getattr(self.decoder.rotary_emb, "layer_types", ())) > 0
         tables: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, positions, *([kind] if own else []))

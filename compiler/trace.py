@@ -120,8 +120,9 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
-    ``position_ids [B,s]`` and, where tokens of one image attend to each other, ``block_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``.
-    ``head``: ``[B,D]`` -> float32 logits. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``.
+    ``position_ids [B,s]`` and, where tokens of one image attend to each other, ``block_ids [B,s]`` -> normed
+    ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` -> float32 logits. A family with rows
+    behind each image also has ``extra_rows``: -> ``[E,D]``.
     """
     model = build_meta_model(source, dtype)
     batch, facts = geometry.batch, source.vision
@@ -242,8 +243,8 @@ def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fill_buffers(model: Any, module: nn.Module) -> nn.Module:
-    """A copy of a module that cannot be built from a configuration alone, its computed buffers filled by the model's own
-    initialisation; parameters stay on ``meta``."""
+    """A copy of a module that cannot be built from a configuration alone, its computed buffers filled by the model's
+    own initialisation; parameters stay on ``meta``."""
     twin = copy.copy(module)
     twin._buffers = {n: torch.empty_like(b, device="cpu") for n, b in module._buffers.items() if b is not None}
     model._init_weights(twin)

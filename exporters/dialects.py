@@ -196,23 +196,26 @@ def _attend_plainly(b: Builder, node: fx.Node) -> ir.Value:
 
 
 def _see_blocks(b: Builder, block_ids: ir.Value, window: int | None) -> ir.Value:
-    """bool ``[B,1,S,S]``: what each of S fresh rows may attend to: rows up to its own, and those of its block ``[B,S]``;
-    with a ``window``, none as far before it."""
+    """bool ``[B,1,S,S]``: what each of S fresh rows may attend to: rows up to its own, and those of its block; with a
+    ``window``, none as far before it. ``block_ids [B,S]``."""
 
     def make() -> ir.Value:
         batch, length = shape_of(block_ids)
-        flags = {"dtype": torch.bool, "shape": [batch, 1, length, length]}
+        whole, square = [batch, 1, length, length], [1, 1, length, length]
+
+        def flags(name: str, left: ir.Value, right: ir.Value, shape: list[int]) -> ir.Value:
+            return b.op(name, left, right, dtype=torch.bool, shape=shape)
+
         row, column = b.reshape(block_ids, [batch, 1, length, 1]), b.reshape(block_ids, [batch, 1, 1, length])
         slots = np.arange(length, dtype=np.int64)
         own, key = b.constant(slots.reshape(1, 1, length, 1)), b.constant(slots.reshape(1, 1, 1, length))
-        zero, square = b.constant(np.array(0, np.int64)), [1, 1, length, length]
-        blocked = b.op("GreaterOrEqual", column, zero, dtype=torch.bool, shape=[batch, 1, 1, length])
-        same = b.op("And", b.op("Equal", row, column, **flags), blocked, **flags)
-        seen = b.op("Or", b.op("LessOrEqual", key, own, dtype=torch.bool, shape=square), same, **flags)
+        blocked = flags("GreaterOrEqual", column, b.constant(np.array(0, np.int64)), [batch, 1, 1, length])
+        same = flags("And", flags("Equal", row, column, whole), blocked, whole)
+        seen = flags("Or", flags("LessOrEqual", key, own, square), same, whole)
         if window is None or window >= length:
             return seen
         first = b.constant((slots - window).reshape(1, 1, length, 1))
-        return b.op("And", seen, b.op("Greater", key, first, dtype=torch.bool, shape=square), **flags)
+        return flags("And", seen, flags("Greater", key, first, square), whole)
 
     bites = window is not None and window < shape_of(block_ids)[1]
     return b.remember(("blocks", block_ids, window if bites else None), make)

@@ -223,7 +223,7 @@ def _branch(graph: fx.Graph, layer: str, kind: str) -> Node:
 
 
 def _behind_norm(node: Node) -> Node:
-    """What a branch adds to the stream: in layers with norms behind their branches as well, what such a norm returns."""
+    """What a branch adds to the stream: in layers with norms behind their branches as well, what a norm returns."""
     norms = [u for u in node.users if is_call(u, ops.rms_norm) and "layer" in u.meta and not u.meta.get("before_site")]
     return norms[0] if norms else node
 

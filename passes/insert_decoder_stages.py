@@ -113,7 +113,7 @@ def insert_decoder_stages(
             size.meta["val"] = length
             carried = {crossing.hidden: hidden, **dict.fromkeys(crossing.lengths, size)}
             carried |= {n: _take(graph, n, rows, length) for n in crossing.carried}
-            block_ids = carried.get(block_ids, block_ids)
+            block_ids = None if block_ids is None else carried[block_ids]
             if planned.positions == "original":
                 for table in crossing.tables:
                     carried[table] = _take(graph, table, rows, length)

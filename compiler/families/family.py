@@ -64,21 +64,20 @@ class Family:
     """The attention module inside a tower layer."""
     image_marks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """The tokens before and behind every image's placeholders, by their names in ``tokenizer_config.json``."""
-    image_masks: Callable[[Any, Any, Any, Any, Any], Any] | None = None
-    """Where tokens of one image attend to each other in both directions in prefill: (the decoder's configuration, hidden
-    rows ``[1,S,D]``, positions ``[1,S]``, an empty cache, which slots are images' ``[1,S]`` bool) -> the decoder's
-    ``attention_mask``, by transformers' own rule."""
-    projector_entry: str = ""
-    """The module whose input is what the projector reads of every visual token, if it is not the projector's."""
-    project: Callable[[Any, Any], Any] | None = None
-    """(projector, what its entry reads ``[M,N,Dv]``) -> ``[M,N,D]``; where the entry is the projector's, its forward."""
-    prompt_mark: str = ""
-    """Of the tokens before an image's placeholders, the one that stands for the image in a prompt, by its name; empty: the
-    placeholder does."""
-    mark_space: tuple[str, str] = ("", "")
-    """Text that is put before and behind every image in a prompt, before the prompt becomes tokens."""
     mark_texts: Mapping[str, str] = field(default_factory=dict)
     """The text of a mark where ``tokenizer_config.json`` names none."""
+    prompt_mark: str = ""
+    """Of the marks, the one that stands for an image in a prompt; empty: the placeholder does."""
+    mark_space: tuple[str, str] = ("", "")
+    """Text put before and behind every image of a prompt, before the prompt becomes tokens."""
+    image_masks: Callable[[Any, Any, Any, Any, Any], Any] | None = None
+    """Where tokens of one image attend to each other in both directions in prefill: (the decoder's configuration,
+    hidden rows ``[1,S,D]``, positions ``[1,S]``, an empty cache, which slots are images' ``[1,S]`` bool) -> the
+    decoder's ``attention_mask``, by transformers' own rule."""
+    projector_entry: str = ""
+    """The module that reads one row per visual token, if it is not the projector itself but inside of it."""
+    project: Callable[[Any, Any], Any] | None = None
+    """With ``projector_entry``: (projector, what the entry reads ``[M,N,Dv]``) -> ``[M,N,D]``."""
     extra_rows: str = ""
     """Path of the parameter ``[D]`` or ``[E,D]`` that follows each image's features; empty if nothing does."""
 

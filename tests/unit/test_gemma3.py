@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from secateur.compiler import pipeline
-from secateur.compiler.pipeline import Geometry, read_source
+from secateur.compiler import ops, pipeline
+from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.pipeline import Geometry, plan_job, read_source
+from secateur.passes.join_phases import number_blocks
 from secateur.runtime.errors import UserError
 from secateur.runtime.images import ImagePipeline
+from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 
 from . import tiny_model
-from .tiny_gemma3 import END, SOFT, START, UNITS, load_processor, write_model
+from .tiny_gemma3 import END, SOFT, START, UNITS, load_processor, make_config, write_model
 
 NEW = 8
 PROMPTS = {1: "what is <start_of_image>?", 2: "<start_of_image>a<start_of_image>what?"}
@@ -47,7 +54,7 @@ def model(source: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def compile_for(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``compile_for(recipe="none", images=2, keep=None, target="onnxruntime")`` -> a bundle; traced once per geometry."""
+    """``compile_for(recipe, images, keep, target)`` -> a bundle; traced once per geometry."""
     made: dict[tuple[object, ...], Path] = {}
     traces: dict[Geometry, Any] = {}
     trace = pipeline.trace_model
@@ -158,3 +165,102 @@ def test_bundles_compute_what_the_oracle_does(
     assert found is not None
     assert found.chose_differently == 0, found
     assert found.worst[1] <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("recipe", ["seats", "sparsevlm"])
+def test_caches_that_shrink_and_signals_of_visual_queries(
+    source: Path, compile_for: Callable[..., Path], recipe: str
+) -> None:
+    """Evicted rows leave attention without a cache; visual rows are scored as they attend, in both directions."""
+    found = pipeline.verify(compile_for(recipe, 1, 0.5), source, threads=1).parity
+    assert found is not None
+    assert found.chose_differently == 0, found
+    assert found.worst[1] <= TOLERANCE, found
+
+
+def test_the_decoders_signals_are_its_own_attention(source: Path, tmp_path: Path) -> None:
+    """Against attention maps as transformers gives them: visual rows see those behind them in their image."""
+    recipe = tmp_path / "mine.yaml"
+    stage = "{site: 'decoder.layer[2]', score: {name: received_attention_mean}, select: top_k, share: 0.5}"
+    recipe.write_text(f"name: mine\nstages:\n  - {stage}")
+    job = plan_job(read_source(source), Geometry(), pipeline.load_recipe(str(recipe)), None)
+    model = load_recording_model(job.source)
+    pixels = torch.randn(1, 3, 36, 36, generator=torch.Generator().manual_seed(1))
+    ids = [5, START, *[SOFT] * UNITS, END, 6, 7]
+    row = Oracle(job, model).run(ids, pixels, keep_signals=True)
+    model.set_attn_implementation("eager")
+    given = torch.tensor([ids])
+    with torch.no_grad():
+        maps = model(
+            input_ids=given, pixel_values=pixels, token_type_ids=(given == SOFT).long(), output_attentions=True
+        ).attentions[1]  # fmt: skip
+    assert float(maps[0, :, 2, 3 : 2 + UNITS].min()) > 0, "the first visual row sees the others"
+    want = maps.mean(2)[:, :, 2 : 2 + UNITS]
+    torch.testing.assert_close(row.signals["stage0"]["received_attention"], want)
+
+
+def test_an_image_is_one_block_and_text_is_in_none() -> None:
+    image = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 1]]).bool()
+    want = [[-1, 0, 0, -1, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, 1]]
+    assert number_blocks(image).tolist() == want
+    blocks = torch.tensor(want)
+    visible = ops.causal_mask(torch.zeros(2, dtype=torch.int64), 8, 8, 3, blocks)[:, 0]
+    for row in range(2):
+        for i in range(8):
+            for j in range(8):
+                together = blocks[row, i] == blocks[row, j] and blocks[row, i] >= 0
+                assert bool(visible[row, i, j]) == ((j <= i or bool(together)) and j > i - 3)
+
+
+# -- what is said, and refused ----------------------------------------------------------------------------
+
+
+def test_the_manifest_names_the_prompts_token_and_the_placeholders(compile_for: Callable[..., Path]) -> None:
+    manifest = read_manifest(compile_for("fastv", keep=0.5))
+    sizes, told = manifest.geometry, manifest.model
+    assert (sizes.tokens_per_image, sizes.features_per_image, sizes.sequence) == (9, 9, 58)
+    assert (told.image_token, told.prompt_token_id, told.image_token_id) == ("<start_of_image>", START, SOFT)
+    assert (told.image_before, told.image_behind, told.image_space) == ([START], [END], ["\n\n", "\n\n"])
+    assert "block_ids" not in [port.name for program in manifest.programs.values() for port in program.inputs]
+
+
+def test_the_same_bytes_whatever_order_sets_have(source: Path) -> None:
+    """transformers makes the tables of its kinds of layers in the order of a set."""
+    script = (
+        "import sys; from pathlib import Path; from secateur.compiler import pipeline;"
+        "from secateur.compiler.trace import read_source;"
+        "traced = pipeline.trace_model(read_source(Path(sys.argv[1])), pipeline.Geometry());"
+        "print(traced.programs['decoder'])"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script, str(source)], env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True, capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(said) == 1
+    assert "sliding_attention_inv_freq" in said.pop()
+
+
+def test_windows_inside_the_sequence_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", text={"sliding_window": 40})
+    with pytest.raises(UserError, match="layer 0 attends through a window of 40, shorter than a row of 49 slots"):
+        pipeline.explain("none", path, geometry=Geometry(text_tokens=32, new_tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_tokens_per_image": 8}, "6x6 patches cannot be averaged into 8 tokens"),
+        ({"mm_tokens_per_image": 16}, "6x6 patches cannot be averaged into 16 tokens"),
+        ({"text": {"final_logit_softcapping": 30.0}}, "text_config.final_logit_softcapping is 30.0"),
+        ({"text": {"use_bidirectional_attention": True}}, "text_config.use_bidirectional_attention is True"),
+        ({"vision": {"patch_size": 40}}, "cannot be cut into patches"),
+        ({"text_config": tiny_model.make_config()["text_config"]}, "'llama' is unknown"),
+    ],
+)
+def test_layouts_that_are_not_supported_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(make_config(**changes)))
+    with pytest.raises(UserError, match=message):
+        read_source(tmp_path)

@@ -42,7 +42,7 @@ _PIXELS: dict[str, Any] = {
 def make_config(
     layers: int = 4, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """``config.json`` as plain data. ``text`` and ``vision`` change fields of the parts, ``changes`` those of the whole."""
+    """``config.json`` as plain data. ``text`` and ``vision`` change fields of the parts, ``changes`` of the whole."""
     return {
         "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "image_token_index": SOFT,
         "boi_token_index": START, "eoi_token_index": END, "mm_tokens_per_image": UNITS, "tie_word_embeddings": False,

@@ -131,9 +131,9 @@ def _attend_at_once(b: Builder, node: fx.Node) -> ir.Value:
             attributes={"num_heads": heads, "scale": scale, "unidirectional": 0},
         )  # fmt: skip
         return _as_heads(b, made, heads)
-    window, softcap, block_ids = _attention_arguments(node, (5, 6, 8))
+    softcap, block_ids = _attention_arguments(node, (6, 8))
     if block_ids is not None:
-        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids), window), scale, False)
+        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), scale, False)
     last, total = b.constant(np.full(batch, length - 1, np.int32)), b.constant(np.array(length, np.int32))
     own = [batch, shape_of(k)[1], length, width]
     outputs = b.ops(
@@ -189,15 +189,15 @@ def _attend(
 def _attend_plainly(b: Builder, node: fx.Node) -> ir.Value:
     """Attention without a cache."""
     q, k, v = (read(b, a) for a in args_of(node)[:3])
-    window, block_ids = _attention_arguments(node, (5, 8))
+    (block_ids,) = _attention_arguments(node, (8,))
     if block_ids is not None:
-        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids), window), float(args_of(node)[3]), False)
+        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), float(args_of(node)[3]), False)
     return _attend(b, q, k, v, None, float(args_of(node)[3]), bool(args_of(node)[4]))
 
 
-def _see_blocks(b: Builder, block_ids: ir.Value, window: int | None) -> ir.Value:
-    """bool ``[B,1,S,S]``: what each of S fresh rows may attend to: rows up to its own, and those of its block; with a
-    ``window``, none as far before it. ``block_ids [B,S]``."""
+def _see_blocks(b: Builder, block_ids: ir.Value) -> ir.Value:
+    """bool ``[B,1,S,S]``: what each of S fresh rows may attend to: rows up to its own, and those of its block, by
+    ``block_ids [B,S]``. (No window: windows that hide anything are refused before.)"""
 
     def make() -> ir.Value:
         batch, length = shape_of(block_ids)
@@ -211,14 +211,9 @@ def _see_blocks(b: Builder, block_ids: ir.Value, window: int | None) -> ir.Value
         own, key = b.constant(slots.reshape(1, 1, length, 1)), b.constant(slots.reshape(1, 1, 1, length))
         blocked = flags("GreaterOrEqual", column, b.constant(np.array(0, np.int64)), [batch, 1, 1, length])
         same = flags("And", flags("Equal", row, column, whole), blocked, whole)
-        seen = flags("Or", flags("LessOrEqual", key, own, square), same, whole)
-        if window is None or window >= length:
-            return seen
-        first = b.constant((slots - window).reshape(1, 1, length, 1))
-        return flags("And", seen, flags("Greater", key, first, square), whole)
+        return flags("Or", flags("LessOrEqual", key, own, square), same, whole)
 
-    bites = window is not None and window < shape_of(block_ids)[1]
-    return b.remember(("blocks", block_ids, window if bites else None), make)
+    return b.remember(("blocks", block_ids), make)
 
 
 def _visible(b: Builder, start: ir.Value, capacity: int) -> ir.Value:
@@ -242,9 +237,9 @@ def _cached(
         fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
         present = [write(b, past, new, start, fresh) for past, new in ((past_k, k), (past_v, v))]
         if fresh:  # attend to the fresh rows: causal over equal lengths needs no mask
-            window, block_ids = _attention_arguments(node, (8, 10))
+            (block_ids,) = _attention_arguments(node, (10,))
             if block_ids is not None:
-                return [_attend(b, q, k, v, _see_blocks(b, read(b, block_ids), window), scale, False), *present]
+                return [_attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), scale, False), *present]
             return [_attend(b, q, k, v, None, scale, True), *present]
         mask = _visible(b, start, shape_of(past_k)[2])
         return [attend(b, q, *present, mask, scale, False), *present]

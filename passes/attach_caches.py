@@ -65,7 +65,9 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
             continue
         with graph.inserting_before(node):
             # A new token sees all that came before it: blocks matter in prefill alone.
-            more = (None, softcap, block_ids) if fresh and block_ids is not None else (None, softcap)
+            more = [None, softcap, block_ids if fresh else None]
+            while len(more) > 1 and more[-1] is None:
+                more.pop()
             cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, *more))
             out, *present = (graph.call_function(getitem, (cached, i)) for i in range(3))
         for new in (cached, out, *present):

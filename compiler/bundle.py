@@ -72,7 +72,9 @@ def check_processor_files(job: Job, directory: Path | None = None) -> None:
             fix="save the processor with transformers (AutoProcessor.save_pretrained) into the model directory",
         )  # fmt: skip
     # What a manifest says of processing is known before anything is traced.
-    manifest = m.Manifest.model_construct(model=_model(job, weights_sha256="0" * 64), geometry=_geometry(job))
+    manifest = m.Manifest.model_construct(
+        model=_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
+    )
     try:
         Processor(directory or source, manifest)
     except UserError as error:
@@ -120,6 +122,7 @@ def make_manifest(
         sm=target.sm,
         programs=_programs(pruned.programs, unpruned, engines),
         segments=[m.Segment(**vars(s)) for s in pruned.programs.segments],
+        media=_media(job),
         position_offset=job.position_offset,
         notes=list(job.notes),
         versions=versions,
@@ -138,6 +141,7 @@ def outline(job: Job, programs: ProgramSet | None = None) -> m.Manifest:
         geometry=_geometry(job),
         dtype="fp32",
         programs=told,
+        media=_media(job),
         segments=[m.Segment(**vars(s)) for s in programs.segments] if programs else [],
         position_offset=job.position_offset,
     )
@@ -217,10 +221,28 @@ def _recipe(job: Job) -> m.Recipe:
 def _geometry(job: Job) -> m.GeometrySizes:
     geometry, vision = job.geometry, job.source.vision
     return m.GeometrySizes(
-        batch=geometry.batch, images=geometry.images, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
+        batch=geometry.batch, images=vision.frames, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
         image_height=vision.image_size[0], image_width=vision.image_size[1], tokens_per_image=vision.tokens_per_image,
         features_per_image=job.features_per_image, extra_rows=vision.extra_rows, sequence=job.sequence,
+        frames=geometry.frames, fps=geometry.fps if geometry.frames else 0.0, audio_seconds=geometry.audio_seconds,
+        audio_tokens=job.source.audio_tokens,
     )  # fmt: skip
+
+
+def _media(job: Job) -> m.Media | None:
+    media, config = job.source.media, job.source.config
+    if media is None:
+        return None
+    items = [
+        m.MediaItem(kind=item.kind, tokens=left, span=item.span, reach=item.reach)  # type: ignore[arg-type]
+        for item, left in zip(media.items, job.items_left, strict=True)
+    ]
+    around = {
+        kind: [[int(getattr(config, name))] for name in names]
+        for kind, names in media.around.items() if all(hasattr(config, name) for name in names)
+    }  # fmt: skip
+    before, behind = ([int(getattr(config, name))] if name else [] for name in media.sound_marks)
+    return m.Media(items=items, around=around, sound_before=before, sound_behind=behind)
 
 
 def _stop_tokens(path: Path, config: Any) -> list[int]:
@@ -269,7 +291,7 @@ def _named_tokens(job: Job) -> dict[str, Any]:
     """
     source = job.source
     if not any(source.family.image_marks):
-        return {"video_token_id": getattr(source.config, "video_token_id", None)}
+        return {key: getattr(source.config, key, None) for key in ("video_token_id", "audio_token_id")}
     file = source.path / "tokenizer_config.json"
     try:
         said = json.loads(file.read_text()) if file.is_file() else {}

@@ -173,17 +173,14 @@ def _read_bundles(names: Sequence[str]) -> dict[str, Manifest]:
 def _geometry_of(manifests: Sequence[Manifest]) -> Geometry:
     if not manifests:
         return Geometry()
-    sizes = manifests[0].geometry
-    return Geometry(sizes.batch, sizes.images, sizes.text_tokens, sizes.new_tokens)
+    return Geometry.of(manifests[0])
 
 
 def _check_geometry(bundles: dict[str, Manifest], wanted: Geometry | None, other: Manifest) -> None:
     """Every run must take the same rows."""
     for name, manifest in bundles.items():
-        for size in ("batch", "images", "text_tokens", "new_tokens", "image_height", "image_width"):
-            own = getattr(manifest.geometry, size)
-            asked = getattr(wanted, size, None) if wanted else None
-            against = getattr(other.geometry, size) if asked is None else asked
+        for size, own in vars(Geometry.of(manifest)).items():
+            against = vars(wanted or Geometry.of(other))[size]
             if own != against:
                 raise UserError(
                     f"compiled for {size} {own}, the other run for {against}", where=name,

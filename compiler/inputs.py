@@ -26,11 +26,13 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class RowInput:
-    """One row: unpadded ids with P placeholders an image, ``pixel_values [n,3,H,W]``, tokens to force on decode."""
+    """One row: unpadded ids with P placeholders an image, ``pixel_values [n,3,H,W]`` or what the tower reads, tokens to
+    force on decode, ``input_features`` of its sound."""
 
     input_ids: Sequence[int]
     pixel_values: np.ndarray[Any, Any]
     forced_tokens: Sequence[int] = ()
+    input_features: np.ndarray[Any, Any] | None = None
 
 
 def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> list[RowInput]:
@@ -38,21 +40,42 @@ def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> li
     sizes, model = manifest.geometry, manifest.model
     rng = np.random.default_rng(seed)
     special = {model.image_token_id, model.pad_token_id, *model.eos_token_ids}
+    special |= {token for item in list_placed(manifest) for token in item}
+    special |= {token for token in (model.video_token_id, model.audio_token_id) if token is not None}
+    shapes: dict[str, tuple[int, ...]] = {"pixel_values": (sizes.images, 3, sizes.image_height, sizes.image_width)}
+    if "vision" in manifest.programs:
+        inputs = manifest.programs["vision"].inputs
+        shapes = {port.name: (port.shape[0] // sizes.batch, *port.shape[1:]) for port in inputs}
     words = np.array([t for t in range(model.vocab_size) if t not in special])
     items = []
     for _ in range(rows):
-        count = int(rng.integers(min(2, sizes.text_tokens), sizes.text_tokens + 1))
+        room = sizes.text_tokens - sum(t != model.image_token_id for item in list_placed(manifest) for t in item)
+        count = int(rng.integers(min(2, room), room + 1))
         text = rng.choice(words, count).tolist()
         # An image may stand anywhere but last: the model answers the text behind it.
-        cuts = sorted(int(rng.integers(0, count)) for _ in range(sizes.images))
-        image = [model.image_token_id] * sizes.features_per_image
+        placed = list_placed(manifest)
+        cuts = sorted(int(rng.integers(0, count)) for _ in placed)
         ids = text[: cuts[0]]
-        for start, end in zip(cuts, [*cuts[1:], count], strict=True):
-            ids = ids + image + text[start:end]
-        shape = (sizes.images, 3, sizes.image_height, sizes.image_width)
-        steps = min(new_tokens, sizes.new_tokens)
-        items.append(RowInput(ids, rng.standard_normal(shape).astype(np.float32), rng.choice(words, steps).tolist()))
+        for item, start, end in zip(placed, cuts, [*cuts[1:], count], strict=True):
+            ids = ids + item + text[start:end]
+        read = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        forced = rng.choice(words, min(new_tokens, sizes.new_tokens)).tolist()
+        items.append(RowInput(ids, read["pixel_values"], forced, read.get("input_features")))
     return items
+
+
+def list_placed(manifest: Manifest) -> list[list[int]]:
+    """The tokens of every item of a row's media, with the marks around it that position ids depend on."""
+    token, sizes, media = manifest.model.image_token_id, manifest.geometry, manifest.media
+    if media is None:
+        return [[token] * sizes.features_per_image for _ in range(sizes.images)]
+    found = []
+    for item in media.items:
+        before, behind = media.around.get(item.kind, ([], []))
+        if item.kind == "video with sound":
+            before, behind = [*before, *media.sound_before], [*media.sound_behind, *behind]
+        found.append([*before, *[token] * item.tokens, *behind])
+    return found
 
 
 def question_rows(processor: Processor, images: int, questions: Sequence[Asked]) -> list[RowInput]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.compiler.families.family import VisionFacts
 from secateur.compiler.pruned import Job
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import tower_layers
@@ -30,7 +32,7 @@ from secateur.passes.signals import (
     take_head_rows,
     tower_raw,
 )
-from secateur.passes.sites import Seen, locate, reduce_patches, reduce_sequence, start_state
+from secateur.passes.sites import Seen, Thinned, locate, reduce_patches, reduce_sequence, start_state
 from secateur.passes.stage import StageFunction
 
 RECORDING = "secateur_recording"
@@ -62,14 +64,14 @@ class Oracle:
     def __init__(self, job: Job, model: nn.Module | None = None) -> None:
         self.job = job
         self.model = load_recording_model(job.source) if model is None else model
-        family = job.source.family
+        self.family = family = job.source.family
         self.decoder: Any = self.model.get_submodule(family.decoder)
         self.layers = list(self.model.get_submodule(family.decoder_layers).children())
         self.tower = list(self.model.get_submodule(family.vision_layers).children())
         self.head = self.model.get_submodule(family.head)
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
-        self.entry = self.model.get_submodule(family.projector_entry or family.projector)
+        self.entry = self.model.get_submodule(family.tower.entry)
         self.carried: Tensor | None = None
         """What the vision side's last score carries into the decoder, ``[1,V]``, of the row that runs."""
         self.keep_signals = False
@@ -83,9 +85,10 @@ class Oracle:
         forced_kept: Mapping[str, Tensor] | None = None,
         keep_signals: bool = False,
         greedy: int = 0,
+        input_features: Tensor | None = None,
     ) -> RowRun:
         """One row. ``input_ids`` as prefill receives it (P + E placeholders per image, no padding); pixels
-        ``[n,3,H,W]``.
+        ``[n,3,H,W]`` or whatever the tower reads, ``input_features`` what the tower reads that hears.
 
         ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of
         stages, ``[groups*K]`` each. Behind the forced tokens come ``greedy`` more, each the likeliest.
@@ -95,23 +98,26 @@ class Oracle:
         forced = forced_kept or {}
         with _recording(self.model) as record:
             row.features = self._encode(pixel_values, row, forced, record)
+            if self.job.source.audio is not None:
+                assert input_features is not None, "this geometry has sound"
+                row.features = self._hear(input_features, row, record)
             ids = torch.tensor([list(input_ids)])
             image = ids == self.job.source.config.image_token_id
             hidden = self.embedding(ids)
             hidden[image] = row.features
-            positions = self._positions(image[0], row)[None]
+            positions, behind = self._positions(ids[0], image[0], row)
             prunable = mark_prunable(self.job, image)
             from transformers import DynamicCache
 
             cache: Any = DynamicCache(config=self.decoder.config)
             walk = _Walk(self, row, record, forced, prunable, cache)
-            family, mask = self.job.source.family, None
-            if family.image_masks is not None:
-                mask = family.image_masks(self.decoder.config, hidden, positions, cache, image)
+            mask = None
+            if self.family.image_masks is not None:
+                mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
                 walk.block_ids = number_blocks(image)
             with walk.hooked():
                 out = self.decoder(
-                    inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True,
+                    inputs_embeds=hidden, position_ids=positions[..., None, :], past_key_values=cache, use_cache=True,
                     attention_mask=mask,
                 ).last_hidden_state  # fmt: skip
             row.logits.append(self.head(out[0, -1]).float())
@@ -119,7 +125,7 @@ class Oracle:
             for step in range(len(forced_tokens) + greedy):
                 token = forced_tokens[step] if step < len(forced_tokens) else int(row.logits[-1].argmax())
                 at = len(input_ids) + step
-                step_positions = torch.tensor([[at + self.job.position_offset]])
+                step_positions = torch.tensor([[behind + step]])
                 with self._decode_positions(removed, at):
                     out = self.decoder(
                         input_ids=torch.tensor([[token]]),
@@ -141,12 +147,6 @@ class Oracle:
         def reduce(index: int, tokens: Tensor, cls: bool) -> Tensor:
             stage = stages[index]
             head, tokens = tokens[:, : int(cls)], tokens[:, int(cls) :]
-            layers = tower_layers(stage, facts)
-            raw, scale = {}, 1.0
-            for kind, layer in list_tower_raws(stage, layers):
-                tower: Any = self.tower[layer]
-                heads, scale = record.taken[tower.get_submodule(self.job.source.family.vision_attention)]
-                raw[tower_raw(kind, layer)] = heads[kind]
             extra = {}
             if "projector_inputs" in stage.signals:
                 extra["projector_inputs"] = entering["projector"]
@@ -157,48 +157,95 @@ class Oracle:
                 extra["probes"] = project(self.projector, probes) if project else self.projector.forward(probes)
             if index and stage.planned.part != stages[index - 1].planned.part:
                 state.pop("carried", None)
-            begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
-            seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge)
             name, left = stage.planned.name, stage.planned.length_out
             given = None
             offset = torch.arange(tokens.shape[0])[:, None] * stage.planned.length_in
             if name in forced:
-                given = forced[name].reshape(tokens.shape[0], left) - offset
+                chosen = from_prompt(self.job, index, forced[name])
+                given = chosen.reshape(tokens.shape[0], left) - offset
             watch: list[Seen] = []
             tracked = [*track_state(stages, index + 1), "carried"]
-            thin = reduce_patches(stage, seen, layers, tracked, given, watch)
+            thin = self._thin(stage, tokens, facts, self.tower, self.family.vision_attention, state, extra, record,
+                              tracked, given, watch)  # fmt: skip
             state.update(thin.state)
-            self._note(row, stage, (thin.kept + offset).flatten(), watch)
+            self._note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
             return torch.cat([head, thin.tokens], 1)
 
-        with ExitStack() as stack:
-            for index, stage in enumerate(stages):
-                kind = stage.planned.site.kind
-                if kind == "vision.layer":
-                    hook = self.tower[stage.planned.site.layer].register_forward_pre_hook(
-                        lambda module, args, index=index: (reduce(index, args[0], facts.has_cls), *args[1:])
-                    )
-                elif kind == "vision.out":
-                    hook = self.entry.register_forward_pre_hook(
-                        lambda module, args, index=index: (reduce(index, args[0], False), *args[1:])
-                    )
-                else:
-                    hook = self.projector.register_forward_hook(
-                        lambda module, args, output, index=index: reduce(index, output, False)
-                    )
-                stack.callback(hook.remove)
-            watching = self.entry.register_forward_pre_hook(
-                lambda module, args: entering.__setitem__("projector", args[0])
-            )
-            stack.callback(watching.remove)
-            features, _ = self.job.source.family.vision_forward(self.model, pixel_values)
+        if self.family.vision_reference is not None:
+            record.calls.clear()
+            features = self.family.vision_reference(self.model, pixel_values, facts)
+            for index in range(len(stages)):
+                features = reduce(index, features, False)
+        else:
+            with ExitStack() as stack:
+                for index, stage in enumerate(stages):
+                    kind = stage.planned.site.kind
+                    if kind == "vision.layer":
+                        hook = self.tower[stage.planned.site.layer].register_forward_pre_hook(
+                            lambda module, args, index=index: (reduce(index, args[0], facts.has_cls), *args[1:])
+                        )
+                    elif kind == "vision.out":
+                        hook = self.entry.register_forward_pre_hook(
+                            lambda module, args, index=index: (reduce(index, args[0], False), *args[1:])
+                        )
+                    else:
+                        hook = self.projector.register_forward_hook(
+                            lambda module, args, output, index=index: reduce(index, output, False)
+                        )
+                    stack.callback(hook.remove)
+                watching = self.entry.register_forward_pre_hook(
+                    lambda module, args: entering.__setitem__("projector", args[0])
+                )
+                stack.callback(watching.remove)
+                features, _ = self.family.vision_forward(self.model, pixel_values, facts, {})
         if self.job.carries:
             self.carried = state["carried"].reshape(1, -1)
-        if self.job.source.family.extra_rows:
-            added = self.model.get_parameter(self.job.source.family.extra_rows)
+        if self.family.extra_rows:
+            added = self.model.get_parameter(self.family.extra_rows)
             behind = added.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
             features = torch.cat([features, behind], 1)
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
+
+    def _hear(self, input_features: Tensor, row: RowRun, record: _Record) -> Tensor:
+        """What is seen and heard ``[F,D]`` in the prompt's order, with the stages behind the audio tower run."""
+        job, tower, facts = self.job, self.family.audio, self.job.source.audio
+        assert tower is not None
+        assert facts is not None
+        record.calls.clear()
+        heard = tower.reference(self.model, input_features, facts)
+        layers = list(self.model.get_submodule(tower.tower.layers).children())
+        state: dict[str, Tensor] = {}
+        for stage in job.audio_stages:
+            watch: list[Seen] = []
+            thin = self._thin(stage, heard, facts, layers, tower.tower.attention, state, {}, record, ["carried"], None,
+                              watch)  # fmt: skip
+            state.update(thin.state)
+            self._note(row, stage, thin.kept.flatten(), watch)
+        order = torch.tensor(job.media_order)
+        if job.carries and self.carried is not None:
+            self.carried = torch.cat([self.carried, state["carried"].reshape(1, -1)], 1)[:, order]
+        return torch.cat([row.features, heard.reshape(-1, heard.shape[-1])])[order]
+
+    def _thin(
+        self, stage: StageFunction, tokens: Tensor, facts: VisionFacts, tower: Sequence[Any], attention: str,
+        state: Mapping[str, Tensor], extra: Mapping[str, Tensor], record: _Record, tracked: Sequence[str],
+        given: Tensor | None, watch: list[Seen],
+    ) -> Thinned:  # fmt: skip
+        """Run a stage behind or between the layers of a tower on ``tokens [M,N,D]``."""
+        layers = tower_layers(stage, facts)
+        raw, scale = {}, 1.0
+        for kind, layer in list_tower_raws(stage, layers):
+            module = tower[layer].get_submodule(attention)
+            if facts.packed:  # each run of rows was a call of its own
+                calls = [heads[kind] for heads, _ in record.calls[module]]
+                raw[tower_raw(kind, layer)], scale = torch.cat(calls), record.taken[module][1]
+            else:
+                heads, scale = record.taken[module]
+                raw[tower_raw(kind, layer)] = heads[kind]
+        begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
+        seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge,
+                         facts.patch_order)  # fmt: skip
+        return reduce_patches(stage, seen, layers, tracked, given, watch)
 
     def _note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
         """Write down what a stage saw and chose."""
@@ -211,13 +258,49 @@ class Oracle:
             if self.keep_signals:
                 row.signals[name] = seen.signals
 
-    def _positions(self, image: Tensor, row: RowRun) -> Tensor:
+    def _positions(self, ids: Tensor, image: Tensor, row: RowRun) -> tuple[Tensor, int]:
+        """Position ids of a row's slots ``[N]`` or ``[3,N]``, and that of the first new token."""
+        fresh = self.job.removes_before_decoder and not self.job.original_positions
+        if self.job.source.media is not None and not fresh:
+            return self._positions_of_places(ids, image, row)
+        if fresh or not self.job.original_positions:
+            return torch.arange(len(image)), len(image)
+        return self._positions_of_patches(image, row), len(image) + self.job.position_offset
+
+    def _positions_of_places(self, ids: Tensor, image: Tensor, row: RowRun) -> tuple[Tensor, int]:
+        """What transformers itself numbers the unpruned prompt with, at the survivors' places."""
+        job, media = self.job, self.job.source.media
+        assert media is not None
+        assert self.family.reference_positions is not None
+        kinds = [heard for heard, count in media.runs for _ in range(count)]
+        places = torch.arange(len(kinds))
+        for stage in job.vision_stages:
+            if stage.planned.name in row.kept:
+                places = places[row.kept[stage.planned.name]]
+        sizes = job.items_left
+        whole: list[int] = []
+        slots: list[int] = []
+        first = at = index = used = 0
+        while at < len(ids):
+            if not image[at]:
+                slots.append(len(whole))
+                whole.append(int(ids[at]))
+                at += 1
+                continue
+            item = media.items[index]
+            for place in places[used : used + sizes[index]].tolist():
+                slots.append(len(whole) + place - first)
+            tokens = job.source.media_tokens(item.kind)
+            whole += [tokens[kind] for kind in kinds[first : first + item.tokens]]
+            first, at, used, index = first + item.tokens, at + sizes[index], used + sizes[index], index + 1
+        numbered = self.family.reference_positions(self.model, torch.tensor([whole]), job.source, job.geometry)
+        return numbered[:, slots], int(numbered.max()) + 1
+
+    def _positions_of_patches(self, image: Tensor, row: RowRun) -> Tensor:
         """Position ids of a row's slots, counted one by one."""
-        if not self.job.original_positions:
-            return torch.arange(len(image))
         facts = self.job.source.vision
         per_image, whole = self.job.features_per_image, facts.tokens_per_image + facts.extra_rows
-        kept = torch.arange(facts.tokens_per_image * self.job.geometry.images)
+        kept = torch.arange(facts.tokens_per_row)
         for stage in self.job.vision_stages:
             if stage.planned.name in row.kept:
                 kept = kept[row.kept[stage.planned.name]]
@@ -265,11 +348,37 @@ class Oracle:
         return tables
 
 
+def to_prompt(job: Job, index: int, kept: Tensor) -> Tensor:
+    """What vision stage ``index`` kept, counted as a bundle with sound counts it (passes/join_encoders.py)."""
+    if job.source.audio is None or job.source.media is None or job.vision_stages[index].planned.observes:
+        return kept
+    before, after = _orders(job, index)
+    seen = len(before) - job.source.audio_tokens
+    left = len(kept)
+    return torch.tensor([before.index(int(kept[token]) if token < left else seen + token - left) for token in after])
+
+
+def from_prompt(job: Job, index: int, kept: Tensor) -> Tensor:
+    """The other way round."""
+    if job.source.audio is None or job.source.media is None:
+        return kept
+    before, _ = _orders(job, index)
+    seen = len(before) - job.source.audio_tokens
+    return torch.tensor([token for token in (before[int(place)] for place in kept) if token < seen])
+
+
+def _orders(job: Job, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    planned, media = job.vision_stages[index].planned, job.source.media
+    assert media is not None
+    whole = job.source.vision.tokens_per_image
+    return media.order(whole, planned.length_in), media.order(whole, planned.length_out)
+
+
 def mark_prunable(job: Job, image: Tensor) -> Tensor:
     """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows."""
     prunable, extra = image.clone(), job.source.vision.extra_rows
     if extra:
-        slots = image[0].nonzero()[:, 0].reshape(job.geometry.images, -1)
+        slots = image[0].nonzero()[:, 0].reshape(job.source.vision.frames, -1)
         prunable[0, slots[:, -extra:].flatten()] = False
     return prunable
 
@@ -413,11 +522,14 @@ class _Record:
 
     def __init__(self) -> None:
         self.taken: dict[nn.Module, tuple[dict[str, Tensor], float]] = {}
+        self.calls: dict[nn.Module, list[tuple[dict[str, Tensor], float]]] = {}
+        """All calls, of a tower that attends run by run."""
 
 
 def load_recording_model(source: Source) -> nn.Module:
     """The checkpoint in fp32, with transformers' sdpa attention wrapped so that queries and keys can be seen."""
-    from transformers import AttentionInterface, AutoModelForImageTextToText
+    import transformers
+    from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.utils import logging as hf_logging
 
@@ -426,9 +538,10 @@ def load_recording_model(source: Source) -> nn.Module:
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            Path(source.path), dtype=torch.float32, attn_implementation=RECORDING, local_files_only=True
-        )
+        model = getattr(transformers, source.family.auto_class).from_pretrained(
+            Path(source.path), config=deepcopy(source.config), dtype=torch.float32, attn_implementation=RECORDING,
+            local_files_only=True,
+        )  # fmt: skip
     finally:
         if bar:
             hf_logging.enable_progress_bar()
@@ -449,7 +562,7 @@ _active: _Record | None = None
 
 
 def _attend_and_record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
 ) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -457,4 +570,6 @@ def _attend_and_record(
         scale = kw.get("scaling")
         heads = {"query": query, "key": key, "value": value}
         _active.taken[module] = heads, float(query.shape[-1] ** -0.5 if scale is None else scale)
-    return sdpa_attention_forward(module, query, key, value, mask, **kw)
+        if not getattr(module, "is_causal", True):
+            _active.calls.setdefault(module, []).append(_active.taken[module])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)

@@ -281,7 +281,8 @@ def run_oracle(
     oracle: Oracle, item: RowInput, forced: Mapping[str, Tensor] | None = None, keep_signals: bool = False
 ) -> RowRun:
     pixels = torch.from_numpy(item.pixel_values)
-    return oracle.run(item.input_ids, pixels, item.forced_tokens, forced, keep_signals)
+    sound = None if item.input_features is None else torch.from_numpy(item.input_features)
+    return oracle.run(item.input_ids, pixels, item.forced_tokens, forced, keep_signals, input_features=sound)
 
 
 def _kind(name: str) -> str:

@@ -44,7 +44,8 @@ from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
 from secateur.passes.insert_vision_stages import insert_vision_stages
-from secateur.passes.join_phases import join_decode, join_prefill
+from secateur.passes.join_encoders import join_encoders
+from secateur.passes.join_phases import Axes, join_decode, join_prefill
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
@@ -88,17 +89,37 @@ def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
 
 
 def _vision_stages(programs: ProgramSet, job: Job) -> ProgramSet:
-    source = job.source
-    pruned = insert_vision_stages(
-        programs["vision"], job.vision_stages, source.family, source.vision, job.geometry.images, job.carries
+    source, audio = job.source, job.source.family.audio
+    carries = job.carries and (source.audio is None or bool(job.vision_stages))
+    pruned = [insert_vision_stages(programs["vision"], job.vision_stages, source.family.tower, source.vision, carries)]
+    if source.audio is not None and audio is not None:
+        if job.carries and not (job.vision_stages and job.audio_stages):
+            lacks = "projector.out" if job.audio_stages else "audio.out"
+            raise UserError(
+                f"the decoder goes on with scores of what is seen and heard, and no stage at {lacks} gives any",
+                where=f"recipe {job.plan.recipe.name}",
+                fix=f"add a stage with a score at {lacks}, or compile without sound",
+            )  # fmt: skip
+        pruned.append(insert_vision_stages(programs["audio"], job.audio_stages, audio.tower, source.audio, job.carries))
+    return programs.update(*pruned)
+
+
+def _encoders(programs: ProgramSet, job: Job) -> ProgramSet:
+    if job.source.audio is None or job.source.media is None:
+        return programs
+    choosing = [s.planned for s in job.vision_stages if not s.planned.observes]
+    whole = job.source.vision.tokens_per_image
+    orders = [job.source.media.order(whole, count) for count in (whole, *(s.length_out for s in choosing))]
+    joined = join_encoders(
+        programs["vision"], programs["audio"], orders, job.carries, [stage.name for stage in choosing]
     )
-    return programs.update(pruned)
+    return programs.update(joined, drop=["audio"])
 
 
 def _extra_rows(programs: ProgramSet, job: Job) -> ProgramSet:
     if not job.source.vision.extra_rows:
         return programs
-    vision = append_rows(programs["vision"], programs["extra_rows"], job.geometry.images)
+    vision = append_rows(programs["vision"], programs["extra_rows"], job.source.vision.frames)
     return programs.update(vision, drop=["extra_rows"])
 
 
@@ -132,10 +153,20 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
         features=features, sequence=job.sequence, image_token=config.image_token_id,
         pad_token=job.source.pad_token, tokens_per_image=job.source.vision.tokens_per_image,
         kept_per_image=job.kept_per_image, original_positions=job.original_positions,
-        extra_rows=job.source.vision.extra_rows, blocks=job.source.family.image_masks is not None,
+        extra_rows=job.source.vision.extra_rows, axes=_axes(job), blocks=job.source.family.image_masks is not None,
     )  # fmt: skip
     decode = join_decode(programs["decode_decoder"], programs["embedding"], programs["head"], batch)
     return programs.update(prefill, decode, drop=["prefill_decoder", "decode_decoder", "embedding", "head"])
+
+
+def _axes(job: Job) -> Axes | None:
+    """Offsets of the media's places, where position ids have several axes and the recipe does not count slots."""
+    media = job.source.media
+    if media is None:
+        return None
+    if job.removes_before_decoder and not job.original_positions:
+        return Axes(None, None)
+    return Axes(media.offsets, None if job.removes_before_decoder else tuple(range(job.features_per_row)))
 
 
 PASSES: tuple[Pass, ...] = (
@@ -147,6 +178,7 @@ PASSES: tuple[Pass, ...] = (
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),
+    Pass("join_encoders", _encoders),
     Pass("split_segments", _segments),
     Pass("split_phases", _phases),
     Pass("insert_decoder_stages", _decoder_stages),
@@ -233,7 +265,7 @@ def compile(
     *,
     recipe: Recipe | str = "none",
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     target: str = "onnxruntime",
@@ -247,14 +279,15 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
-    tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
-    decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``target`` is one of ``TARGETS``;
-    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default, or
-    ``auto`` for the checkpoint's own; ``sm`` the GPU architecture for tensorrt-rtx. ``weights`` says how they come
-    into the bundle: ``stream`` writes one file of them, cast where needed, tensor by tensor; ``reference`` hard-links
-    the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after`` nothing is written and the
-    programs as that pass left them are returned.
+    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of
+    visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
+    the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
+    prefill's FLOPs. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
+    bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
+    architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
+    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
+    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
+    returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
@@ -268,7 +301,9 @@ def compile(
     source = read_source(Path(model_dir))
     if dtype == AUTO:
         goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     job = plan_job(source, geometry, row, keep)
     for note in job.notes:
@@ -298,7 +333,7 @@ def explain(
     model_dir: Path | str,
     *,
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     dtype: str = "fp32",
@@ -313,7 +348,9 @@ def explain(
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     plan_job(source, geometry, row, keep)
     with _phase("trace", progress):

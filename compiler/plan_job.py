@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from secateur.compiler.budget import Budget, PrefillCost, solve_budget
 from secateur.compiler.calibration import check_calibrated
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pruned import Job
 from secateur.compiler.recipe import PlannedRecipe, Recipe, plan_recipe
+from secateur.compiler.site import Site
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import check_stages
 from secateur.passes.stage import stage_function
@@ -22,10 +24,12 @@ _log = logging.getLogger(__name__)
 
 def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> Job:
     """Fix every number of a recipe for a model and geometry and resolve its functions."""
+    source = source.at(geometry)
     plan = plan_for(source, geometry, recipe, keep)
     check_calibrated(plan.stages, source.path / "config.json")
     job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
-    check_stages(job.stages, source.vision)
+    check_stages(job.stages, source.vision, source.audio)
+    assert len(job.media_order) == job.features_per_row, "every token of the media has one place"
     return job
 
 
@@ -37,11 +41,19 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
             where=f"--keep {keep:g}",
             fix="leave --keep out or choose a recipe",
         )
+    source = source.at(geometry)
+    if source.vision.packed:
+        recipe = _behind_projector(recipe)
+    if source.audio is not None and keep is None and recipe.rates is not None:
+        # The published setting names a mean of its own for what is seen and for what is heard.
+        keep = choose_keep(source, geometry, recipe, Budget(rates=recipe.rates))
     return plan_recipe(
         recipe,
         keep=keep,
-        images=geometry.images,
+        images=source.vision.frames,
         tokens_per_image=source.vision.tokens_per_image,
+        media=source.media,
+        audio=source.audio,
         vision_layers=source.vision.layers,
         decoder_layers=source.decoder_layers,
         grid=source.vision.grid,
@@ -49,12 +61,24 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
     )
 
 
+def _behind_projector(recipe: Recipe) -> Recipe:
+    """The recipe with what stands before the projector behind it: this projector puts patches together itself."""
+    stages = tuple(
+        replace(stage, site=Site("projector.out")) if stage.site.kind == "vision.out" else stage
+        for stage in recipe.stages
+    )
+    parts = tuple(replace(part, recipe=_behind_projector(part.recipe)) for part in recipe.parts)
+    return replace(recipe, stages=stages, parts=parts)
+
+
 def choose_keep(source: Source, geometry: Geometry, recipe: Recipe, budget: Budget) -> float | None:
     """The keep ratio that meets a budget; None takes the published one."""
+    budget = budget.weigh(source.at(geometry).vision.tokens_per_row, source.at(geometry).audio_tokens)
     if budget.mean_keep is None and budget.flops_keep is None:
         return budget.keep
-    tokens = source.vision.tokens_per_image * geometry.images
-    fixed = geometry.text_tokens + source.vision.extra_rows * geometry.images
+    source = source.at(geometry)
+    tokens = source.vision.tokens_per_row + source.audio_tokens
+    fixed = geometry.text_tokens + source.vision.extra_rows * source.vision.frames
     keep = solve_budget(
         budget,
         lambda ratio: plan_for(source, geometry, recipe, ratio if recipe.stages else None),

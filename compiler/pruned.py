@@ -24,7 +24,11 @@ class Job:
 
     @cached_property
     def vision_stages(self) -> tuple[Any, ...]:
-        return tuple(s for s in self.stages if not s.planned.site.kind.startswith("decoder"))
+        return tuple(s for s in self.stages if s.planned.site.kind not in ("decoder.layer", "audio.out"))
+
+    @cached_property
+    def audio_stages(self) -> tuple[Any, ...]:
+        return tuple(s for s in self.stages if s.planned.site.kind == "audio.out")
 
     @cached_property
     def decoder_stages(self) -> tuple[Any, ...]:
@@ -44,13 +48,44 @@ class Job:
 
     @property
     def features_per_row(self) -> int:
-        """F: image tokens of a row that reach the decoder, the images' extra rows included."""
-        return self.features_per_image * self.geometry.images
+        """F: tokens of a row's media that reach the decoder, the images' extra rows included."""
+        return self.features_per_image * self.source.vision.frames + self.source.audio_tokens
+
+    @property
+    def media_order(self) -> tuple[int, ...]:
+        """Of every media token that enters the decoder, its place among what is seen, followed by what is heard."""
+        if self.source.media is None:
+            return tuple(range(self.features_per_row))
+        return self.source.media.order(self.source.vision.tokens_per_image, self.kept_per_image)
+
+    @property
+    def items_left(self) -> list[int]:
+        """Tokens of every item of a row's media that enter the decoder."""
+        media = self.source.media
+        if media is None:
+            return [self.features_per_image] * self.source.vision.frames
+        whole, left = self.source.vision.tokens_per_image, self.kept_per_image
+        sizes, runs = [], list(media.runs)
+        for item in media.items:
+            room, kept = item.tokens, 0
+            while room:
+                heard, count = runs.pop(0)
+                taken = min(count, room)
+                if taken < count:
+                    runs.insert(0, (heard, count - taken))
+                room -= taken
+                kept += taken if heard else taken * left // whole
+            sizes.append(kept)
+        return sizes
 
     @property
     def sequence(self) -> int:
         """N: slots of the prompt as prefill receives it."""
         return self.geometry.text_tokens + self.features_per_row
+
+    @property
+    def removes_before_decoder(self) -> bool:
+        return any(not s.planned.observes for s in self.vision_stages)
 
     @property
     def original_positions(self) -> bool:
@@ -64,7 +99,7 @@ class Job:
             return False
         # A part of a composed recipe hands nothing on to the next.
         part = self.decoder_stages[0].planned.part
-        told = any(s.bound.score is not None and s.planned.part == part for s in self.vision_stages)
+        told = any(s.bound.score is not None and s.planned.part == part for s in self.vision_stages + self.audio_stages)
         for stage in self.decoder_stages:
             if stage.planned.part != part:
                 return False
@@ -76,9 +111,9 @@ class Job:
 
     @property
     def position_offset(self) -> int:
-        """What a new token's position lies above its slot in the first segment."""
+        """What a new token's position lies above its slot in the first segment, where ids count slots."""
         removed = self.source.vision.tokens_per_image - self.kept_per_image
-        return removed * self.geometry.images if self.original_positions else 0
+        return removed * self.source.vision.frames if self.original_positions else 0
 
     @property
     def notes(self) -> tuple[str, ...]:

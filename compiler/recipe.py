@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from secateur.compiler.layout import Grid as Grid
 from secateur.compiler.layout import Layout as Layout
+from secateur.compiler.media import MediaLayout
 from secateur.compiler.place_sites import drop_crowded, place_sites
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import SITE_KINDS as SITE_KINDS
@@ -23,6 +24,17 @@ Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
 Cache = Literal["ragged", "shrink"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
+
+
+class Tokens(Protocol):
+    """How many tokens a tower makes: ``frames`` grids of ``tokens_per_image``."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def tokens_per_image(self) -> int: ...
 
 
 class NothingLeftError(UserError):
@@ -143,6 +155,50 @@ class Recipe:
         return shares[-1] if shares else 1.0
 
     @property
+    def rates(self) -> tuple[float, float] | None:
+        """The means over layers that the published setting aims at, of what is seen and of what is heard; None for a
+        recipe that does not tell them apart."""
+        told = [term.options["rates"] for term in self._terms() if "rates" in term.options]
+        return tuple(told[0]) if told else None
+
+    def with_rates(self, rates: tuple[float, float]) -> Recipe:
+        """The recipe with other means for what is seen and heard. Raises UserError where it does not tell them
+        apart."""
+        if self.rates is None:
+            raise UserError(
+                "the recipe does not tell what is seen from what is heard", where=f"recipe {self.name}",
+                fix="give --mean-keep one number, or choose a recipe with rates, such as seats",
+            )  # fmt: skip
+
+        def change(term: Term | None) -> Term | None:
+            if term is None:
+                return None
+            options = {**term.options, "rates": rates} if "rates" in term.options else term.options
+            return Term(term.name, options, tuple(t for t in map(change, term.of) if t is not None))
+
+        stages = tuple(
+            replace(s, score=change(s.score), select=change(s.select), merge=change(s.merge)) for s in self.stages
+        )
+        parts = tuple(
+            replace(p, recipe=p.recipe.with_rates(rates)) if p.recipe.rates is not None else p for p in self.parts
+        )
+        return replace(self, stages=stages, parts=parts)
+
+    def without_sound(self) -> Recipe:
+        """The recipe without the stages that stand behind a tower for sound."""
+        stages = tuple(stage for stage in self.stages if stage.site.kind != "audio.out")
+        parts = tuple(replace(part, recipe=part.recipe.without_sound()) for part in self.parts)
+        return replace(self, stages=stages, parts=parts)
+
+    def _terms(self) -> list[Term]:
+        found: list[Term] = []
+        waiting = [t for s in self.stages for t in (s.score, s.select, s.merge) if t is not None]
+        while waiting:
+            found.append(waiting.pop(0))
+            waiting += found[-1].of
+        return found
+
+    @property
     def prunes(self) -> bool:
         """Whether any stage does."""
         return any(stage.prunes for stage in self.stages)
@@ -251,6 +307,8 @@ def plan_recipe(
     decoder_layers: int,
     grid: tuple[int, int] | None = None,
     vision_running: int | None = None,
+    media: MediaLayout | None = None,
+    audio: Tokens | None = None,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
 
@@ -259,9 +317,13 @@ def plan_recipe(
     ``p_last``, all tokens when ``keep`` is 1, and never more than the stage before; a recipe that ``collapses`` scales
     what each stage removes instead. In a composed recipe the same holds inside each part, for the tokens that enter it.
     Raises NothingLeftError where that rounds to no token. ``grid`` is an image's rows and columns of tokens,
-    ``vision_running`` the number of tower layers the projector needs, where it is not all of them.
+    ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how
+    the tokens of several media lie, ``audio`` which of them are heard: those reach the decoder as they are, beside
+    what the stages before it leave of what is seen.
     """
     keep = recipe.default_keep if keep is None else keep
+    if audio is None:
+        recipe = recipe.without_sound()
     if not 0.0 < keep <= 1.0:
         raise UserError(
             f"keep ratio {keep:g} is out of (0, 1]",
@@ -275,15 +337,33 @@ def plan_recipe(
     stages: list[PlannedStage] = []
     groups, length, whole = images, tokens_per_image, True
     index, reaching = 0, tokens_per_image  # tokens of an image that reach the decoder
+    heard = audio.frames * audio.tokens_per_image if audio is not None else 0
     for number, part in enumerate(_scale_parts(recipe, keep)):
         entered = groups * length
         fractions = _fractions(part, sites[index : index + len(part.recipe.stages)], decoder_layers)
         for stage, fraction in zip(part.recipe.stages, fractions, strict=True):
             site = sites[index]
+            if site.kind == "audio.out":
+                assert audio is not None, "stages for sound are planned where there is sound"
+                stages.append(_plan_sound(recipe, index, stage, audio, part.recipe.positions, number))
+                index += 1
+                continue
+            if heard and site.kind == "decoder.layer":
+                # From here on what is seen and what is heard is one row of tokens.
+                groups, length, images, whole = 1, groups * length + heard, 1, False
+                entered, heard = entered + heard, 0
+                if stage.scope != "whole":
+                    raise UserError(
+                        f"stage {index} has scope {stage.scope!r}, but sound lies beside or between the images",
+                        where=f"recipe {recipe.name}",
+                        fix="use scope 'whole' in the decoder, or compile without sound",
+                    )
             groups, length = _regroup(recipe, index, site, groups, length, images)
             count = _count_left(recipe, index, fraction, entered // groups, length)
             inside = site.kind.startswith("decoder")
             layout = Layout.of_images(images // groups, reaching if inside else tokens_per_image)
+            if inside and media is not None and groups == 1:
+                layout = media.layout_after(tokens_per_image, reaching)
             reaching = reaching if inside else count
             shape = Grid(images // groups, *grid) if grid is not None and whole else None
             stages.append(
@@ -295,6 +375,23 @@ def plan_recipe(
             whole = whole and count == length and stage.merge is None
             length, index = count, index + 1
     return PlannedRecipe(recipe, keep, tuple(stages))
+
+
+def _plan_sound(
+    recipe: Recipe, index: int, stage: Stage, audio: Tokens, positions: Positions, part: int
+) -> PlannedStage:
+    """A stage behind the audio tower: it scores, for stages in the decoder to choose by."""
+    if stage.select is not None:
+        raise UserError(
+            f"stage {index} would choose at audio.out",
+            where=f"recipe {recipe.name}",
+            fix="leave select out: score there, and choose at decoder.layer[0], where what is seen and heard meets",
+        )
+    count = audio.tokens_per_image
+    return PlannedStage(
+        index, stage.site, stage.score, None, stage.merge, stage.scope, positions, stage.signals,
+        audio.frames, count, count, Grid(1, *audio.grid), Layout.of_images(1, count), part,
+    )  # fmt: skip
 
 
 def _scale_parts(recipe: Recipe, keep: float) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,10 @@ class OracleRun:
             return self._seen[key][1]
         pixels = torch.from_numpy(item.pixel_values)
         # The prompt's own logits are the first of the greedy ones.
-        made = self.oracle.run(item.input_ids, pixels, item.forced_tokens, greedy=max(0, greedy - 1))
+        sound = None if item.input_features is None else torch.from_numpy(item.input_features)
+        made = self.oracle.run(
+            item.input_ids, pixels, item.forced_tokens, greedy=max(0, greedy - 1), input_features=sound
+        )
         if self.remember:  # the row is held as well: its id is then no other's
             self._seen[key] = item, made
         return made
@@ -61,7 +65,8 @@ class CompiledRun:
         for index, item in enumerate(batch):
             ids[index, : len(item.input_ids)] = item.input_ids
         lengths = np.array([len(i.input_ids) for i in batch], np.int64)
-        request.encode(np.concatenate([i.pixel_values for i in batch]))
+        sound = [i.input_features for i in batch if i.input_features is not None]
+        request.encode(np.concatenate([i.pixel_values for i in batch]), np.concatenate(sound) if sound else None)
         features = request.read("vision", "features").copy()
         logits = [request.prefill(ids, lengths).copy()]
         hidden = {name: request.read("prefill", f"hidden.{name}").copy() for name in self.exposed}
@@ -117,7 +122,7 @@ class Respaced:
 
 def answer(run: Run, item: RowInput, batch: int, tokens: int) -> list[int]:
     """A row's greedy tokens; it stands in every place of the ``batch``."""
-    free = RowInput(item.input_ids, item.pixel_values)
+    free = replace(item, forced_tokens=())
     return likeliest(run.run([free] * batch, tokens)[0])
 
 

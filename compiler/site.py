@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from secateur.runtime.errors import UserError
 
-SITE_KINDS = ("vision.layer", "vision.out", "projector.out", "decoder.layer")
+SITE_KINDS = ("vision.layer", "vision.out", "projector.out", "audio.out", "decoder.layer")
 """Kinds of site of the present families; the two that end in ``layer`` take an index."""
 
 
@@ -73,4 +73,4 @@ class Site:
         return self
 
 
-_SITE_FORMS = ("vision.layer[i]", "vision.out", "projector.out", "decoder.layer[k]")
+_SITE_FORMS = ("vision.layer[i]", "vision.out", "projector.out", "audio.out", "decoder.layer[k]")

@@ -6,9 +6,12 @@ transformers' own attention interface; no model code is copied.
 
 from __future__ import annotations
 
-import copy
+import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,51 @@ from torch import Tensor, nn
 
 from secateur.compiler import ops
 from secateur.compiler.families import find_family
-from secateur.compiler.families.family import Family, VisionFacts
+from secateur.compiler.families.family import Family, Forward, VisionFacts
 from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.media import MediaLayout
 from secateur.compiler.order import order_entry
 from secateur.compiler.program import Program, ProgramSet
 from secateur.runtime.errors import UserError
 
 ATTENTION = "secateur"
+PACKED = "secateur_flash"
+"""For towers that take all grids in one row: they hand the bounds of the runs that attend to themselves to attention
+functions of which the name says that they understand them."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TRACE_LENGTH = 19  # any length works: the dimension is symbolic; an odd one meets no other size by chance
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory that passed the checks: its configuration and the family it belongs to."""
+    """A model directory that passed the checks: its configuration, the family it belongs to, and what follows from
+    both for a geometry."""
 
     path: Path
     config: Any
     family: Family
     vision: VisionFacts
+    audio: VisionFacts | None = None
+    media: MediaLayout | None = None
+
+    def at(self, geometry: Geometry) -> Source:
+        """The same model for another geometry. Raises UserError for one that the family does not support."""
+        config, family = self.config, self.family
+        vision = family.read_vision(config, geometry)
+        audio = family.audio.read(config, geometry) if family.audio is not None and geometry.audio_seconds else None
+        media = family.read_media(config, geometry, vision, audio) if family.read_media is not None else None
+        return replace(self, vision=vision, audio=audio, media=media)
+
+    @property
+    def audio_tokens(self) -> int:
+        """Tokens of a row's sound."""
+        return self.audio.tokens_per_row if self.audio is not None else 0
+
+    def media_tokens(self, kind: str) -> tuple[int, int]:
+        """Ids that transformers marks with, in an item of ``kind``, what is seen and what is heard."""
+        seen = self.config.image_token_id if kind == "image" else self.config.video_token_id
+        return int(seen), int(getattr(self.config, "audio_token_id", seen))
 
     @property
     def text(self) -> Any:
@@ -70,8 +98,8 @@ class Traced:
         return f"traced {self.source.config.model_type} dtype {self.dtype} {self.geometry}\n\n{self.programs}"
 
 
-def read_source(path: Path) -> Source:
-    """Check a model directory and read its configuration.
+def read_source(path: Path, geometry: Geometry | None = None) -> Source:
+    """Check a model directory and read its configuration; facts are those for ``geometry``, or the usual one.
 
     Raises UserError for a directory without ``config.json``, an unknown model type (lists the supported ones),
     quantised checkpoints, adapters, and models that need ``trust_remote_code``.
@@ -109,35 +137,41 @@ def read_source(path: Path) -> Source:
         # Its validators raise exceptions of no common class; the cause's first line says what they found.
         reason = first_line(error.__cause__ or error)
         raise UserError(f"transformers cannot read it ({reason})", where=str(config_file)) from None
+    if hasattr(config, family.inner_config):
+        config = getattr(config, family.inner_config)
+        config.name_or_path = str(path)
     for part, known in (("text_config", family.decoder_types), ("vision_config", family.vision_types)):
         kind = getattr(config, part).model_type
         if kind not in known:
             raise UserError(f"{part}.model_type {kind!r} is unknown", where=str(config_file), available=known)
-    return Source(path, config, family, family.read_vision(config))
+    geometry = geometry or Geometry()
+    return Source(path, config, family, family.read_vision(config, geometry)).at(geometry)
 
 
 def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Traced:
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
-    ``position_ids [B,s]`` and, where tokens of one image attend to each other, ``block_ids [B,s]`` -> normed
-    ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` -> float32 logits. A family with rows
-    behind each image also has ``extra_rows``: -> ``[E,D]``.
+    ``position_ids [B,s]``, or ``[3,B,s]`` where they have several axes, and, where tokens of one image attend to each
+    other, ``block_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` ->
+    float32 logits. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``; a geometry with sound
+    ``audio``: ``input_features`` -> ``features``, ``tower``.
     """
+    source = source.at(geometry)
     model = build_meta_model(source, dtype)
     batch, facts = geometry.batch, source.vision
     length = torch.export.Dim("s", min=2, max=1 << 24)
     kind, meta = DTYPES[dtype], torch.device("meta")
     hidden = torch.empty(batch, _TRACE_LENGTH, source.text.hidden_size, dtype=kind, device=meta)
     ids = torch.zeros(batch, _TRACE_LENGTH, dtype=torch.int64, device=meta)
-    pixels = torch.empty(batch * geometry.images, facts.channels, *facts.image_size, dtype=kind, device=meta)
     family = source.family
     decoder, head = model.get_submodule(family.decoder), model.get_submodule(family.head)
     embedding = model.get_submodule(family.embedding)
 
     # The exporter reads the length off the last input: not off the one that decode goes without.
     blocks = {"block_ids": ids.clone()} if family.image_masks else {}
-    entering = {"hidden": hidden, **blocks, "position_ids": ids}
+    axes = ids if source.media is None else ids.expand(3, *ids.shape).contiguous()
+    entering = {"hidden": hidden, **blocks, "position_ids": axes}
 
     def run_decoder(hidden: Tensor, *rest: Tensor) -> Tensor:
         # What its forward does not know it hands on to every layer's attention.
@@ -150,14 +184,25 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     def own(*paths: str) -> dict[str, nn.Module]:
         return {path: model.get_submodule(path) for path in paths}
 
+    def trace_tower(
+        name: str, facts: VisionFacts, forward: Forward, modules: tuple[str, ...], indices: Mapping[str, Any]
+    ) -> Program:
+        entering = torch.empty(facts.input_of(batch), dtype=kind, device=meta)
+        held = _Indices(name, indices)
+        return trace_function(
+            name, lambda rows: forward(model, rows, facts, held.read()), {facts.input_name: entering},
+            ("features", "tower"), {**own(*modules), held.path: held}, None, constants | held.values,
+        )  # fmt: skip
+
     programs = [
-        trace_function(
-            "vision", lambda pixel_values: family.vision_forward(model, pixel_values),
-            {"pixel_values": pixels}, ("features", "tower"), own(*family.vision_modules), None, constants,
+        trace_tower(
+            "vision", facts, family.vision_forward, family.vision_modules,
+            family.vision_indices(source.config, facts, batch) if family.vision_indices is not None else {},
         ),
         trace_function(
             "decoder", run_decoder, entering, ("hidden",), own(family.decoder),
-            {name: {1: length} for name in entering}, constants,
+            {name: {value.dim() - 1 if name == "position_ids" else 1: length} for name, value in entering.items()},
+            constants,
         ),
         trace_function(
             "embedding", lambda ids: embedding(ids), {"ids": ids}, ("hidden",), own(family.embedding),
@@ -171,7 +216,64 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
         programs[1] = order_entry(programs[1], family.decoder_layers)
     if family.extra_rows:
         programs.append(_trace_parameter("extra_rows", model, family.extra_rows))
+    if source.audio is not None and family.audio is not None:
+        indices = family.audio.indices(source.config, source.audio, batch)
+        programs.append(trace_tower("audio", source.audio, family.audio.forward, family.audio.modules, indices))
     return Traced(source, geometry, dtype, model, ProgramSet({p.name: p for p in programs}))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows that attend to each other: ``bounds`` of the runs. Where they are of several lengths, ``taken`` sorts the
+    rows by their run's length and ``back`` undoes it."""
+
+    bounds: tuple[int, ...]
+    taken: Tensor | None = None
+    back: Tensor | None = None
+
+    @property
+    def starts(self) -> dict[int, list[int]]:
+        """Where the runs of each length begin."""
+        found: dict[int, list[int]] = {}
+        for start, end in pairwise(self.bounds):
+            found.setdefault(end - start, []).append(start)
+        return found
+
+
+class _Indices(nn.Module):
+    """The indices of a tower without their values, which are in ``values`` by name. A tower is traced on the ``meta``
+    device, where a tensor's values would be lost."""
+
+    def __init__(self, name: str, indices: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+        self.runs: dict[str, Runs] = {}
+        self.path = f"{name}.indices"
+        for key, value in indices.items():
+            if isinstance(value, Tensor):
+                self._hold(key, value)
+                continue
+            self.runs[key] = runs = Runs(tuple(value))
+            if len(runs.starts) > 1:
+                starts = runs.starts.items()
+                order = torch.tensor(
+                    [first + i for length, firsts in starts for first in firsts for i in range(length)]
+                )
+                self._hold(f"{key}_taken", order)
+                self._hold(f"{key}_back", order.argsort())
+
+    def _hold(self, key: str, value: Tensor) -> None:
+        self.register_buffer(key, torch.empty_like(value, device="meta"))
+        self.values[f"{self.path}.{key}"] = value
+
+    def read(self) -> dict[str, Any]:
+        """What a tower takes. To be called while it is traced: the exporter then knows these as its own buffers."""
+        held = dict(self.named_buffers())
+        given: dict[str, Any] = {
+            key: Runs(runs.bounds, held.pop(f"{key}_taken", None), held.pop(f"{key}_back", None))
+            for key, runs in self.runs.items()
+        }
+        return given | held
 
 
 def _trace_parameter(name: str, model: nn.Module, path: str) -> Program:
@@ -190,20 +292,26 @@ def _trace_parameter(name: str, model: nn.Module, path: str) -> Program:
 
 def build_meta_model(source: Source, dtype: str) -> nn.Module:
     """The Hugging Face model without weights: parameters on ``meta``, computed buffers real on the CPU."""
-    from transformers import AutoModelForImageTextToText
+    import transformers
     from transformers.utils import logging as hf_logging
 
     register_attention()
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
+    family = source.family
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
-                source.config, attn_implementation=ATTENTION, dtype=DTYPES[dtype]
-            ).eval()
+            model: nn.Module = getattr(transformers, family.auto_class).from_config(
+                deepcopy(source.config), attn_implementation=ATTENTION, dtype=DTYPES[dtype]
+            )
     finally:
         hf_logging.set_verbosity(verbosity)
-    return model  # type: ignore[no-any-return]
+    if source.vision.packed:
+        audio = family.audio.modules[:1] if family.audio is not None else ()
+        for path in (family.vision_modules[0], *audio):
+            # At construction a name like this is refused: it would have to be a library that is installed.
+            model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
+    return model.eval()
 
 
 def register_attention() -> None:
@@ -212,6 +320,7 @@ def register_attention() -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _attention_function)
+    AttentionInterface.register(PACKED, _packed_attention_function)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
@@ -229,6 +338,33 @@ def _attention_function(
     return out.transpose(1, 2), None
 
 
+def _packed_attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention inside :class:`Runs` of ``[1,H,S,d]``, which the tower hands on as ``cu_seq_lens_q``.
+
+    Runs of one length are a batch, so that a layer whose runs are all alike is one node.
+    """
+    runs: Runs = kwargs["cu_seq_lens_q"]
+    scale = float(kwargs["scaling"])
+    heads, width = query.shape[1], query.shape[3]
+
+    def attend(length: int, *parts: Tensor) -> Tensor:
+        batched = [part[0].reshape(heads, -1, length, width).transpose(0, 1).contiguous() for part in parts]
+        out = ops.attention(*batched, scale, False)
+        return out.transpose(1, 2).reshape(-1, heads, width)
+
+    if runs.taken is None or runs.back is None:
+        return attend(next(iter(runs.starts)), query, key, value)[None], None
+    turned = [part.index_select(2, runs.taken) for part in (query, key, value)]
+    outs, at = [], 0
+    for length, starts in runs.starts.items():
+        end = at + length * len(starts)
+        outs.append(attend(length, *(part[:, :, at:end] for part in turned)))
+        at = end
+    return torch.cat(outs).index_select(0, runs.back)[None], None
+
+
 def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that no checkpoint holds (rotary frequencies, position indices), by name, on the CPU.
 
@@ -237,7 +373,11 @@ def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if module._non_persistent_buffers_set:
-            twin = type(module)(module.config) if hasattr(module, "config") else _fill_buffers(model, module)
+            if isinstance(module, nn.Embedding):  # built anew it would have its table
+                twin = _fill_buffers(model, module)
+            else:
+                wanted = list(inspect.signature(type(module)).parameters)
+                twin = type(module)(*(getattr(module, name) for name in wanted if hasattr(module, name)))
             found.update({f"{path}.{n}": getattr(twin, n).detach() for n in module._non_persistent_buffers_set})
     return found
 
@@ -245,7 +385,7 @@ def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _fill_buffers(model: Any, module: nn.Module) -> nn.Module:
     """A copy of a module that cannot be built from a configuration alone, its computed buffers filled by the model's
     own initialisation; parameters stay on ``meta``."""
-    twin = copy.copy(module)
+    twin = copy(module)
     twin._buffers = {n: torch.empty_like(b, device="cpu") for n, b in module._buffers.items() if b is not None}
     model._init_weights(twin)
     return twin

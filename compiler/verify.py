@@ -97,8 +97,7 @@ def check_model(manifest: Manifest, source: Source) -> None:
 def recover_job(manifest: Manifest, source: Source, plan: Callable[..., Job], recipe: str | None) -> Job:
     """The job a bundle was compiled from; its digests must match the manifest's."""
     check_model(manifest, source)
-    sizes = manifest.geometry
-    geometry = Geometry(sizes.batch, sizes.images, sizes.text_tokens, sizes.new_tokens)
+    geometry = Geometry.of(manifest)
     row = load_recipe(recipe or manifest.recipe.name)
     job = plan(source, geometry, row, manifest.recipe.keep if row.stages else None)
     if digest_plan(job.plan, job.stages) != manifest.recipe.sha256:

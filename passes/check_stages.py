@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from secateur.compiler.families.family import VisionFacts
 from secateur.passes.signals import NEED_CLS, attends_in_tower
 from secateur.passes.stage import StageFunction
+from secateur.passes.units import sides
 from secateur.runtime.errors import UserError
 
 
-def check_stages(stages: Sequence[StageFunction], facts: VisionFacts) -> None:
+def check_stages(stages: Sequence[StageFunction], facts: VisionFacts, audio: VisionFacts | None = None) -> None:
     """Raises UserError that names the stage, the signal or site that does not fit, and what would."""
     scored, part = False, 0
     for index, stage in enumerate(stages):
@@ -26,7 +27,10 @@ def check_stages(stages: Sequence[StageFunction], facts: VisionFacts) -> None:
             )
         scored = scored or stage.bound.score is not None
         _check_exit(stage)
-        if not planned.site.kind.startswith("decoder"):
+        if planned.site.kind == "audio.out":
+            assert audio is not None, "stages for sound are planned where there is sound"
+            _check_tower_stage(stage, [s for s in stages[:index] if s.planned.site.kind == "audio.out"], audio)
+        elif not planned.site.kind.startswith("decoder"):
             _check_tower_stage(stage, stages[:index], facts)
 
 
@@ -72,7 +76,7 @@ def tower_layers(stage: StageFunction, facts: VisionFacts) -> dict[str, tuple[in
 
 def _place(layer: str, facts: VisionFacts, where: str) -> int:
     if layer == "read":
-        return facts.feature_layer
+        return _nearest_whole(facts.feature_layer, facts)
     number, _, depth = layer.partition("/")
     index = facts.feature_layer + 1 if layer == "next" else int(number)
     if depth:
@@ -83,17 +87,33 @@ def _place(layer: str, facts: VisionFacts, where: str) -> int:
             where=where,
             available=[f"0 to {facts.layers - 1}", f"read ({facts.feature_layer})"],
         )
-    return index
+    return _nearest_whole(index, facts)
+
+
+def _nearest_whole(index: int, facts: VisionFacts) -> int:
+    """The layer itself, or in a tower that attends in windows the nearest one whose attention spans the image: the
+    later of two that are equally near."""
+    if not facts.attends_whole:
+        return index
+    return min(facts.attends_whole, key=lambda layer: (abs(layer - index), -layer))
 
 
 def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], facts: VisionFacts) -> None:
     planned = stage.planned
-    if planned.site.kind == "vision.layer" and facts.merge > 1:
+    if planned.site.kind == "vision.layer" and facts.merge != 1:
+        down, across = sides(facts.merge)
         raise UserError(
-            f"no stage can stand at {planned.site}: behind this tower every {facts.merge} by {facts.merge} patches "
+            f"no stage can stand at {planned.site}: behind this tower every {down} by {across} patches "
             "become one visual token, so its layers need them all",
             where=planned.name,
             available=["vision.out", "projector.out", "decoder.layer[k]"],
+        )
+    if facts.packed and (told := [s for s in stage.signals if s in ("projector_inputs", "probe_slopes")]):
+        raise UserError(
+            f"signal {told[0]!r} needs one row before the projector for every visual token, and this projector puts "
+            "patches together itself",
+            where=planned.name,
+            fix="use tokens, or another recipe",
         )
     if planned.site.kind == "vision.layer" and (planned.site.layer or 0) > facts.feature_layer:
         raise UserError(

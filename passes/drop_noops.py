@@ -11,6 +11,9 @@ from secateur.passes.edit import Node, aten, erase_dead, is_call, replace_node
 def drop_noops(program: Program) -> Program:
     module = program.edit()
     for node in list(module.graph.nodes):
+        if node.kwargs.get("device") is not None:
+            # That the model was traced on the meta device is no matter of the graph.
+            node.kwargs = {**node.kwargs, "device": None}
         if is_call(node, aten._assert_tensor_metadata.default):
             module.graph.erase_node(node)
         elif is_call(node, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default):

@@ -157,6 +157,9 @@ def _renumber(graph: fx.Graph, tables: Sequence[Node], batch: int, length: int) 
 def recompute_tables(graph: fx.Graph, tables: Sequence[Node], positions: Node, length: int) -> dict[Node, Node]:
     """Rotary tables for other positions ``[B,length]``: table -> its twin."""
     root = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "position_ids")
+    if root.meta["val"].dim() == 3:
+        batch = root.meta["val"].shape[1]
+        positions = graph.call_function(aten.expand.default, (positions, [3, batch, length]))
     sizes = {n: length for n in graph.nodes if is_call(n, aten.sym_size.int)}
     sources = [t.meta.get("table", t) for t in tables]
     made = clone_slice(sources, {root: positions, **sizes}) if sources else []

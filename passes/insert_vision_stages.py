@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.compiler import ops
-from secateur.compiler.families.family import Family, VisionFacts
+from secateur.compiler.families.family import Tower, VisionFacts
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.check_stages import tower_layers
@@ -25,18 +25,18 @@ from secateur.runtime.errors import UserError
 def insert_vision_stages(
     program: Program,
     stages: Sequence[StageFunction],
-    family: Family,
+    tower: Tower,
     facts: VisionFacts,
-    images: int,
     carries: bool = False,
 ) -> Program:
-    """``vision`` with its stages; outputs ``features [B,F,D]``, with ``carries`` what the last score carries on
+    """A tower's program with its stages; outputs ``features [B,F,D]``, with ``carries`` what the last score carries on
     (``carried [B,F]``), and ``kept.stage<i> [B,K]`` per stage that chooses.
 
     ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``.
     """
+    images = facts.frames
     batch = shape_of(program.results[0])[0] // images
-    inserting = _Inserting(family, facts, batch)
+    inserting = _Inserting(tower, facts, batch)
     for index, stage in enumerate(stages):
         later = track_state(stages, index + 1)
         tracked = [*later, *(["carried"] if carries and "carried" not in later else [])]
@@ -63,8 +63,8 @@ class _Inserting:
     """One program on its way through the stages. Its outputs are the features, the tower's last state, and then
     ``outputs``: kept indices, and under their own names the state later stages want."""
 
-    def __init__(self, family: Family, facts: VisionFacts, batch: int) -> None:
-        self.family, self.facts, self.batch = family, facts, batch
+    def __init__(self, paths: Tower, facts: VisionFacts, batch: int) -> None:
+        self.paths, self.facts, self.batch = paths, facts, batch
         self.outputs: list[str] = []
         self.part = 0
 
@@ -105,7 +105,7 @@ class _Inserting:
             held = {n: given[n] for n in state} | made
             seen = PatchView(
                 given["tokens"][:, cls:], {n: given[n] for n in raw_names}, next(iter(scales)), facts.has_cls, held,
-                {n: given[n] for n in extra}, facts.grid, facts.merge,
+                {n: given[n] for n in extra}, facts.grid, facts.merge, facts.patch_order,
             )  # fmt: skip
             return self._results(stage, seen, given["tokens"][:, :cls], reduce_patches(stage, seen, layers, tracked))
 
@@ -123,7 +123,7 @@ class _Inserting:
             for user in after:
                 user.replace_input_with(value, tokens)
             if inside:
-                _shorten(graph, order, value, cls + planned.length_in, cls + planned.length_out, self.family)
+                _shorten(graph, order, value, cls + planned.length_in, cls + planned.length_out, self.paths)
         return self._update_outputs(program, module, kept, dict(zip(passed, results[len(fixed) :], strict=True)))
 
     def _results(self, stage: StageFunction, seen: PatchView, cls: Tensor, thin: Thinned) -> tuple[Tensor, ...]:
@@ -153,18 +153,18 @@ class _Inserting:
     def _site_value(self, graph: fx.Graph, stage: StageFunction) -> Node:
         """The tensor a stage reduces: what a tower layer reads, what the projector reads, or what it returns."""
         kind = stage.planned.site.kind
-        if kind == "projector.out":
+        if kind in ("projector.out", "audio.out"):
             features: Node = args_of(graph.output_node())[0][0]
             return features
         if kind == "vision.layer":
-            return _entering(graph, f"{self.family.vision_layers}.{stage.planned.site.layer}", str(stage.planned.site))
-        return _entering(graph, self.family.projector_entry or self.family.projector, kind)
+            return _entering(graph, f"{self.paths.layers}.{stage.planned.site.layer}", str(stage.planned.site))
+        return _entering(graph, self.paths.entry, kind)
 
     def _readers(self, graph: fx.Graph, value: Node, stage: StageFunction, order: Mapping[Node, int]) -> list[Node]:
         """Who shall read the shorter stream: at an inner site everything behind it, after the tower what leads to the
         features (signals of later stages and the tower's own end keep the whole)."""
         if stage.planned.site.kind == "vision.layer":
-            first = min(order[n] for n in _inside(graph, f"{self.family.vision_layers}.{stage.planned.site.layer}"))
+            first = min(order[n] for n in _inside(graph, f"{self.paths.layers}.{stage.planned.site.layer}"))
             return [n for n in value.users if order[n] >= first and n.op != "output"]
         features = args_of(graph.output_node())[0][0]
         return [n for n in value.users if n.op == "output" or _leads_to(n, features)]
@@ -172,7 +172,7 @@ class _Inserting:
     def _attention(self, graph: fx.Graph, layer: int, where: str) -> Node:
         found = [
             n for n in graph.nodes
-            if is_call(n, ops.attention) and layer_index(n, self.family.vision_layers) == layer
+            if is_call(n, ops.attention) and layer_index(n, self.paths.layers) == layer
         ]  # fmt: skip
         if len(found) != 1:
             raise UserError(f"tower layer {layer} has {len(found)} attention nodes", where=where)
@@ -183,7 +183,7 @@ class _Inserting:
         if not {"projector_inputs", "probe_slopes"} & set(stage.signals):
             return {}
         graph = module.graph
-        rows = _entering(graph, self.family.projector_entry or self.family.projector, "projector")
+        rows = _entering(graph, self.paths.entry, "projector")
         found: dict[str, Node] = {}
         if "projector_inputs" in stage.signals:
             found["projector_inputs"] = rows
@@ -194,7 +194,7 @@ class _Inserting:
                 lambda rows: make_probes(rows, options["directions"], options["step"], options["seed"]),
                 {"rows": _zeros_like(rows)}, ("probes",),
             )  # fmt: skip
-            inside = _inside(graph, self.family.projector)
+            inside = _inside(graph, self.paths.projector)
             (leaving,) = {n for n in inside if any(u not in inside for u in n.users)}
             with graph.inserting_before(at):
                 (probes,) = splice(module, traced, {"rows": rows})
@@ -236,13 +236,13 @@ def _leads_to(user: Node, target: Node) -> bool:
     return False
 
 
-def _shorten(graph: fx.Graph, order: Mapping[Node, int], value: Node, before: int, after: int, family: Family) -> None:
+def _shorten(graph: fx.Graph, order: Mapping[Node, int], value: Node, before: int, after: int, paths: Tower) -> None:
     """Put the new number of rows where the tower's later layers have it as a constant: dimension 1 of a shape."""
     for node in graph.nodes:
         if order.get(node, -1) <= order[value] or not is_call(node, *_SHAPED):
             continue
         shape = list(args_of(node)[1])
-        if layer_index(node, family.vision_layers) is not None and len(shape) > 1 and shape[1] == before:
+        if layer_index(node, paths.layers) is not None and len(shape) > 1 and shape[1] == before:
             node.args = (args_of(node)[0], [shape[0], after, *shape[2:]], *args_of(node)[2:])
 
 

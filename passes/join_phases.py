@@ -6,7 +6,8 @@ Embedding lookup and the merge of image features into the text stream happen ins
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,14 @@ from secateur.compiler import ops
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
+
+
+class Axes(NamedTuple):
+    """Position ids of three axes. ``offsets`` are those of every place of the media from the first id of its item;
+    None where the ids count slots. ``places`` are those of the tokens that enter, None where a stage chose them."""
+
+    offsets: Sequence[tuple[int, int, int]] | None
+    places: tuple[int, ...] | None
 
 
 def join_prefill(
@@ -30,6 +39,7 @@ def join_prefill(
     kept_per_image: int,
     original_positions: bool,
     extra_rows: int = 0,
+    axes: Axes | None = None,
     blocks: bool = False,
 ) -> Program:
     """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
@@ -38,6 +48,8 @@ def join_prefill(
     ``original_positions`` numbers the features by the patches they came from: image j's tokens start after
     ``j * (tokens_per_image + extra_rows)`` image tokens, survivor p of it at ``kept``'s index, its extra rows behind
     all its patches, and text counts all of them. The decoder may read ``carried [B,V]``, which becomes an input here.
+    With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
+    their item.
     With ``blocks`` it reads ``block_ids [B,N]``: image tokens that follow each other without a gap are one block.
     """
     batch, count = features.shape[0], features.shape[1]
@@ -74,11 +86,21 @@ def join_prefill(
         behind = image * whole + tokens_per_image + torch.arange(extra_rows)
         return torch.cat((patches, behind.expand(batch, images, extra_rows)), 2).reshape(batch, count)
 
+    def add_offsets(positions: Tensor, image: Tensor, rank: Tensor, *kept: Tensor) -> Tensor:
+        assert axes is not None
+        assert axes.offsets is not None
+        table = torch.tensor(list(axes.offsets)).t()
+        places = kept[0].gather(1, rank) if kept else torch.tensor(list(axes.places or ()))[rank]
+        moved = table.index_select(1, places.reshape(-1)).reshape(3, batch, sequence)
+        return positions + torch.where(image, moved, 0)
+
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     flags, rows = torch.ones(batch, sequence, dtype=torch.bool), torch.zeros(batch, sequence, dtype=torch.int64)
     module = fx.GraphModule(nn.Module(), fx.Graph())
     graph = module.graph
-    names = ["input_ids", "lengths", "features", *(["kept"] if original_positions else [])]
+    chosen = original_positions if axes is None else axes.offsets is not None and axes.places is None
+    given = axes is not None and axes.offsets is not None
+    names = ["input_ids", "lengths", "features", *(["kept"] if chosen else []), *(["positions"] if given else [])]
     port = {name: graph.placeholder(name) for name in names}
     for node in decoder.graph.nodes:
         if node.op == "placeholder" and (node.name == "carried" or node.name.startswith("past_")):
@@ -100,7 +122,22 @@ def join_prefill(
         module, trace_function("mix", mix, values, ("hidden",)),
         {"image": image, "rank": rank, "features": port["features"], "embedded": embedded},
     )  # fmt: skip
-    if original_positions:
+    if axes is not None and axes.offsets is not None:
+        port["positions"].meta["val"] = ids
+        feed_axes = {"positions": ids, "image": flags, "rank": rows}
+        from_axes = {"positions": port["positions"], "image": image, "rank": rank}
+        if chosen:
+            port["kept"].meta["val"] = torch.zeros(batch, count, dtype=torch.int64)
+            feed_axes["kept"], from_axes["kept"] = port["kept"].meta["val"], port["kept"]
+        numbering = trace_function("add_offsets", add_offsets, feed_axes, ("positions",))
+        (positions,) = splice(module, numbering, from_axes)
+    elif axes is not None:
+        numbering = trace_function(
+            "count_slots", lambda input_ids: count_slots(input_ids).expand(3, batch, sequence), {"input_ids": ids},
+            ("positions",),
+        )  # fmt: skip
+        (positions,) = splice(module, numbering, port)
+    elif original_positions:
         kept = torch.zeros(batch, images * kept_per_image, dtype=torch.int64)
         port["kept"].meta["val"] = kept
         numbering = trace_function(
@@ -150,6 +187,9 @@ def join_decode(decoder: Program, embedding: Program, head: Program, batch: int)
             port[node.name].meta = dict(node.meta)
     (hidden,) = splice(module, embedding, {"ids": port["input_ids"]})
     positions = graph.call_function(aten.unsqueeze.default, (port["position"], 1))
+    wanted = next(n.meta["val"] for n in decoder.graph.nodes if n.op == "placeholder" and n.name == "position_ids")
+    if wanted.dim() == 3:  # a word stands at the same place on every axis
+        positions = graph.call_function(aten.expand.default, (positions, [3, batch, 1]))
     normed, *rest = splice(module, decoder, {**port, "hidden": hidden, "position_ids": positions})
     (logits,) = splice(module, head, {"row": graph.call_function(aten.squeeze.dim, (normed, 1))})
     graph.output((logits, *rest))

@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.compiler import ops
 from secateur.compiler.recipe import PlannedStage
 from secateur.passes.stage import StageFunction
-from secateur.passes.units import mean_units, sum_units
+from secateur.passes.units import Merge, mean_units, sum_units
 
 STATE = ("carried", "size", "source")
 """Signals that are handed from stage to stage, one number per prunable token of a row."""
@@ -261,7 +261,7 @@ class PatchView:
     """A tower-side stage's surroundings. ``tokens [M,N,D]`` visual tokens of every image; ``raw`` queries, keys and
     values ``[M,H,(1+)P,d]`` by kind and tower layer (:func:`tower_raw`); ``cls`` whether row 0 is the CLS token;
     ``state [M,N]``; ``extra``: "projector_inputs [M,N,Dv]" and "probes [2*m*M,N,D]" where asked for. The P patches are
-    the N tokens, or ``merge ** 2`` of them make one on a ``grid`` of tokens (:mod:`secateur.passes.units`)."""
+    the N tokens, or several of them make one on a ``grid`` of tokens (:mod:`secateur.passes.units`)."""
 
     tokens: Tensor
     raw: Mapping[str, Tensor]
@@ -270,7 +270,14 @@ class PatchView:
     state: Mapping[str, Tensor]
     extra: Mapping[str, Tensor]
     grid: tuple[int, int]
-    merge: int = 1
+    merge: Merge = 1
+    order: tuple[int, ...] = ()
+    """Of each patch, row by row, its place among ``raw``'s; empty where they are row by row."""
+
+    def heads(self, kind: str, layer: int) -> Tensor:
+        """Queries, keys or values of a tower layer, patches row by row."""
+        raw = self.raw[tower_raw(kind, layer)]
+        return raw.index_select(2, torch.tensor(self.order)) if self.order else raw
 
 
 _TOWER_KINDS: dict[str, tuple[str, ...]] = {
@@ -324,15 +331,15 @@ def _patch_signal(name: str, stage: StageFunction, seen: PatchView, layers: tupl
         return torch.stack(each, 1)
     (layer,) = layers
     if name == "cls_values":
-        return seen.raw[tower_raw("value", layer)][:, :, 0].float()
+        return seen.heads("value", layer)[:, :, 0].float()
     if name in ("queries", "keys", "values"):
-        heads = seen.raw[tower_raw(name[:-1] if name != "queries" else "query", layer)][:, :, first:].float()
+        heads = seen.heads(name[:-1] if name != "queries" else "query", layer)[:, :, first:].float()
         return mean_units(heads, seen.grid, seen.merge, 2)
     return _tower_attention(name, options, seen, layer)
 
 
 def _tower_attention(name: str, options: Mapping[str, object], seen: PatchView, layer: int) -> Tensor:
-    query, key = seen.raw[tower_raw("query", layer)], seen.raw[tower_raw("key", layer)]
+    query, key = seen.heads("query", layer), seen.heads("key", layer)
     first, scale = int(seen.cls), seen.scale
     if name == "cls_attention":
         query = query[:, :, :1]

@@ -35,7 +35,7 @@ def check_placeholders(manifest: Manifest, ids: Ints, lengths: Ints) -> None:
 def check_kept(manifest: Manifest, kept: Ints) -> Ints:
     """A copy of ``kept`` as int64 [B, V], each an original patch of its row."""
     geometry, given = manifest.geometry, np.array(kept)
-    shape, patches = (geometry.batch, geometry.patches), geometry.images * geometry.tokens_per_image
+    shape, patches = (geometry.batch, geometry.patches), geometry.places
     if given.shape != shape or given.dtype.kind not in "iu":
         raise UserError(f"kept is {given.dtype}{list(given.shape)}", where="prefill", fix=f"give int64{list(shape)}")
     if given.min() < 0 or given.max() >= patches:

@@ -86,10 +86,7 @@ class ImagePipeline:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImagePipeline:
         """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``."""
-        nested = config.get("image_processor")
-        if nested is not None and not isinstance(nested, Mapping):
-            raise BundleError(f"image_processor is {nested!r}, not an object", where="processor_config.json")
-        config = nested or config
+        config = read_part(config, "image_processor")
         name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
         kind = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
         if kind not in DEFAULTS:
@@ -114,16 +111,13 @@ class ImagePipeline:
             longest = _read_edge(values["size"], "size") if values.get("do_resize", True) else None
             side = _read_edge(values["max_image_size"], "max_image_size")
             values = {**values, "size": {"height": side, "width": side}, "do_resize": True}
-        normalize = values.get("do_normalize", True)
-        std = _three(values["image_std"]) if normalize else None
-        if std is not None and np.array(std, dtype=np.float32).min() <= 0:
-            raise BundleError(f"image_std is {values['image_std']!r}, pixels are divided by it", where=_WHERE)
+        mean, std = read_mean_std(values)
         return cls(
             size=_read_size(values["size"], "size") if values.get("do_resize", True) else None,
             resample=Image.Resampling(int(values.get("resample", Image.Resampling.BICUBIC))),
             crop=_read_crop(values["crop_size"]) if values["do_center_crop"] else None,
-            rescale=float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else None,
-            mean=_three(values["image_mean"]) if normalize else None,
+            rescale=read_rescale(values),
+            mean=mean,
             std=std,
             longest=longest,
             square=_mean_colour(values["image_mean"]) if square else None,
@@ -146,14 +140,23 @@ class ImagePipeline:
         pixels = np.moveaxis(np.asarray(rgb), -1, 0)
         if self.crop is not None:
             pixels = center_crop(pixels, self.crop)
-        # The product is taken in float64 and rounded once; mean and deviation are applied in float32.
-        values = pixels.astype(np.float32)
-        if self.rescale is not None:
-            values = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
-        if self.mean is not None and self.std is not None:
-            mean, std = (np.array(x, dtype=np.float32)[:, None, None] for x in (self.mean, self.std))
-            values = (values - mean) / std
-        return np.ascontiguousarray(values, dtype=np.float32)
+        return normalize(pixels, self.rescale, self.mean, self.std)
+
+
+def normalize(
+    pixels: NDArray[np.uint8],
+    rescale: float | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> NDArray[np.float32]:
+    """uint8 [3, H, W] to float32 [3, H, W]: times ``rescale``, minus ``mean``, over ``std``; None leaves a step out."""
+    # A colour has 256 values, each is computed once: the product in float64 and rounded, the rest in float32.
+    levels = np.arange(256) * (1.0 if rescale is None else rescale)
+    table = np.broadcast_to(levels.astype(np.float32), (3, 256))
+    if mean is not None and std is not None:
+        centre, spread = (np.array(x, dtype=np.float32)[:, None] for x in (mean, std))
+        table = (table - centre) / spread
+    return np.stack([values[colour] for values, colour in zip(table, pixels, strict=True)])
 
 
 def read_rgb(image: ImageLike) -> Image.Image:
@@ -277,6 +280,29 @@ def _read_crop(size: Any) -> tuple[int, int]:
 def _mean_colour(mean: Any) -> tuple[int, int, int]:
     red, green, blue = (int(255 * value) for value in _three(mean))
     return red, green, blue
+
+
+def read_part(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """One processor's part of a ``processor_config.json``; a configuration of one processor as it is."""
+    nested = config.get(part)
+    if nested is not None and not isinstance(nested, Mapping):
+        raise BundleError(f"{part} is {nested!r}, not an object", where="processor_config.json")
+    return nested or config
+
+
+def read_rescale(values: Mapping[str, Any]) -> float | None:
+    """The factor of a configuration's pixels; None if it leaves them as they are."""
+    return float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else None
+
+
+def read_mean_std(values: Mapping[str, Any]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation per colour channel; None and None if a configuration does not normalise."""
+    if not values.get("do_normalize", True):
+        return None, None
+    std = _three(values["image_std"])
+    if np.array(std, dtype=np.float32).min() <= 0:
+        raise BundleError(f"image_std is {values['image_std']!r}, pixels are divided by it", where=_WHERE)
+    return _three(values["image_mean"]), std
 
 
 def _three(values: Any) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from secateur.runtime.backends import Backend, Buffer
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.given import check_kept, check_placeholders
 from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, present_port
+from secateur.runtime.media import media_positions
 from secateur.runtime.schema import Manifest
 
 Floats = NDArray[np.float32]
@@ -30,6 +31,8 @@ class Request:
         """Real tokens of each row before pruning, int64 [B]."""
         self.step: int | None = None
         """Decode steps done since prefill; None before it."""
+        self._next: Ints | None = None
+        """Position id of each row's first new token, int64 [B], where media count otherwise than slots."""
         self._backend = backend
         shared: dict[str, Buffer] = {}
         for name, shape in cache_shapes(manifest).items():
@@ -44,9 +47,18 @@ class Request:
         self._patches: Ints | None = None
         """Original patch of each visual token that prefill will read, int64 [B, V]; None where nobody said."""
 
-    def encode(self, pixel_values: Floats) -> Floats:
-        """Run ``vision``: [B*n, 3, H, W] -> the features that prefill will read, [B, F, D]."""
-        self._ports["vision"]["pixel_values"].write(pixel_values)
+    def encode(self, pixel_values: Floats, input_features: Floats | None = None) -> Floats:
+        """Run ``vision``: [B*n, 3, H, W], or what its port says, -> the features that prefill will read, [B, F, D].
+
+        ``input_features`` float32 [B, mel bins, frames] where the bundle hears.
+        """
+        ports = self._ports["vision"]
+        if ("input_features" in ports) != (input_features is not None):
+            lacks = "sound is missing" if input_features is None else "the bundle does not hear"
+            raise UserError(lacks, where="encode", fix="see geometry.audio_seconds of the manifest")
+        ports["pixel_values"].write(pixel_values)
+        if input_features is not None:
+            ports["input_features"].write(input_features)
         self._kept, self._patches = {}, None
         self._bound["vision"].run()
         self._patches = self._follow("vision", self._all_patches())
@@ -89,6 +101,9 @@ class Request:
                     "prefill needs the vision program's survivors", where="prefill", fix="call encode first"
                 )
             ports["kept"].write(self._patches)
+        if "positions" in ports and self.manifest.media is not None:
+            positions, self._next = media_positions(self.manifest, self.manifest.media, ids, lengths)
+            ports["positions"].write(positions)
         self.step = None
         self._bound["prefill"].run()
         if self._patches is not None:
@@ -105,7 +120,8 @@ class Request:
         for name, slot in slots.items():
             ports[name].write(slot)
         if "position" in ports:  # a decoder without position ids has no such input
-            ports["position"].write(decode_positions(self.manifest, self.lengths, self.step))
+            at = decode_positions(self.manifest, self.lengths, self.step)
+            ports["position"].write(at if self._next is None else self._next + self.step)
         ports["input_ids"].write(np.asarray(tokens, dtype=np.int64).reshape(-1, 1))
         self._bound["decode"].run()
         self.step += 1
@@ -157,7 +173,7 @@ class Request:
     def _all_patches(self) -> Ints:
         """Every patch of every row, int64 [B, n*T]."""
         geometry = self.manifest.geometry
-        return np.tile(np.arange(geometry.images * geometry.tokens_per_image), (geometry.batch, 1))
+        return np.tile(np.arange(geometry.places), (geometry.batch, 1))
 
     def _take(self, features: Floats, kept: Ints | None) -> None:
         """Features made elsewhere: what the last ``encode`` kept is not theirs."""

@@ -64,10 +64,34 @@ class Model(_Frozen):
     eos_token_ids: list[int]
     pad_token_id: Count
     video_token_id: Count | None = None
-    """What the checkpoint marks a video with; no program takes one."""
+    """What the checkpoint marks a video with."""
     image_before: list[Count] = []
     image_behind: list[Count] = []
+    audio_token_id: Count | None = None
     """The tokens that stand before and behind every image's placeholders; they are text, not image tokens."""
+
+
+class MediaItem(_Frozen):
+    """What one placeholder of a prompt stands for: ``tokens`` that enter the decoder, and ``span`` position ids before
+    the text behind it goes on; ``reach`` is one more than the largest id inside, from its first."""
+
+    kind: Literal["image", "video", "audio", "video with sound"]
+    tokens: Size
+    span: Size
+    reach: Size
+
+
+class Media(_Frozen):
+    """The media of a row in the order of its prompt, for models whose position ids have several axes."""
+
+    items: list[MediaItem]
+    around: dict[str, list[list[Count]]] = {}
+    """Kind -> the tokens before and behind such an item that transformers numbers it by; they are in the prompt's
+    text."""
+    sound_before: list[Count] = []
+    sound_behind: list[Count] = []
+    """The tokens put around a video that brings its sound along; each has the position id of the mark of the video
+    beside it."""
 
 
 class Stage(_Frozen):
@@ -132,11 +156,23 @@ class GeometrySizes(_Frozen):
     features_per_image: Size
     extra_rows: Count = 0
     sequence: Size
+    frames: Count = 0
+    """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames."""
+    fps: float = 0.0
+    """Frames of the video in a second."""
+    audio_seconds: Count = 0
+    audio_tokens: Count = 0
+    """Tokens of a row's sound; all of them enter the decoder."""
 
     @property
     def features(self) -> int:
-        """Image tokens of a row that enter the decoder."""
-        return self.images * self.features_per_image
+        """Tokens of a row's media that enter the decoder."""
+        return self.images * self.features_per_image + self.audio_tokens
+
+    @property
+    def places(self) -> int:
+        """Tokens of a row's media before anything is pruned, extra rows left out."""
+        return self.images * self.tokens_per_image + self.audio_tokens
 
     @property
     def patches(self) -> int:
@@ -212,6 +248,7 @@ class Manifest(_Frozen):
     sm: int | None = None
     programs: dict[str, Program]
     segments: list[Segment]
+    media: Media | None = None
     position_offset: int
     notes: list[str] = []
     """What whoever uses the bundle should know."""

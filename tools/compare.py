@@ -93,13 +93,12 @@ def _read_geometry(
     from secateur.runtime.manifest import read_manifest
 
     named = {"batch": batch, "images": images, "text_tokens": text_tokens, "new_tokens": new_tokens}
-    given = {name: value for name, value in named.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if not given:
         return None
     for run in runs:
         if Path(run).is_dir():
-            sizes = read_manifest(Path(run)).geometry
-            given = {name: getattr(sizes, name) for name in ("batch", "images", "text_tokens", "new_tokens")} | given
+            given = vars(Geometry.of(read_manifest(Path(run)))) | given
     return Geometry(**given)
 
 

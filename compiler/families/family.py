@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.compiler.geometry import Geometry
+from secateur.compiler.media import MediaLayout
 from secateur.runtime.errors import UserError
 
 
@@ -22,8 +24,22 @@ class VisionFacts:
     """0-based tower layer whose output the projector reads."""
     has_cls: bool
     channels: int = 3
-    merge: int = 1
-    """Patches along each side of the square that becomes one visual token between tower and projector; 1: a patch."""
+    merge: int | tuple[int, int] = 1
+    """Patches along each side of the square that becomes one visual token between tower and projector; 1: a patch. Of
+    sound, down and across: (1, 2) where two positions become one token."""
+    frames: int = 1
+    """Grids of a row: its images, or the temporal grids of its video, or the stretches its sound is encoded in."""
+    input_name: str = "pixel_values"
+    input_shape: tuple[int, ...] = ()
+    """Of what the tower reads for all grids of one row; the batch multiplies the first dimension. Empty: one image
+    ``[3, height, width]`` a grid."""
+    patch_order: tuple[int, ...] = ()
+    """Where the tower keeps its patches in another order than row by row: of each patch of a grid, row by row, its
+    place there."""
+    attends_whole: tuple[int, ...] = ()
+    """Tower layers whose attention spans the whole grid, where others attend in windows; empty: all of them."""
+    packed: bool = False
+    """Whether the tower takes all grids in one row of patches, so that stages cannot stand before the projector."""
     extra_rows: int = 0
     """Rows that follow each image's patches in the prompt and that no stage may remove."""
     single_image: str = ""
@@ -36,6 +52,35 @@ class VisionFacts:
     def tokens_per_image(self) -> int:
         """Visual tokens of one image: what stages may remove, before any did."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens of all grids of a row."""
+        return self.frames * self.tokens_per_image
+
+    def input_of(self, batch: int) -> tuple[int, ...]:
+        """Shape of what the tower reads for ``batch`` rows."""
+        if not self.input_shape:
+            return batch * self.frames, self.channels, *self.image_size
+        return batch * self.input_shape[0], *self.input_shape[1:]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Paths inside the Hugging Face model: a tower's layers, their attention, and what is behind them."""
+
+    layers: str
+    projector: str
+    attention: str
+    projector_entry: str = ""
+    """The module that reads one row per visual token, if it is not the projector itself but inside of it."""
+
+    @property
+    def entry(self) -> str:
+        return self.projector_entry or self.projector
+
+
+Forward = Callable[[Any, Any, VisionFacts, Mapping[str, Any]], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,11 +100,17 @@ class Family:
     """Modules that own every parameter ``vision_forward`` uses."""
     embedding: str
     head: str
-    read_vision: Callable[[Any], VisionFacts]
-    """configuration -> facts; raises UserError for a layout that is not supported."""
-    vision_forward: Callable[[Any, Any], tuple[Any, Any]]
-    """(model, pixel_values [M,3,H,W]) -> (features [M,N,D] of the visual tokens, last tower state): every tower layer
-    must be reachable from the two, so that signals may be read from layers the features do not need."""
+    read_vision: Callable[[Any, Geometry], VisionFacts]
+    """(configuration, geometry) -> facts; raises UserError for a layout that is not supported."""
+    vision_forward: Forward
+    """(model, what the tower reads, facts, indices) -> (features [M,N,D] of the visual tokens, last tower state): every
+    tower layer must be reachable from the two, so that signals may be read from layers the features do not need."""
+    vision_indices: Callable[[Any, VisionFacts, int], Mapping[str, Any]] | None = None
+    """(configuration, facts, rows) -> what ``vision_forward`` gets as indices: tensors on the CPU, and runs of the rows
+    that attend to each other as tuples of bounds."""
+    vision_reference: Callable[[Any, Any, VisionFacts], Any] | None = None
+    """(model, what the tower reads, facts) -> features as transformers computes them, where ``vision_forward`` goes
+    another way."""
     vision_attention: str = "self_attn"
     """The attention module inside a tower layer."""
     image_marks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -75,11 +126,52 @@ class Family:
     hidden rows ``[1,S,D]``, positions ``[1,S]``, an empty cache, which slots are images' ``[1,S]`` bool) -> the
     decoder's ``attention_mask``, by transformers' own rule."""
     projector_entry: str = ""
-    """The module that reads one row per visual token, if it is not the projector itself but inside of it."""
+    """See :class:`Tower`."""
     project: Callable[[Any, Any], Any] | None = None
     """With ``projector_entry``: (projector, what the entry reads ``[M,N,Dv]``) -> ``[M,N,D]``."""
     extra_rows: str = ""
     """Path of the parameter ``[D]`` or ``[E,D]`` that follows each image's features; empty if nothing does."""
+    auto_class: str = "AutoModelForImageTextToText"
+    """The class of transformers that builds the model from its configuration."""
+    inner_config: str = ""
+    """Where the configuration of the part that is compiled lies in that of the whole; empty: it is the whole."""
+    read_media: Callable[[Any, Geometry, VisionFacts, VisionFacts | None], MediaLayout] | None = None
+    """(configuration, geometry, facts of what is seen, of what is heard) -> how the media of a row lie, for families
+    whose position ids have several axes; None where they count slots."""
+    reference_positions: Callable[[Any, Any, Any, Geometry], Any] | None = None
+    """(model, ids of an unpruned prompt [1,N], source, geometry) -> ids [3,N] as transformers numbers them."""
+    audio: AudioTower | None = None
+    """Where the parts that hear are; None for families that do not."""
+
+    @property
+    def tower(self) -> Tower:
+        return Tower(self.vision_layers, self.projector, self.vision_attention, self.projector_entry)
+
+
+@dataclass(frozen=True)
+class AudioTower:
+    """The parts of a family that hear. Functions as in :class:`Family`."""
+
+    tower: Tower
+    modules: tuple[str, ...]
+    read: Callable[[Any, Geometry], VisionFacts]
+    forward: Forward
+    indices: Callable[[Any, VisionFacts, int], Mapping[str, Any]]
+    reference: Callable[[Any, Any, VisionFacts], Any]
+
+
+def fixed_size(config: Any, geometry: Geometry) -> int:
+    """The number of images of a row, for families that take nothing but images of their own size."""
+    where = f"{config.name_or_path}/config.json"
+    for asked, option in ((geometry.frames, "--frames"), (geometry.audio_seconds, "--audio-seconds")):
+        if asked:
+            raise UserError(f"a {config.model_type} bundle takes images only", where=where, fix=f"leave {option} out")
+    if geometry.image_size is not None:
+        raise UserError(
+            f"images of a {config.model_type} model have the size its configuration says", where=where,
+            fix="leave --image-size out",
+        )  # fmt: skip
+    return geometry.images
 
 
 def read_feature_layer(config: Any, where: str, usual: str) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, read_grid
+from secateur.compiler.families.family import Family, VisionFacts, fixed_size, read_grid
+from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError
 
 
-def _read_vision(config: Any) -> VisionFacts:
+def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     vision, text = config.vision_config, config.text_config
     where = f"{config.name_or_path}/config.json"
     side, _ = read_grid(config, where)
@@ -33,6 +34,7 @@ def _read_vision(config: Any) -> VisionFacts:
                 f"text_config.{name} is {getattr(text, name)!r}", where=where, fix="Gemma 3 models leave it unset"
             )
     return VisionFacts(
+        frames=fixed_size(config, geometry),
         image_size=(vision.image_size, vision.image_size),
         grid=(columns, columns),
         merge=side // columns,
@@ -43,7 +45,7 @@ def _read_vision(config: Any) -> VisionFacts:
     )
 
 
-def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
+def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:
     outputs = model.model.get_image_features(pixel_values, return_dict=True)
     return outputs.pooler_output, outputs.last_hidden_state
 

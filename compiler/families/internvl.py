@@ -10,11 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, check_strategy, image_features, read_feature_layer
+from secateur.compiler.families.family import (
+    Family,
+    VisionFacts,
+    check_strategy,
+    fixed_size,
+    image_features,
+    read_feature_layer,
+)
+from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError
 
 
-def _read_vision(config: Any) -> VisionFacts:
+def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     layer = read_feature_layer(config, where, "InternVL3 uses -1")
@@ -22,6 +30,7 @@ def _read_vision(config: Any) -> VisionFacts:
     merge = _read_merge(config.downsample_ratio, where)
     side = _read_side(vision, merge, where)
     return VisionFacts(
+        frames=fixed_size(config, geometry),
         image_size=tuple(vision.image_size),
         grid=(side // merge, side // merge),
         merge=merge,
@@ -66,7 +75,7 @@ def _read_side(vision: Any, merge: int, where: str) -> int:
     return int(rows)
 
 
-def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
+def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:
     outputs = image_features(model, pixel_values)
     return outputs.pooler_output, outputs.last_hidden_state
 

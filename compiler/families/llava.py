@@ -8,13 +8,15 @@ from secateur.compiler.families.family import (
     Family,
     VisionFacts,
     check_strategy,
+    fixed_size,
     image_features,
     read_feature_layer,
     read_grid,
 )
+from secateur.compiler.geometry import Geometry
 
 
-def _read_vision(config: Any) -> VisionFacts:
+def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     layer = read_feature_layer(config, where, "LLaVA-1.5 uses -2")
@@ -22,6 +24,7 @@ def _read_vision(config: Any) -> VisionFacts:
         config, where, "default", "the 'full' strategy sends the CLS row to the decoder, which no recipe here expects"
     )
     return VisionFacts(
+        frames=fixed_size(config, geometry),
         image_size=(vision.image_size, vision.image_size),
         grid=read_grid(config, where),
         layers=vision.num_hidden_layers,
@@ -30,7 +33,7 @@ def _read_vision(config: Any) -> VisionFacts:
     )
 
 
-def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
+def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:
     import torch
 
     outputs = image_features(model, pixel_values)

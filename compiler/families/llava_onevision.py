@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, check_strategy, read_feature_layer, read_grid
+from secateur.compiler.families.family import (
+    Family,
+    VisionFacts,
+    check_strategy,
+    fixed_size,
+    read_feature_layer,
+    read_grid,
+)
+from secateur.compiler.geometry import Geometry
 
 
-def _read_vision(config: Any) -> VisionFacts:
+def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     layer = read_feature_layer(config, where, "LLaVA-OneVision uses -1")
@@ -23,6 +31,7 @@ def _read_vision(config: Any) -> VisionFacts:
         "the 'default' strategy drops the first row, which is a patch in a tower without a CLS token",
     )
     return VisionFacts(
+        frames=fixed_size(config, geometry),
         image_size=(vision.image_size, vision.image_size),
         grid=read_grid(config, where),
         layers=vision.num_hidden_layers,
@@ -34,7 +43,7 @@ def _read_vision(config: Any) -> VisionFacts:
     )
 
 
-def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
+def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:
     inner, layer = model.model, model.config.vision_feature_layer
     outputs = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
     # The last of the hidden states is what leaves the last layer, before the norm behind it.

@@ -12,11 +12,12 @@ from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, read_grid
+from secateur.compiler.families.family import Family, VisionFacts, fixed_size, read_grid
+from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError
 
 
-def _read_vision(config: Any) -> VisionFacts:
+def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     vision, merge = config.vision_config, config.scale_factor
     where = f"{config.name_or_path}/config.json"
     side, _ = read_grid(config, where)
@@ -28,6 +29,7 @@ def _read_vision(config: Any) -> VisionFacts:
         )
     _find_positions(vision.image_size, vision.patch_size)
     return VisionFacts(
+        frames=fixed_size(config, geometry),
         image_size=(vision.image_size, vision.image_size),
         grid=(side // merge, side // merge),
         merge=merge,
@@ -40,7 +42,7 @@ def _read_vision(config: Any) -> VisionFacts:
     )
 
 
-def _vision_forward(model: Any, pixel_values: Any) -> tuple[Any, Any]:
+def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:
     tower, parts = model.model.vision_model, model.model.vision_model.embeddings
     # Its own forward finds every patch's position in operations on a mask of padding, which whole images do not need.
     patches = parts.patch_embedding(pixel_values).flatten(2).transpose(1, 2)

@@ -1,0 +1,189 @@
+"""Videos to frames with Pillow: pictures in order, arrays, directories, animated images; other files through PyAV.
+
+A bundle was compiled for a number of frames and a rate at which they are sampled. Frames are chosen uniformly over the
+whole video, as transformers' processors choose them when that number is the most they may take.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from secateur.runtime.errors import UserError
+from secateur.runtime.images import ImageLike, is_image, read_part, read_rgb
+
+_log = logging.getLogger(__name__)
+
+VideoLike: TypeAlias = "str | PathLike[str] | Sequence[ImageLike] | NDArray[np.uint8]"
+
+ACCEPTED = "a list of images, a uint8 array [frames, height, width, 3], a directory of frames, or a video file"
+_ENDS = ("Qwen3VLVideoProcessor",)
+"""Types whose choice holds the first and the last frame; the others take the first frame of equal parts."""
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Files of a directory that are its frames."""
+_ANIMATED = ("GIF", "PNG", "WEBP")
+"""Formats of Pillow's that hold several frames; every other file is PyAV's."""
+
+
+@dataclass(frozen=True)
+class FrameSampler:
+    """A video to exactly ``frames`` pictures, one every 1 / ``fps`` seconds where the video is no longer than that."""
+
+    frames: int
+    fps: float
+    ends: bool = False
+    """Whether the last frame is always chosen (Qwen3-VL)."""
+    _said: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], frames: int, fps: float) -> FrameSampler:
+        """Read how frames are chosen from a ``video_preprocessor_config.json`` or a ``processor_config.json``."""
+        kind = str(read_part(config, "video_processor").get("video_processor_type")).removesuffix("Fast")
+        return cls(frames, fps, ends=kind in _ENDS)
+
+    def __call__(self, video: VideoLike, fps: float | None = None) -> list[Image.Image]:
+        """The chosen frames in RGB, of the sizes they have in the video.
+
+        ``fps`` is the video's own rate; an animated image or video file says its own, which ``fps`` overrides. A
+        video whose rate nobody says is taken to last as long as the bundle was compiled for. A longer video is
+        sampled less often, with a warning once; a shorter one raises :class:`UserError`, as does what is no video.
+        """
+        if fps is not None and not 0 < fps < math.inf:
+            raise UserError(f"a video of {fps:g} frames a second", fix="give the rate at which it was taken")
+        if isinstance(video, (str, PathLike)) and not Path(video).is_dir():
+            return self._read_file(Path(video), fps)
+        frames, where = _list_frames(video)
+        return [read_rgb(frames[index]) for index in self.choose(len(frames), fps, where)]
+
+    def choose(self, count: int, fps: float | None, where: str | None = None) -> list[int]:
+        """Indices of the chosen frames, increasing, of a video of ``count`` at ``fps`` a second (None: not known).
+
+        The i-th of F is floor(i * count / F), or round(i * (count - 1) / (F - 1)) with ``ends``: the formulas of
+        transformers' processors of Qwen2-VL and Qwen3-VL. Raises :class:`UserError` if the video ends before the
+        time of the last compiled frame, or has fewer frames than were compiled.
+        """
+        # Frames that lie in the video at the compiled rate, the first at its start.
+        fitting = count if fps is None else min(count, math.floor((count - 1) / fps * self.fps + 1e-6) + 1)
+        if fitting < self.frames:
+            length = "" if fps is None else f" at {fps:g} a second ({count / fps:.3g} s)"
+            raise UserError(
+                f"the video has {count} frame(s){length}, the bundle was compiled for {self.frames} at {self.fps:g} "
+                f"a second ({self.frames / self.fps:.3g} s)",
+                where=where,
+                fix="give a longer video" + (f", or compile with --frames {fitting}" if fitting > 0 else ""),
+            )
+        if fps is not None and math.floor(count / fps * self.fps) > self.frames and not self._said:
+            self._said.add("sampled less often")
+            _log.warning(
+                "a video of %.3g s is sampled at %.3g frames a second, the bundle was compiled for %g",
+                count / fps, self.frames * fps / count, self.fps,
+            )  # fmt: skip
+        if self.ends:
+            return [int(index) for index in np.linspace(0, count - 1, self.frames).round()]
+        return [index * count // self.frames for index in range(self.frames)]
+
+    def _read_file(self, path: Path, fps: float | None) -> list[Image.Image]:
+        if not path.is_file():
+            raise UserError("no such video file or directory", where=str(path))
+        try:
+            with Image.open(path, formats=_ANIMATED) as opened:
+                count, own = _measure_animation(opened)
+                chosen = self.choose(count, fps or own, str(path))
+                return [_frame_of_animation(opened, index) for index in chosen]
+        except UnidentifiedImageError:
+            return self._read_container(path, fps)
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise UserError(f"the video cannot be read ({error})", where=str(path), fix="give a whole file") from None
+
+    def _read_container(self, path: Path, fps: float | None) -> list[Image.Image]:
+        try:
+            import av
+        except ImportError:
+            raise UserError(
+                "not a GIF, WebP or PNG; other video files are read by PyAV, which is not installed",
+                where=str(path),
+                fix="pip install av",
+            ) from None
+        try:
+            with av.open(str(path)) as container:
+                if not container.streams.video:
+                    raise UserError("the file holds no video", where=str(path), fix="give a whole video file")
+                stream = container.streams.video[0]
+                rate: Fraction | None = stream.average_rate
+                # Some formats (Matroska, WebM) do not say it.
+                count = stream.frames or sum(1 for _ in container.decode(stream))
+                chosen = self.choose(count, fps or (float(rate) if rate else None), str(path))
+                container.seek(0)
+                wanted, found = set(chosen), {}
+                for index, frame in enumerate(container.decode(stream)):
+                    if index in wanted:
+                        found[index] = frame.to_image()
+                    if index >= chosen[-1]:
+                        break
+        except av.error.FFmpegError as error:
+            what = f"not a video that Pillow or PyAV can read ({error.strerror})"
+            raise UserError(what, where=str(path), fix="give a whole video file") from None
+        if len(found) < len(wanted):
+            what = f"the file ends before frame {chosen[-1]} of the {count} it announces"
+            raise UserError(what, where=str(path), fix="give a whole video file")
+        return [found[index] for index in chosen]
+
+
+def is_video(value: object) -> bool:
+    """Whether the type is one that a :class:`FrameSampler` takes."""
+    return isinstance(value, (str, PathLike, np.ndarray, list, tuple))
+
+
+def _list_frames(video: VideoLike) -> tuple[Sequence[ImageLike], str | None]:
+    """Frames that are not read yet, and the directory they are in."""
+    if isinstance(video, np.ndarray):
+        if video.dtype != np.uint8 or video.ndim != 4:
+            raise UserError(
+                f"an array of shape {list(video.shape)} and type {video.dtype} is not a video",
+                fix="give uint8 [frames, height, width, 3]",
+            )
+        return list(video), None
+    if isinstance(video, (str, PathLike)):
+        files = [path for path in Path(video).iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != "."]
+        if not files:
+            raise UserError("a directory without frames", where=str(video), available=_SUFFIXES)
+        return sorted(files, key=_natural_order), str(video)
+    if not isinstance(video, (list, tuple)):
+        raise UserError(f"a {type(video).__name__} is not a video", fix=f"give {ACCEPTED}")
+    for index, frame in enumerate(video):
+        if not is_image(frame):
+            raise UserError(f"a {type(frame).__name__} is not a frame", where=f"frame {index} of the video")
+    return video, None
+
+
+def _natural_order(path: Path) -> list[tuple[int, int, str]]:
+    """Numbers by their value: 2 before 10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(1, int(part), part) if place % 2 else (0, 0, part) for place, part in enumerate(parts)]
+
+
+def _measure_animation(opened: Image.Image) -> tuple[int, float | None]:
+    """Frames of an animated image and their mean rate; None where it does not say how long they stand."""
+    count, milliseconds = int(getattr(opened, "n_frames", 1)), 0.0
+    for index in range(count):
+        opened.seek(index)
+        # Some formats know a frame's duration once it is decoded.
+        opened.load()
+        milliseconds += float(opened.info.get("duration") or 0)
+    return count, 1000 * count / milliseconds if milliseconds > 0 else None
+
+
+def _frame_of_animation(opened: Image.Image, index: int) -> Image.Image:
+    opened.seek(index)
+    return read_rgb(opened.copy())

@@ -303,7 +303,7 @@ def test_only_squares_that_lie_side_by_side_are_averaged() -> None:
         return export_program(program, DIALECTS["plain"], WeightLayout({}, b"", {}))
 
     assert count_ops(export(6)) == {"AveragePool": 1}
-    with pytest.raises(SecateurError, match="average pooling with .* is not supported; pool with a stride"):
+    with pytest.raises(SecateurError, match=r"average pooling with .* is not supported; pool with a stride"):
         export(7)
 
 

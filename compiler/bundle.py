@@ -177,7 +177,8 @@ def _port(name: str, value: Tensor) -> m.Port:
 def _model(job: Job, weights_sha256: str) -> m.Model:
     source, text = job.source, job.source.text
     heads = text.num_attention_heads
-    token = int(source.config.image_token_id)
+    token, named = int(source.config.image_token_id), _named_tokens(job)
+    mark = named.get("prompt_token_id")
     return m.Model(
         family=source.family.name,
         model_type=source.config.model_type,
@@ -191,12 +192,12 @@ def _model(job: Job, weights_sha256: str) -> m.Model:
         vocab_size=text.vocab_size,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        image_token=_token_text(source.path, token),
+        image_token=_token_text(source.path, token if mark is None else mark),
         image_token_id=token,
         bos_token_id=getattr(text, "bos_token_id", None),
         eos_token_ids=_stop_tokens(source.path, source.config),
         pad_token_id=source.pad_token,
-        **_named_tokens(job),
+        **named,
     )
 
 
@@ -295,14 +296,18 @@ def _named_tokens(job: Job) -> dict[str, Any]:
     file = source.path / "tokenizer_config.json"
     try:
         said = json.loads(file.read_text()) if file.is_file() else {}
-        named: dict[str, Any] = {**said}
+        named: dict[str, Any] = {**source.family.mark_texts, **said}
     except (ValueError, TypeError, RecursionError):
         raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
     for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
         named |= part if isinstance(part, dict) else {}
     before, behind = ([_token_id(source.path, named.get(n), n) for n in names] for names in source.family.image_marks)
     video = _token_id(source.path, named["video_token"], "video_token") if "video_token" in named else None
-    return {"image_before": before, "image_behind": behind, "video_token_id": video}
+    found: dict[str, Any] = {"image_before": before, "image_behind": behind, "video_token_id": video}
+    if mark := source.family.prompt_mark:
+        found |= {"prompt_token_id": _token_id(source.path, named.get(mark), mark)}
+        found |= {"image_space": list(source.family.mark_space)}
+    return found
 
 
 def _token_id(path: Path, token: Any, name: str) -> int:

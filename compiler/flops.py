@@ -18,7 +18,8 @@ def count_flops(program: Program) -> int:
     """FLOPs of one run at the program's static shapes, whole batch, scoring and selection included.
 
     Causal attention over S fresh rows counts half of ``S x S``. A decode step counts attention over the whole
-    capacity of the cache: that is what the fullest step costs. Element-wise work is left out, as is usual.
+    capacity of the cache: that is what the fullest step costs. Where the tokens of an image attend to each other in
+    both directions, it counts no more than half either. Element-wise work is left out, as is usual.
     """
     return _count(program.module)
 

@@ -4,9 +4,13 @@ Each stands for something a backend has a fused kernel for, so it must survive t
 one node: attention (with and without a cache), rotary embedding, RMS normalisation, taking rows of a sequence.
 Every operator has an eager kernel, so that a graph runs in plain PyTorch after any pass.
 
+``attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]``. ``block_ids [B,S]`` int64: causal attention, but rows of
+one non-negative number see each other in both directions; -1 is in no block. ``window`` w: no row sees slots that lie
+w or more before its own, whatever the block.
 ``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers,
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
-sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0.
+sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only then may ``block_ids`` be given.
+``rms_norm``: over the last dimension, in float32. ``offset``: the weight counts from 1 and is applied in float32 too.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.
 ``take_rows``: ``x [B,L,...]``, ``index [B,K]`` -> ``[B,K,...]``.
@@ -27,12 +31,12 @@ LIB.define(
 )
 LIB.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor start, bool fresh, "
-    "float scale, int? window=None, float? softcap=None) -> (Tensor, Tensor, Tensor)"
+    "float scale, int? window=None, float? softcap=None, Tensor? block_ids=None) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define("write_rows(Tensor past, Tensor new, Tensor start, bool fresh) -> Tensor")
 LIB.define("take_rows(Tensor x, Tensor index) -> Tensor")
 LIB.define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor")
-LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+LIB.define("rms_norm(Tensor x, Tensor weight, float eps, bool offset=False) -> Tensor")
 LIB.define("experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor")
 
 
@@ -52,37 +56,41 @@ def scaled_attention(
     return torch.softmax(logits.float(), -1).to(q.dtype) @ v
 
 
-def causal_mask(start: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
-    """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own."""
+def causal_mask(start: Tensor, queries: int, keys: int, window: int | None, block_ids: Tensor | None = None) -> Tensor:
+    """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own, and those
+    of its block (``block_ids [B,keys]``, as many queries as keys)."""
     slot = start[:, None] + torch.arange(queries, device=start.device)
     key = torch.arange(keys, device=start.device)
     mask = key[None, None] <= slot[..., None]
+    if block_ids is not None:
+        mask = mask | same_block(block_ids[..., None], block_ids[:, None])
     if window is not None:
-        mask &= key[None, None] > slot[..., None] - window
+        mask = mask & (key[None, None] > slot[..., None] - window)
     return mask[:, None]
+
+
+def same_block(queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether two rows are of one block, by their numbers; -1 is none."""
+    return (queries == keys) & (keys >= 0)
 
 
 @torch.library.impl(LIB, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):  # type: ignore[no-untyped-def]
     mask = None
     if causal:
-        mask = causal_mask(torch.zeros(q.shape[0], dtype=torch.int64), q.shape[2], k.shape[2], window)
-    if block_ids is not None:
-        same = block_ids[:, None, :, None] == block_ids[:, None, None, :]
-        same &= block_ids[:, None, None, :] >= 0
-        mask = same if mask is None else mask | same
+        mask = causal_mask(torch.zeros(q.shape[0], dtype=torch.int64), q.shape[2], k.shape[2], window, block_ids)
     if bias is not None:
         raise NotImplementedError("secateur::attention: an additive bias has no eager kernel yet")
     return scaled_attention(q, k, v, scale, mask, softcap).contiguous()
 
 
 @torch.library.impl(LIB, "cached_attention", "CompositeExplicitAutograd")
-def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None):  # type: ignore[no-untyped-def]
+def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):  # type: ignore[no-untyped-def]
     rows = start[:, None] + torch.arange(q.shape[2])
     at = rows[:, None, :, None].expand(k.shape)
     present_k, present_v = past_k.scatter(2, at, k), past_v.scatter(2, at, v)
     if fresh:  # the cache holds nothing older: attending to the new rows alone is the same and cheaper
-        mask = causal_mask(start, q.shape[2], k.shape[2], window)
+        mask = causal_mask(start, q.shape[2], k.shape[2], window, block_ids)
         return scaled_attention(q, k, v, scale, mask, softcap).contiguous(), present_k, present_v
     mask = causal_mask(start, q.shape[2], past_k.shape[2], window)
     return scaled_attention(q, present_k, present_v, scale, mask, softcap).contiguous(), present_k, present_v
@@ -101,9 +109,10 @@ def _rotary(x, cos, sin):  # type: ignore[no-untyped-def]
 
 
 @torch.library.impl(LIB, "rms_norm", "CompositeExplicitAutograd")
-def _rms_norm(x, weight, eps):  # type: ignore[no-untyped-def]
+def _rms_norm(x, weight, eps, offset=False):  # type: ignore[no-untyped-def]
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).to(x.dtype) if offset else weight * normed.to(x.dtype)
 
 
 @torch.library.impl(LIB, "experts", "CompositeExplicitAutograd")
@@ -125,7 +134,7 @@ def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None
 
 
 @torch.library.register_fake("secateur::cached_attention", lib=LIB)
-def _cached_attention_fake(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None):  # type: ignore[no-untyped-def]
+def _cached_attention_fake(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), past_k.new_empty(past_k.shape), past_v.new_empty(past_v.shape)
 
 
@@ -151,7 +160,7 @@ def _rotary_fake(x, cos, sin):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("secateur::rms_norm", lib=LIB)
-def _rms_norm_fake(x, weight, eps):  # type: ignore[no-untyped-def]
+def _rms_norm_fake(x, weight, eps, offset=False):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 

@@ -21,6 +21,7 @@ from secateur.compiler.pruned import Job
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import tower_layers
 from secateur.passes.insert_decoder_stages import split_segments, track_state
+from secateur.passes.join_phases import number_blocks
 from secateur.passes.signals import (
     PatchView,
     Raw,
@@ -70,6 +71,7 @@ class Oracle:
         self.head = self.model.get_submodule(family.head)
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
+        self.entry = self.model.get_submodule(family.tower.entry)
         self.carried: Tensor | None = None
         """What the vision side's last score carries into the decoder, ``[1,V]``, of the row that runs."""
         self.keep_signals = False
@@ -109,10 +111,15 @@ class Oracle:
 
             cache: Any = DynamicCache(config=self.decoder.config)
             walk = _Walk(self, row, record, forced, prunable, cache)
+            mask = None
+            if self.family.image_masks is not None:
+                mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
+                walk.block_ids = number_blocks(image)
             with walk.hooked():
                 out = self.decoder(
-                    inputs_embeds=hidden, position_ids=positions[..., None, :], past_key_values=cache, use_cache=True
-                ).last_hidden_state
+                    inputs_embeds=hidden, position_ids=positions[..., None, :], past_key_values=cache, use_cache=True,
+                    attention_mask=mask,
+                ).last_hidden_state  # fmt: skip
             row.logits.append(self.head(out[0, -1]).float())
             removed = {s.first_layer: s.removed for s in walk.segments}
             for step in range(len(forced_tokens) + greedy):
@@ -146,7 +153,8 @@ class Oracle:
             if "probe_slopes" in stage.signals:
                 options = stage.signal_options["probe_slopes"]
                 probes = make_probes(entering["projector"], options["directions"], options["step"], options["seed"])
-                extra["probes"] = self.projector.forward(probes)
+                project = self.job.source.family.project
+                extra["probes"] = project(self.projector, probes) if project else self.projector.forward(probes)
             if index and stage.planned.part != stages[index - 1].planned.part:
                 state.pop("carried", None)
             name, left = stage.planned.name, stage.planned.length_out
@@ -177,7 +185,7 @@ class Oracle:
                             lambda module, args, index=index: (reduce(index, args[0], facts.has_cls), *args[1:])
                         )
                     elif kind == "vision.out":
-                        hook = self.projector.register_forward_pre_hook(
+                        hook = self.entry.register_forward_pre_hook(
                             lambda module, args, index=index: (reduce(index, args[0], False), *args[1:])
                         )
                     else:
@@ -185,7 +193,7 @@ class Oracle:
                             lambda module, args, output, index=index: reduce(index, output, False)
                         )
                     stack.callback(hook.remove)
-                watching = self.projector.register_forward_pre_hook(
+                watching = self.entry.register_forward_pre_hook(
                     lambda module, args: entering.__setitem__("projector", args[0])
                 )
                 stack.callback(watching.remove)
@@ -322,7 +330,7 @@ class Oracle:
             first = max(k for k in removed if k <= self.layers.index(module))
             if removed[first]:
                 position = torch.tensor([[slot - removed[first]]])
-                kwargs["position_embeddings"] = self.decoder.rotary_emb(args[0], position)
+                kwargs["position_embeddings"] = self.rotate(module, args[0], position)
             return args, kwargs
 
         hooks = [layer.register_forward_pre_hook(renumber, with_kwargs=True) for layer in self.layers]
@@ -331,6 +339,13 @@ class Oracle:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def rotate(self, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """The rotary tables of a layer at other positions ``[1,L]``; layers of a type may have their own."""
+        kind = getattr(layer.self_attn, "layer_type", None)
+        own = len(getattr(self.decoder.rotary_emb, "layer_types", ())) > 0
+        tables: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, positions, *([kind] if own else []))
+        return tables
 
 
 def to_prompt(job: Job, index: int, kept: Tensor) -> Tensor:
@@ -376,7 +391,11 @@ class _Walk:
     ) -> None:
         self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
         self.prunable = prunable
-        self.tables: tuple[Tensor, ...] | None = None
+        self.block_ids: Tensor | None = None
+        self.slots: Tensor | None = None
+        """Which of the prompt's slots are left, ``[L']``; None: all."""
+        self.tables: list[tuple[Tensor, ...]] = []
+        """Every layer's own rotary tables so far, of all the prompt's slots."""
         stages = oracle.job.decoder_stages
         self.stages = {s.planned.site.layer: (i, s) for i, s in enumerate(stages)}
         self.segments = split_segments([s.planned for s in stages], len(oracle.layers), prunable.shape[1], 0)
@@ -391,10 +410,14 @@ class _Walk:
         hooks = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.oracle.layers]
         for layer in self.oracle.layers:
             parts: Any = layer
+            # In layers with norms behind their branches as well, those are what adds to the stream.
+            both = hasattr(parts, "post_feedforward_layernorm")
             for name, module in (
-                ("attention_in", parts.input_layernorm), ("attention_out", parts.self_attn),
-                ("mlp_in", parts.post_attention_layernorm), ("mlp_out", parts.mlp),
-            ):  # fmt: skip
+                ("attention_in", parts.input_layernorm),
+                ("attention_out", parts.post_attention_layernorm if both else parts.self_attn),
+                ("mlp_in", parts.pre_feedforward_layernorm if both else parts.post_attention_layernorm),
+                ("mlp_out", parts.post_feedforward_layernorm if both else parts.mlp),
+            ):
                 hooks.append(module.register_forward_hook(self._remember(name)))
         try:
             yield
@@ -410,26 +433,35 @@ class _Walk:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden, index = args[0], self.oracle.layers.index(module)
-        tables = kwargs["position_embeddings"] if self.tables is None else self.tables
-        assert kwargs.get("attention_mask") is None, "one unpadded row needs no mask"
+        self.tables.append(kwargs["position_embeddings"])
+        mask = kwargs.get("attention_mask")
+        assert mask is None or self.block_ids is not None, "one unpadded row needs no mask"
         if index in self.stages:
-            hidden, tables = self._reduce(*self.stages[index], hidden, tables)
-        self.tables = tables
-        kwargs["position_embeddings"] = tables
+            hidden = self._reduce(*self.stages[index], hidden)
+        kwargs["position_embeddings"] = self._tables(index, hidden)
+        if mask is not None and self.slots is not None:
+            kwargs["attention_mask"] = mask[:, :, self.slots][:, :, :, self.slots]
         return (hidden, *args[1:]), kwargs
 
-    def _reduce(
-        self, place: int, stage: StageFunction, hidden: Tensor, tables: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _tables(self, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The rotary tables of a layer for the rows that are left, ``hidden [1,L',D]``."""
+        if self.slots is None:
+            return self.tables[index]
+        if self.oracle.job.plan.recipe.positions == "compact":
+            count = torch.arange(hidden.shape[1])[None]
+            return self.oracle.rotate(self.oracle.layers[index], hidden, count)
+        return tuple(table[:, self.slots] for table in self.tables[index])
+
+    def _reduce(self, place: int, stage: StageFunction, hidden: Tensor) -> Tensor:
         stages = self.oracle.job.decoder_stages
         if place and stage.planned.part != stages[place - 1].planned.part:
             self.state.pop("carried", None)
         last = torch.tensor([hidden.shape[1] - 1])
         columns, texts = locate(self.prunable, int(self.prunable.sum()))
-        raw, scale = self._raw(stage, hidden, tables, {"last": last[:, None], "text": texts, "visual": columns})
-        seen = SequenceView(
-            hidden, last, columns, texts, raw, scale, self.state, self.entered, self.oracle.job.source.vision.extra_rows
-        )
+        raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
+        blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
+        extra_rows = self.oracle.job.source.vision.extra_rows
+        seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered, extra_rows, blocks)
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None
         watch: list[Seen] = []
@@ -437,19 +469,17 @@ class _Walk:
         self.state = reduced.state
         self.oracle._note(self.row, stage, reduced.kept[0], watch)
         if stage.planned.observes:
-            return hidden, tables
+            return hidden
         self.row.hidden[name] = reduced.hidden[0]
         self.prunable = reduced.prunable
         if self.oracle.job.plan.recipe.cache == "shrink":
             for before in self.cache.layers[: stage.planned.site.layer]:
                 before.keys, before.values = (heads[:, :, reduced.rows[0]] for heads in (before.keys, before.values))
-        if self.oracle.job.plan.recipe.positions == "compact":
-            count = torch.arange(reduced.hidden.shape[1])[None]
-            return reduced.hidden, self.oracle.decoder.rotary_emb(reduced.hidden, count)
-        return reduced.hidden, tuple(t[:, reduced.rows[0]] for t in tables)
+        self.slots = reduced.rows[0] if self.slots is None else self.slots[reduced.rows[0]]
+        return reduced.hidden
 
     def _raw(
-        self, stage: StageFunction, hidden: Tensor, tables: tuple[Tensor, ...], slots: Mapping[str, Tensor]
+        self, stage: StageFunction, hidden: Tensor, slots: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The raw tensors of a stage's signals, from what the layers computed or by running one of them again."""
         found, scales = {}, {}
@@ -461,13 +491,13 @@ class _Walk:
             elif not raw.where:
                 found[raw.name] = kept_branches[raw.kind]
             else:
-                found[raw.name], scales[raw.name] = self._heads(raw, index, hidden, tables, slots)
+                found[raw.name], scales[raw.name] = self._heads(raw, index, hidden, slots)
         return found, scales
 
-    def _heads(
-        self, raw: Raw, index: int, hidden: Tensor, tables: tuple[Tensor, ...], slots: Mapping[str, Tensor]
-    ) -> tuple[Tensor, float]:
-        layer: Any = self.oracle.layers[index if raw.where == "next" else index - 1]
+    def _heads(self, raw: Raw, index: int, hidden: Tensor, slots: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        number = index if raw.where == "next" else index - 1
+        layer: Any = self.oracle.layers[number]
+        tables = self._tables(number, hidden)
         if raw.where != "previous":
             # Run the layer's own attention on these rows for its projections; the output is dropped.
             layer.self_attn(

@@ -162,8 +162,7 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
         features=features, sequence=job.sequence, image_token=config.image_token_id,
         pad_token=job.source.pad_token, tokens_per_image=job.source.vision.tokens_per_image,
         kept_per_image=job.kept_per_image, original_positions=job.original_positions,
-        extra_rows=job.source.vision.extra_rows,
-        axes=_axes(job),
+        extra_rows=job.source.vision.extra_rows, axes=_axes(job), blocks=job.source.family.image_masks is not None,
     )  # fmt: skip
     decode = join_decode(programs["decode_decoder"], programs["embedding"], programs["head"], batch)
     return programs.update(prefill, decode, drop=["prefill_decoder", "decode_decoder", "embedding", "head"])

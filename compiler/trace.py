@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from secateur.compiler.families.family import Family, Forward, VisionFacts
 from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
+from secateur.compiler.order import order_entry
 from secateur.compiler.program import Program, ProgramSet
 from secateur.runtime.errors import UserError
 
@@ -73,8 +74,9 @@ class Source:
     @property
     def pad_token(self) -> int:
         """Id that fills the text bucket; nothing ever attends to it."""
+        # Some configurations leave the whole's at a default that the decoder's vocabulary does not have.
         for holder in (self.config, self.text):
-            if isinstance(pad := getattr(holder, "pad_token_id", None), int) and pad >= 0:
+            if isinstance(pad := getattr(holder, "pad_token_id", None), int) and 0 <= pad < self.text.vocab_size:
                 return pad
         return 0
 
@@ -151,9 +153,10 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
-    ``position_ids [B,s]``, or ``[3,B,s]`` where they have several axes, -> normed ``hidden``. ``embedding``: ids
-    ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` -> float32 logits. A family with rows behind each image also has
-    ``extra_rows``: -> ``[E,D]``; a geometry with sound ``audio``: ``input_features`` -> ``features``, ``tower``.
+    ``position_ids [B,s]``, or ``[3,B,s]`` where they have several axes, and, where tokens of one image attend to each
+    other, ``block_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` ->
+    float32 logits. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``; a geometry with sound
+    ``audio``: ``input_features`` -> ``features``, ``tower``.
     """
     source = source.at(geometry)
     model = build_meta_model(source, dtype)
@@ -166,8 +169,15 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     decoder, head = model.get_submodule(family.decoder), model.get_submodule(family.head)
     embedding = model.get_submodule(family.embedding)
 
-    def run_decoder(hidden: Tensor, position_ids: Tensor) -> Tensor:
-        out = decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
+    # The exporter reads the length off the last input: not off the one that decode goes without.
+    blocks = {"block_ids": ids.clone()} if family.image_masks else {}
+    axes = ids if source.media is None else ids.expand(3, *ids.shape).contiguous()
+    entering = {"hidden": hidden, **blocks, "position_ids": axes}
+
+    def run_decoder(hidden: Tensor, *rest: Tensor) -> Tensor:
+        # What its forward does not know it hands on to every layer's attention.
+        given = dict(zip((*blocks, "position_ids"), rest, strict=True))
+        out = decoder(inputs_embeds=hidden, use_cache=False, **given).last_hidden_state
         return out  # type: ignore[no-any-return]
 
     constants = compute_buffers(model)
@@ -185,24 +195,26 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
             ("features", "tower"), {**own(*modules), held.path: held}, None, constants | held.values,
         )  # fmt: skip
 
-    axes = ids if source.media is None else ids.expand(3, *ids.shape).contiguous()
     programs = [
         trace_tower(
             "vision", facts, family.vision_forward, family.vision_modules,
             family.vision_indices(source.config, facts, batch) if family.vision_indices is not None else {},
         ),
         trace_function(
-            "decoder", run_decoder, {"hidden": hidden, "position_ids": axes}, ("hidden",), own(family.decoder),
-            {"hidden": {1: length}, "position_ids": {axes.dim() - 1: length}}, constants,
+            "decoder", run_decoder, entering, ("hidden",), own(family.decoder),
+            {name: {value.dim() - 1 if name == "position_ids" else 1: length} for name, value in entering.items()},
+            constants,
         ),
         trace_function(
             "embedding", lambda ids: embedding(ids), {"ids": ids}, ("hidden",), own(family.embedding),
-            {"ids": {1: length}},
+            {"ids": {1: length}}, constants,
         ),
         trace_function(
             "head", lambda row: head(row).float(), {"row": hidden[:, 0].contiguous()}, ("logits",), own(family.head)
         ),
     ]  # fmt: skip
+    if len(set(getattr(source.text, "layer_types", None) or ())) > 1:
+        programs[1] = order_entry(programs[1], family.decoder_layers)
     if family.extra_rows:
         programs.append(_trace_parameter("extra_rows", model, family.extra_rows))
     if source.audio is not None and family.audio is not None:
@@ -323,6 +335,7 @@ def _attention_function(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         bool(getattr(module, "is_causal", True) if causal is None else causal),
         kwargs.get("sliding_window"), kwargs.get("softcap"),
+        *((None, blocks) if (blocks := kwargs.get("block_ids")) is not None else ()),
     )  # fmt: skip
     return out.transpose(1, 2), None
 
@@ -365,7 +378,19 @@ def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if module._non_persistent_buffers_set:
-            wanted = list(inspect.signature(type(module)).parameters)
-            twin = type(module)(*(getattr(module, name) for name in wanted if hasattr(module, name)))
+            if isinstance(module, nn.Embedding):  # built anew it would have its table
+                twin = _fill_buffers(model, module)
+            else:
+                wanted = list(inspect.signature(type(module)).parameters)
+                twin = type(module)(*(getattr(module, name) for name in wanted if hasattr(module, name)))
             found.update({f"{path}.{n}": getattr(twin, n).detach() for n in module._non_persistent_buffers_set})
     return found
+
+
+def _fill_buffers(model: Any, module: nn.Module) -> nn.Module:
+    """A copy of a module that cannot be built from a configuration alone, its computed buffers filled by the model's
+    own initialisation; parameters stay on ``meta``."""
+    twin = copy(module)
+    twin._buffers = {n: torch.empty_like(b, device="cpu") for n, b in module._buffers.items() if b is not None}
+    model._init_weights(twin)
+    return twin

@@ -23,6 +23,7 @@ from secateur.compiler.pruned import Job
 from secateur.compiler.runs import EagerProgram, Weights
 from secateur.compiler.trace import Traced
 from secateur.passes.expose_sites import expose_sites
+from secateur.passes.join_phases import number_blocks
 
 TRACE = "trace"
 """Stands in front of the passes: the traced programs before any."""
@@ -236,7 +237,8 @@ class _Walk:
         hidden[self.image] = entered.hidden[self.image[:, : self.length]]
         feed = {
             "hidden": hidden, "position_ids": positions, "prunable": mark_prunable(self.job, self.image),
-            "image": self.image, "last": torch.tensor([self.length - 1]), "carried": entered.carried,
+            "image": self.image, "block_ids": number_blocks(self.image), "last": torch.tensor([self.length - 1]),
+            "carried": entered.carried,
         }  # fmt: skip
         out = self._call(name, feed)
         self._note_kept(out)

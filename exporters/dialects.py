@@ -63,9 +63,15 @@ def _halves(b: Builder, table: ir.Value) -> ir.Value:
 def _rms_norm(b: Builder, node: fx.Node) -> ir.Value:
     # stash_type 1: the reduction runs in float32 whatever the type of x.
     dtype, shape = output(node)
-    x, weight, eps = args_of(node)
+    x, weight, eps = args_of(node)[:3]
     attributes = {"axis": -1, "epsilon": float(eps), "stash_type": 1}
-    return b.op("RMSNormalization", read(b, x), read(b, weight), dtype=dtype, shape=shape, attributes=attributes)
+    if args_of(node)[3:] != (True,):
+        return b.op("RMSNormalization", read(b, x), read(b, weight), dtype=dtype, shape=shape, attributes=attributes)
+    wide, scale = read(b, x, torch.float32), read(b, weight, torch.float32)
+    one = b.constant(1.0, torch.float32)
+    scale = b.remember(("one more", scale), lambda: b.op("Add", scale, one, dtype=torch.float32, shape=shape_of(scale)))
+    made = b.op("RMSNormalization", wide, scale, dtype=torch.float32, shape=shape, attributes=attributes)
+    return b.cast(made, dtype)
 
 
 def _layer_norm(b: Builder, node: fx.Node) -> ir.Value:
@@ -127,7 +133,9 @@ def _attend_at_once(b: Builder, node: fx.Node) -> ir.Value:
             attributes={"num_heads": heads, "scale": scale, "unidirectional": 0},
         )  # fmt: skip
         return _as_heads(b, made, heads)
-    (softcap,) = _attention_arguments(node, (6,))
+    softcap, block_ids = _attention_arguments(node, (6, 8))
+    if block_ids is not None:
+        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), scale, False)
     last, total = b.constant(np.full(batch, length - 1, np.int32)), b.constant(np.array(length, np.int32))
     own = [batch, shape_of(k)[1], length, width]
     outputs = b.ops(
@@ -141,7 +149,10 @@ def _attend_at_once(b: Builder, node: fx.Node) -> ir.Value:
 def _group_query(b: Builder, node: fx.Node) -> list[ir.Value]:
     q, k, v, past_k, past_v, start = (read(b, a) for a in args_of(node)[:6])
     fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
-    (softcap,) = _attention_arguments(node, (9,))
+    softcap, block_ids = _attention_arguments(node, (9, 10))
+    if block_ids is not None:
+        # Its kernel is causal whatever bias it is given.
+        return _attend_with_cache(b, node)
     batch, heads, length, width = shape_of(q)
     cache = shape_of(past_k)
     if fresh:
@@ -177,9 +188,34 @@ def _attend(
     )
 
 
-def _tower_attention(b: Builder, node: fx.Node) -> ir.Value:
+def _attend_plainly(b: Builder, node: fx.Node) -> ir.Value:
+    """Attention without a cache."""
     q, k, v = (read(b, a) for a in args_of(node)[:3])
+    (block_ids,) = _attention_arguments(node, (8,))
+    if block_ids is not None:
+        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), float(args_of(node)[3]), False)
     return _attend(b, q, k, v, None, float(args_of(node)[3]), bool(args_of(node)[4]))
+
+
+def _see_blocks(b: Builder, block_ids: ir.Value) -> ir.Value:
+    """bool ``[B,1,S,S]``: what each of S fresh rows may attend to: rows up to its own, and those of its block, by
+    ``block_ids [B,S]``. (No window: windows that hide anything are refused before.)"""
+
+    def make() -> ir.Value:
+        batch, length = shape_of(block_ids)
+        whole, square = [batch, 1, length, length], [1, 1, length, length]
+
+        def flags(name: str, left: ir.Value, right: ir.Value, shape: list[int]) -> ir.Value:
+            return b.op(name, left, right, dtype=torch.bool, shape=shape)
+
+        row, column = b.reshape(block_ids, [batch, 1, length, 1]), b.reshape(block_ids, [batch, 1, 1, length])
+        slots = np.arange(length, dtype=np.int64)
+        own, key = b.constant(slots.reshape(1, 1, length, 1)), b.constant(slots.reshape(1, 1, 1, length))
+        blocked = flags("GreaterOrEqual", column, b.constant(np.array(0, np.int64)), [batch, 1, 1, length])
+        same = flags("And", flags("Equal", row, column, whole), blocked, whole)
+        return flags("Or", flags("LessOrEqual", key, own, square), same, whole)
+
+    return b.remember(("blocks", block_ids), make)
 
 
 def _visible(b: Builder, start: ir.Value, capacity: int) -> ir.Value:
@@ -203,6 +239,9 @@ def _cached(
         fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
         present = [write(b, past, new, start, fresh) for past, new in ((past_k, k), (past_v, v))]
         if fresh:  # attend to the fresh rows: causal over equal lengths needs no mask
+            (block_ids,) = _attention_arguments(node, (10,))
+            if block_ids is not None:
+                return [_attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), scale, False), *present]
             return [_attend(b, q, k, v, None, scale, True), *present]
         mask = _visible(b, start, shape_of(past_k)[2])
         return [attend(b, q, *present, mask, scale, False), *present]
@@ -255,6 +294,8 @@ def _write_rows(
     return lower
 
 
+_attend_with_cache = _cached(_write_plain, _attend)
+
 _COMMON: dict[Any, Lower] = {
     ops.rms_norm: _rms_norm,
     aten.layer_norm.default: _layer_norm,
@@ -276,8 +317,8 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "plain", 23,
             {
-                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
-                ops.cached_attention: _cached(_write_plain, _attend), ops.write_rows: _write_rows(_write_plain),
+                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _attend_plainly,
+                ops.cached_attention: _attend_with_cache, ops.write_rows: _write_rows(_write_plain),
                 ops.experts: lower_scanned,
             },
             {},
@@ -285,7 +326,7 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "tensorrt", 24,
             {
-                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
+                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _attend_plainly,
                 ops.cached_attention: _cached(_write_scatter, _attend_twice),
                 ops.write_rows: _write_rows(_write_scatter),
                 ops.experts: lower_batched,

@@ -12,6 +12,7 @@ from torch import fx
 
 from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of
+from secateur.runtime.errors import SecateurError
 
 aten = torch.ops.aten
 LOWERINGS: dict[Any, Lower] = {}
@@ -249,3 +250,17 @@ def _whole_conv(b: Builder, node: fx.Node, x: ir.Value, weight: ir.Value, *bias:
     rows, kernels = b.reshape(x, [shape[0], count]), b.reshape(weight, [shape[1], count])
     made = b.op("Gemm", rows, kernels, *bias, dtype=dtype, shape=shape[:2], attributes={"transB": 1})
     return b.reshape(made, shape)
+
+
+@lowers(aten.avg_pool2d.default)
+def _average_pool(b: Builder, node: fx.Node) -> ir.Value:
+    """Whole squares side by side, as families put patches together; nothing padded, nothing left over."""
+    x, kernel, *rest = args_of(node)
+    stride = list(rest[0]) if rest and rest[0] else list(kernel)
+    sizes = zip(shape_of(read(b, x))[2:], kernel, strict=True)
+    if rest[1:] or list(kernel) != stride or any(size % side for size, side in sizes):
+        raise SecateurError(
+            f"average pooling with {args_of(node)[1:]} is not supported",
+            where="export", fix="pool with a stride of the kernel's size that divides the image",
+        )  # fmt: skip
+    return emit(b, node, "AveragePool", read(b, x), kernel_shape=list(kernel), strides=stride)

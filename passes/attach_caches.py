@@ -38,8 +38,8 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
     for node in found:
         layer = layer_index(node, layers)
         segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
-        q, k, v, scale, _, *rest = args_of(node)
-        window = rest[0] if rest else None
+        q, k, v, scale = args_of(node)[:4]
+        window, softcap, _, block_ids = [*args_of(node)[5:], None, None, None, None][:4]
         if window is not None and window < segment.capacity + segment.removed + segment.evicted:
             raise UserError(
                 f"layer {layer} attends through a window of {window}, shorter than a row of {segment.capacity} slots",
@@ -64,7 +64,11 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
             presents += written
             continue
         with graph.inserting_before(node):
-            cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, None, *rest[1:2]))
+            # A new token sees all that came before it: blocks matter in prefill alone.
+            more = [None, softcap, block_ids if fresh else None]
+            while len(more) > 1 and more[-1] is None:
+                more.pop()
+            cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, *more))
             out, *present = (graph.call_function(getitem, (cached, i)) for i in range(3))
         for new in (cached, out, *present):
             new.meta = {"layer": node.meta.get("layer")}
@@ -74,6 +78,9 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         presents += present
     output = graph.output_node()
     output.args = ((*args_of(output)[0], *presents),)
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name == "block_ids" and not node.users:
+            graph.erase_node(node)
     return program.with_module(module, (*program.outputs, *names))
 
 

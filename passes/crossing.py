@@ -58,7 +58,8 @@ def find_crossing(graph: fx.Graph, layers: str, layer: int, where: str) -> Cross
             )
         elif node.meta.get("table"):
             tables.append(node)
-        elif node in flows:
+        elif node in flows and value.is_floating_point():
+            # Whole numbers follow from it where an earlier stage chose their rows; they are no stream.
             streams.append(node)
         else:
             (tables if value.is_floating_point() else carried).append(node)

@@ -30,6 +30,7 @@ class DecoderSite:
     last: Node
     length: int
     extra_rows: int
+    block_ids: Node | None = None
 
     def __post_init__(self) -> None:
         self.graph = self.module.graph
@@ -146,11 +147,14 @@ class DecoderSite:
             "columns": torch.zeros(batch, count, dtype=torch.int64),
             "texts": torch.zeros(batch, self.length - count, dtype=torch.int64),
         }
-        fixed = len(feed)
         ports: dict[str, Node] = {
             "hidden": hidden, "prunable": prunable, "last": self.last,
             "columns": self.slots["visual"], "texts": self.slots["text"],
         }  # fmt: skip
+        if self.block_ids is not None:
+            feed["block_ids"] = torch.zeros(batch, self.length, dtype=torch.int64)
+            ports["block_ids"] = self.block_ids
+        fixed = len(feed)
         for name, node in state.items():
             feed[name] = torch.zeros(batch, count, dtype=torch.int64 if name == "source" else torch.float32)
             ports[name] = node
@@ -175,6 +179,7 @@ class DecoderSite:
                 held,
                 entered,
                 self.extra_rows,
+                given.get("block_ids"),
             )
             reduced = reduce_sequence(stage, seen, given["prunable"], tracked)
             left = [reduced.state[n] for n in passed]
@@ -209,12 +214,18 @@ def _branch(graph: fx.Graph, layer: str, kind: str) -> Node:
     inside = {n for n in graph.nodes if f"{n.meta.get('layer', '')}.".startswith(f"{part}.")
               and not n.meta.get("before_site")}  # fmt: skip
     if kind.endswith("_out"):
-        found = {n for n in inside if any(u not in inside and "layer" in u.meta for u in n.users)}
+        found = {_behind_norm(n) for n in inside if any(u not in inside and "layer" in u.meta for u in n.users)}
     else:
         norms = {n for i in inside for n in i.all_input_nodes if n not in inside and n.op == "call_function"}
         found = {n for n in norms if str(n.meta.get("layer", "")).startswith(f"{layer}.")}
     assert len(found) == 1, f"{part} has {len(found)} values of kind {kind}"
     return found.pop()
+
+
+def _behind_norm(node: Node) -> Node:
+    """What a branch adds to the stream: in layers with norms behind their branches as well, what a norm returns."""
+    norms = [u for u in node.users if is_call(u, ops.rms_norm) and "layer" in u.meta and not u.meta.get("before_site")]
+    return norms[0] if norms else node
 
 
 def _projection(key: Node) -> Node | None:

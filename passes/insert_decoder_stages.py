@@ -87,13 +87,14 @@ def insert_decoder_stages(
             state |= dict(zip(names, splice(module, made, {"last": last}), strict=True))
     kept: dict[str, Node] = {}
     length = sequence
+    block_ids = next((n for n in graph.find_nodes(op="placeholder") if n.name == "block_ids"), None)
     for index, stage in enumerate(stages):
         planned = stage.planned
         if index and planned.part != stages[index - 1].planned.part:
             state.pop("carried", None)
         crossing = find_crossing(graph, layers, planned.site.layer or 0, planned.name)
         with graph.inserting_before(first_node(graph, layers, planned.site.layer or 0)):
-            site = DecoderSite(module, layers, stage, crossing, last, length, extra_rows)
+            site = DecoderSite(module, layers, stage, crossing, last, length, extra_rows, block_ids)
             site.locate(prunable)
             reusable = site.tap()
             rows, chosen, hidden, prunable, state = site.splice(
@@ -112,6 +113,7 @@ def insert_decoder_stages(
             size.meta["val"] = length
             carried = {crossing.hidden: hidden, **dict.fromkeys(crossing.lengths, size)}
             carried |= {n: _take(graph, n, rows, length) for n in crossing.carried}
+            block_ids = None if block_ids is None else carried[block_ids]
             if planned.positions == "original":
                 for table in crossing.tables:
                     carried[table] = _take(graph, table, rows, length)

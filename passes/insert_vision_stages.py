@@ -158,7 +158,7 @@ class _Inserting:
             return features
         if kind == "vision.layer":
             return _entering(graph, f"{self.paths.layers}.{stage.planned.site.layer}", str(stage.planned.site))
-        return _entering(graph, self.paths.projector, kind)
+        return _entering(graph, self.paths.entry, kind)
 
     def _readers(self, graph: fx.Graph, value: Node, stage: StageFunction, order: Mapping[Node, int]) -> list[Node]:
         """Who shall read the shorter stream: at an inner site everything behind it, after the tower what leads to the
@@ -183,7 +183,7 @@ class _Inserting:
         if not {"projector_inputs", "probe_slopes"} & set(stage.signals):
             return {}
         graph = module.graph
-        rows = _entering(graph, self.paths.projector, "projector")
+        rows = _entering(graph, self.paths.entry, "projector")
         found: dict[str, Node] = {}
         if "projector_inputs" in stage.signals:
             found["projector_inputs"] = rows

@@ -40,6 +40,7 @@ def join_prefill(
     original_positions: bool,
     extra_rows: int = 0,
     axes: Axes | None = None,
+    blocks: bool = False,
 ) -> Program:
     """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
 
@@ -49,6 +50,7 @@ def join_prefill(
     all its patches, and text counts all of them. The decoder may read ``carried [B,V]``, which becomes an input here.
     With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
     their item.
+    With ``blocks`` it reads ``block_ids [B,N]``: image tokens that follow each other without a gap are one block.
     """
     batch, count = features.shape[0], features.shape[1]
     per_image, whole = kept_per_image + extra_rows, tokens_per_image + extra_rows
@@ -149,6 +151,9 @@ def join_prefill(
         (positions,) = splice(module, numbering, port)
     prunable = patches[0] if patches else image
     feed = {**port, "hidden": hidden, "position_ids": positions, "prunable": prunable, "last": last}
+    if blocks:
+        numbers = trace_function("number_blocks", number_blocks, {"image": flags}, ("block_ids",))
+        (feed["block_ids"],) = splice(module, numbers, {"image": image})
     normed, end, *rest = splice(module, decoder, feed)
     index = graph.call_function(aten.unsqueeze.default, (end, 1))
     row = graph.call_function(aten.squeeze.dim, (graph.call_function(ops.take_rows, (normed, index)), 1))
@@ -156,6 +161,12 @@ def join_prefill(
     graph.output((logits, *rest))
     _fix_length(module, sequence)
     return Program("prefill", module, ("logits", *decoder.outputs[2:])).with_module(module)
+
+
+def number_blocks(image: Tensor) -> Tensor:
+    """Which run of image tokens each slot ``[B,N]`` is in, counted from 0; -1 in none."""
+    before = torch.cat((torch.zeros_like(image[:, :1]), image[:, :-1]), 1)
+    return torch.where(image, torch.cumsum((image & ~before).to(torch.int64), 1) - 1, -1)
 
 
 def join_decode(decoder: Program, embedding: Program, head: Program, batch: int) -> Program:

@@ -90,6 +90,8 @@ class SequenceView:
     entered: int
     extra_rows: int = 0
     """Rows behind each image's tokens that are no text and not prunable."""
+    block_ids: Tensor | None = None
+    """``[B,L]``, where rows of one image attend to each other in both directions."""
 
     @property
     def length(self) -> int:
@@ -143,7 +145,8 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
         heads = heads if part.rows == "visual" else take_head_rows(heads, seen.columns)
         return _split_heads(heads.float(), planned)
     (part, query), (_, key) = raw
-    logits = score_rows(query, key, seen.scale[part.name], seen.slots(part.rows))
+    blocks = seen.block_ids if part.rows in ("all", "visual") else None  # text is in no block
+    logits = score_rows(query, key, seen.scale[part.name], seen.slots(part.rows), blocks)
     if name == "attention_logits":
         padding = (torch.arange(seen.length) > seen.last[:, None])[:, None, None]
         return repeat_groups(logits.masked_fill(padding, float("-inf")), planned)
@@ -163,16 +166,18 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
     return _diagonal_blocks(picked, planned)
 
 
-def score_rows(query: Tensor, key: Tensor, scale: float, slots: Tensor) -> Tensor:
-    """Scaled products of some query rows with all keys; -inf for keys behind the query's own slot.
+def score_rows(query: Tensor, key: Tensor, scale: float, slots: Tensor, block_ids: Tensor | None = None) -> Tensor:
+    """Scaled products of some query rows with all keys; -inf for keys behind the query's own slot and not of its block.
 
-    ``query [B,H,R,d]``, ``key [B,Hkv,L,d]``, ``slots [B,R]`` -> float32 ``[B,H,R,L]``.
+    ``query [B,H,R,d]``, ``key [B,Hkv,L,d]``, ``slots [B,R]``, ``block_ids [B,L]`` -> float32 ``[B,H,R,L]``.
     """
     batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
     folded = query.float().reshape(batch, key.shape[1], groups * rows, width)
     logits = (folded @ key.float().transpose(-1, -2) * scale).reshape(batch, heads, rows, key.shape[2])
     future = torch.arange(key.shape[2]) > slots[..., None]
+    if block_ids is not None:
+        future = future & ~ops.same_block(block_ids.gather(1, slots)[..., None], block_ids[:, None])
     return logits.masked_fill(future[:, None], float("-inf"))
 
 

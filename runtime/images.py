@@ -41,16 +41,27 @@ _ONE_VIEW = {
     "crop_size": None,
     "do_center_crop": False,
 }
+_GEMMA3 = {**_SIGLIP, "resample": Image.Resampling.BILINEAR}
+_SMOLVLM = {
+    **_SIGLIP,
+    "size": {"longest_edge": 1456},
+    "max_image_size": {"longest_edge": 364},
+    "resample": Image.Resampling.LANCZOS,
+}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
     "LlavaOnevisionImageProcessor": _ONE_VIEW,
     "GotOcr2ImageProcessor": _ONE_VIEW,
+    "SmolVLMImageProcessor": _SMOLVLM,
+    "Gemma3ImageProcessor": _GEMMA3,
 }
 """What a configuration leaves unsaid, by processor type; also the list of supported types. (GotOcr2's is InternVL3's;
-the tiles it cuts an image into are not supported, every image is one.)"""
+the tiles it and SmolVLM's cut an image into are not supported, every image is one.)"""
 ACCEPTED = "a file's path, a Pillow image, or a uint8 array [height, width, 3]"
 _WHERE = "preprocessor_config.json"
+_MOST = 4096
+"""Where ``longest_edge`` is given, transformers makes no image larger."""
 _SQUARE = ("LlavaOnevisionImageProcessor",)
 """Types that pad an image to a square of the mean colour, first of all. (This one does so where a prompt has several
 images; of one alone it makes tiles, which are not supported.)"""
@@ -67,6 +78,8 @@ class ImagePipeline:
     rescale: float | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    longest: int | None = None
+    """Length of the longer edge that an image is brought to before it is resized to ``size``; None: it is not."""
     square: tuple[int, int, int] | None = None
     """Colour of the padding, 0 to 255; None does not pad."""
 
@@ -79,6 +92,12 @@ class ImagePipeline:
         if kind not in DEFAULTS:
             raise UserError(f"no image processor {name!r}", where=_WHERE, available=DEFAULTS)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
+        if values.get("do_pan_and_scan"):
+            raise UserError(
+                "do_pan_and_scan is on, and the crops it cuts are not supported",
+                where=_WHERE,
+                fix="set it to false: the model then sees every image whole",
+            )
         try:
             return cls._from_values(values, square=kind in _SQUARE)
         except (TypeError, ValueError, OverflowError) as error:
@@ -86,6 +105,12 @@ class ImagePipeline:
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any], square: bool) -> ImagePipeline:
+        longest = None
+        if "max_image_size" in values:
+            # The longer edge comes first, as it does where tiles are cut; then the whole is made one tile, always.
+            longest = _read_edge(values["size"], "size") if values.get("do_resize", True) else None
+            side = _read_edge(values["max_image_size"], "max_image_size")
+            values = {**values, "size": {"height": side, "width": side}, "do_resize": True}
         mean, std = read_mean_std(values)
         return cls(
             size=_read_size(values["size"], "size") if values.get("do_resize", True) else None,
@@ -94,6 +119,7 @@ class ImagePipeline:
             rescale=read_rescale(values),
             mean=mean,
             std=std,
+            longest=longest,
             square=_mean_colour(values["image_mean"]) if square else None,
         )
 
@@ -106,6 +132,8 @@ class ImagePipeline:
         rgb = read_rgb(image)
         if self.square is not None:
             rgb = pad_square(rgb, self.square)
+        if self.longest is not None:
+            rgb = rgb.resize(_fit_longest(rgb, self.longest), resample=self.resample)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else _keep_aspect(rgb, self.size)
             rgb = rgb.resize((width, height), resample=self.resample)
@@ -206,6 +234,27 @@ def _keep_aspect(image: Image.Image, shortest: int) -> tuple[int, int]:
     width, height = image.size
     longest = int(shortest * max(width, height) / min(width, height))
     return (longest, shortest) if width <= height else (shortest, longest)
+
+
+def _fit_longest(image: Image.Image, longest: int) -> tuple[int, int]:
+    """Width, height with the longer edge at ``longest``; the shorter one is rounded up to an even number of pixels."""
+    width, height = image.size
+    ratio = width / height
+    if width >= height:
+        shorter = int(longest / ratio)
+        return longest, max(shorter + shorter % 2, 1)
+    shorter = int(longest * ratio)
+    return max(shorter + shorter % 2, 1), longest
+
+
+def _read_edge(size: Any, field: str) -> int:
+    """The number in ``{longest_edge}``."""
+    edge = size.get("longest_edge") if isinstance(size, Mapping) else None
+    if not isinstance(edge, int) or not 1 <= edge <= _MOST:
+        raise BundleError(
+            f"{field} {size!r} is not supported", where=_WHERE, available=[f"{{longest_edge}} to {_MOST}"]
+        )
+    return edge
 
 
 def _read_size(size: Any, field: str) -> tuple[int, int] | int:

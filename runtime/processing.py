@@ -43,7 +43,8 @@ class Processor:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._manifest, model = manifest, manifest.model
         others = {"video": model.video_token_id, "audio": model.audio_token_id}
-        self.prompts = Prompts(directory, model.image_token, model.image_token_id, others)
+        stands_for = model.image_token_id if model.prompt_token_id is None else model.prompt_token_id
+        self.prompts = Prompts(directory, model.image_token, stands_for, others)
         self.tower_inputs = open_tower_inputs(directory, manifest)
 
     def __call__(
@@ -103,6 +104,9 @@ class Processor:
         all of them the image's, between the tokens the model wants around it."""
         manifest, items = self._manifest, self._manifest.items
         text, add_special_tokens = self.prompts.render(prompt, items)
+        space = manifest.model.image_space
+        if any(space):
+            text = text.replace(self.prompts.placeholder, self.prompts.placeholder.join(space))
         ids = self.prompts.encode(text, add_special_tokens)
         kinds = self.prompts.kinds
         self._expect_placeholders([kinds[token] for token in ids if token in kinds], where)
@@ -126,7 +130,7 @@ class Processor:
         for token in ids:
             if token in kinds:
                 before, count, behind = next(rest)
-                found += [*before, *[self.prompts.placeholder_id] * count, *behind]
+                found += [*before, *[manifest.model.image_token_id] * count, *behind]
             else:
                 found.append(token)
         return found

@@ -53,7 +53,13 @@ class Model(_Frozen):
     kv_heads: Size
     head_dim: Size
     image_token: str
+    """What stands for an image in a prompt's text."""
     image_token_id: Count
+    """The id of each of an image's placeholders."""
+    prompt_token_id: Count | None = None
+    """The id of ``image_token`` where it is not a placeholder's: the placeholders stand behind it."""
+    image_space: Annotated[list[str], Field(min_length=2, max_length=2)] = ["", ""]
+    """What a prompt's text gets before and behind every ``image_token``."""
     bos_token_id: Count | None = None
     eos_token_ids: list[int]
     pad_token_id: Count

@@ -21,10 +21,12 @@ def find_family(model_type: str | None, where: str) -> Family:
 
 
 def _families() -> list[Family]:
+    from secateur.compiler.families.gemma3 import GEMMA3
     from secateur.compiler.families.internvl import INTERNVL
     from secateur.compiler.families.llava import LLAVA
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
+    from secateur.compiler.families.smolvlm import SMOLVLM
 
-    return [INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL]
+    return [GEMMA3, INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, SMOLVLM]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.compiler.geometry import Geometry
@@ -72,6 +72,12 @@ class Tower:
     layers: str
     projector: str
     attention: str
+    projector_entry: str = ""
+    """The module that reads one row per visual token, if it is not the projector itself but inside of it."""
+
+    @property
+    def entry(self) -> str:
+        return self.projector_entry or self.projector
 
 
 Forward = Callable[[Any, Any, VisionFacts, Mapping[str, Any]], tuple[Any, Any]]
@@ -109,6 +115,20 @@ class Family:
     """The attention module inside a tower layer."""
     image_marks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """The tokens before and behind every image's placeholders, by their names in ``tokenizer_config.json``."""
+    mark_texts: Mapping[str, str] = field(default_factory=dict)
+    """The text of a mark where ``tokenizer_config.json`` names none."""
+    prompt_mark: str = ""
+    """Of the marks, the one that stands for an image in a prompt; empty: the placeholder does."""
+    mark_space: tuple[str, str] = ("", "")
+    """Text put before and behind every image of a prompt, before the prompt becomes tokens."""
+    image_masks: Callable[[Any, Any, Any, Any, Any], Any] | None = None
+    """Where tokens of one image attend to each other in both directions in prefill: (the decoder's configuration,
+    hidden rows ``[1,S,D]``, positions ``[1,S]``, an empty cache, which slots are images' ``[1,S]`` bool) -> the
+    decoder's ``attention_mask``, by transformers' own rule."""
+    projector_entry: str = ""
+    """See :class:`Tower`."""
+    project: Callable[[Any, Any], Any] | None = None
+    """With ``projector_entry``: (projector, what the entry reads ``[M,N,Dv]``) -> ``[M,N,D]``."""
     extra_rows: str = ""
     """Path of the parameter ``[D]`` or ``[E,D]`` that follows each image's features; empty if nothing does."""
     auto_class: str = "AutoModelForImageTextToText"
@@ -125,7 +145,7 @@ class Family:
 
     @property
     def tower(self) -> Tower:
-        return Tower(self.vision_layers, self.projector, self.vision_attention)
+        return Tower(self.vision_layers, self.projector, self.vision_attention, self.projector_entry)
 
 
 @dataclass(frozen=True)

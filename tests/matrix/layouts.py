@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from tests.unit import tiny_internvl, tiny_model, tiny_onevision
+from tests.unit import tiny_gemma3, tiny_internvl, tiny_model, tiny_onevision, tiny_smolvlm
 
 from .cells import Tower
 
@@ -55,6 +55,32 @@ def _write_internvl(directory: Path) -> Path:
     return _calm(directory)
 
 
+def _write_smolvlm(directory: Path) -> Path:
+    side = SIDE_PATCHES * tiny_smolvlm.MERGE * tiny_smolvlm.PATCH
+    tiny_smolvlm.write_model(
+        directory, layers=DECODER_LAYERS, vision={"image_size": side, "num_hidden_layers": TOWER_LAYERS}
+    )
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_image_size": {"longest_edge": side}}, indent=1))
+    return _calm(directory)
+
+
+def _write_gemma3(directory: Path) -> Path:
+    side = SIDE_PATCHES * tiny_gemma3.MERGE * tiny_gemma3.PATCH
+    vision = {"image_size": side, "num_hidden_layers": TOWER_LAYERS}
+    tiny_gemma3.write_model(
+        directory, layers=DECODER_LAYERS, vision=vision, mm_tokens_per_image=SIDE_PATCHES * SIDE_PATCHES
+    )
+    _resize(directory, side, "size")
+    # Its layers norm what they add, and the norms' weights count from 1.
+    path = _calm(directory) / "model.safetensors"
+    weights = load_file(path)
+    for name in [n for n in weights if n.endswith(_DECODER_NORMS)]:
+        weights[name] = (1 + weights[name]) / math.sqrt(2 * DECODER_LAYERS) - 1
+    save_file(weights, path, {"format": "pt"})
+    return directory
+
+
 def _resize(directory: Path, side: int, *fields: str) -> None:
     """Let the image processor make images of ``side`` pixels."""
     path = directory / "preprocessor_config.json"
@@ -78,6 +104,7 @@ def _calm(directory: Path) -> Path:
 
 
 _DECODER_ADDS = ("o_proj.weight", "down_proj.weight")
+_DECODER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 _TOWER_ADDS = ("out_proj.weight", "projection_layer.weight", "fc2.weight")
 
 LAYOUTS: dict[str, Layout] = {
@@ -95,6 +122,18 @@ LAYOUTS: dict[str, Layout] = {
             "InternVL3, InternViT tower with CLS token, two by two patches a token, Qwen2 decoder",
             Tower(True, merges=True, read_last=True),
             _write_internvl,
+        ),
+        Layout(
+            "smolvlm",
+            "SmolVLM2, tower without CLS token, three by three patches a token, Llama decoder",
+            Tower(False, merges=True),
+            _write_smolvlm,
+        ),
+        Layout(
+            "gemma3",
+            "Gemma 3, SigLIP tower without CLS token, two by two patches a token, decoder with attention both ways",
+            Tower(False, merges=True),
+            _write_gemma3,
         ),
     )
 }

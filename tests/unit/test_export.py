@@ -294,6 +294,19 @@ def test_an_operator_without_a_lowering_is_named() -> None:
     )
 
 
+def test_only_squares_that_lie_side_by_side_are_averaged() -> None:
+    def pool(image: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(image, 2)
+
+    def export(side: int) -> ir.Model:
+        program = trace_function("pool", pool, {"image": torch.zeros(1, 3, side, side)}, ("y",))
+        return export_program(program, DIALECTS["plain"], WeightLayout({}, b"", {}))
+
+    assert count_ops(export(6)) == {"AveragePool": 1}
+    with pytest.raises(SecateurError, match=r"average pooling with .* is not supported; pool with a stride"):
+        export(7)
+
+
 def test_an_unknown_dialect_lists_the_known() -> None:
     with pytest.raises(UserError) as caught:
         export_programs({}, "tflite", WeightLayout({}, b"", {}))

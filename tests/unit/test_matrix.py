@@ -49,7 +49,7 @@ def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
 def test_cells_of_a_row() -> None:
     cells = list_cells([RECIPES["fastv"], RECIPES["fastervlm"]], TOWERS)
     parity = {(c.recipe, c.layout, c.keep, c.batch) for c in cells if c.kind == "parity"}
-    fastv = [("fastv", layout) for layout in ("llava", "onevision", "internvl")]
+    fastv = [("fastv", layout) for layout in ("llava", "onevision", "internvl", "smolvlm", "gemma3")]
     pairs = [*fastv, ("fastervlm", "llava"), ("fastervlm", "internvl")]
     assert parity == {(*pair, keep, batch) for pair, keep, batch in itertools.product(pairs, (0.5, 0.1), (1, 3))}
     assert [(c.recipe, c.layout) for c in cells if c.kind == "identity"] == pairs

@@ -217,15 +217,15 @@ def test_only_what_has_no_views_is_written_as_values_at_once(
     torch.testing.assert_close(program.module(*feed.values())[0], function(*feed.values()))
 
 
+TYPES = "gemma3, internvl, llava, llava_onevision, qwen2_5_omni, qwen2_5_omni_thinker, qwen2_5_vl, smolvlm"
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no model type": (
         {"model_type": None},
-        "{config}: no model_type (available: internvl, llava, llava_onevision); choose a model of a supported family",
+        "{config}: no model_type (available: {types}); choose a model of a supported family",
     ),
     "unknown model type": (
         {"model_type": "bert"},
-        "{config}: unknown model type 'bert' (available: internvl, llava, llava_onevision); "
-        "choose a model of a supported family",
+        "{config}: unknown model type 'bert' (available: {types}); choose a model of a supported family",
     ),
     "unknown decoder": (
         {"text_config": {"model_type": "gemma2"}},
@@ -265,7 +265,7 @@ def test_a_configuration_that_cannot_be_compiled_is_one_line(tmp_path: Path, cas
     (path := write_config(tmp_path) / "config.json").write_text(json.dumps(make_config(**changes)))
     with pytest.raises(UserError) as caught:
         read_source(tmp_path)
-    assert str(caught.value) == text.format(config=path)
+    assert str(caught.value) == text.format(config=path, types=TYPES)
 
 
 @pytest.mark.parametrize(

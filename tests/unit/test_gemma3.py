@@ -1,0 +1,266 @@
+"""Gemma 3: tokens of an image that attend to each other, averaged squares of patches, two kinds of layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from secateur.compiler import ops, pipeline
+from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.pipeline import Geometry, plan_job, read_source
+from secateur.passes.join_phases import number_blocks
+from secateur.runtime.errors import UserError
+from secateur.runtime.images import ImagePipeline
+from secateur.runtime.manifest import read_manifest
+from secateur.runtime.session import Session
+
+from . import tiny_model
+from .tiny_gemma3 import END, SOFT, START, UNITS, load_processor, make_config, write_model
+
+NEW = 8
+PROMPTS = {1: "what is <start_of_image>?", 2: "<start_of_image>a<start_of_image>what?"}
+SIZES = ((40, 57), (36, 36), (31, 90), (64, 9))
+TOLERANCE = 1e-4
+
+
+def pictures(seed: int, count: int) -> list[Image.Image]:
+    draw = np.random.default_rng(seed)
+    sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(count)]
+    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model directory; do not change it."""
+    return write_model(tmp_path_factory.mktemp("gemma3") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(source: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def compile_for(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``compile_for(recipe, images, keep, target)`` -> a bundle; traced once per geometry."""
+    made: dict[tuple[object, ...], Path] = {}
+    traces: dict[Geometry, Any] = {}
+    trace = pipeline.trace_model
+
+    def make(recipe: str = "none", images: int = 2, keep: float | None = None, target: str = "onnxruntime") -> Path:
+        key = (recipe, images, keep, target)
+        if key not in made:
+            geometry = Geometry(images=images, text_tokens=40, new_tokens=NEW)
+            if geometry not in traces:
+                traces[geometry] = trace(read_source(source), geometry)
+            made[key] = tmp_path_factory.mktemp("bundles") / "bundle"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pipeline, "trace_model", lambda *_: traces[geometry])
+                pipeline.compile(source, made[key], recipe=recipe, geometry=geometry, keep=keep, target=target)
+        return made[key]
+
+    return make
+
+
+# -- the processor ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"size": {"height": 20, "width": 20}, "resample": 3}, {"do_rescale": False}])
+def test_images_are_processed_as_transformers_does(options: dict[str, Any]) -> None:
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    theirs = Gemma3ImageProcessorPil(**options)
+    ours = ImagePipeline.from_config(theirs.to_dict())
+    for image in pictures(0, 4):
+        want = theirs([image], return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(ours(image), want[0], rtol=0, atol=1e-6)
+
+
+def test_crops_are_refused() -> None:
+    config = {"image_processor_type": "Gemma3ImageProcessorFast", "do_pan_and_scan": True}
+    with pytest.raises(UserError, match="do_pan_and_scan is on, and the crops it cuts are not supported"):
+        ImagePipeline.from_config(config)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<start_of_image>a<start_of_image>what?",
+        "tell\n<start_of_image><start_of_image> more",
+        "behind <start_of_image>, <start_of_image>",
+    ],
+)
+def test_prompts_are_processed_as_transformers_does(
+    source: Path, compile_for: Callable[..., Path], prompt: str
+) -> None:
+    images = pictures(1, 2)
+    with Session(compile_for(), threads=1) as session:
+        ours = session.processor([prompt], [images])
+    want = load_processor(source)(text=prompt, images=images, return_tensors="np")
+    ids = ours.prompt_ids(0)
+    assert ids == want["input_ids"][0].tolist()
+    assert (ids.count(SOFT), ids.count(START), ids.count(END), ids.count(tiny_model.IMAGE)) == (2 * UNITS, 2, 2, 0)
+    np.testing.assert_allclose(ours.pixel_values, want["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_messages_name_images_by_the_templates_token(source: Path, compile_for: Callable[..., Path]) -> None:
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    with Session(compile_for("none", 1), threads=1) as session:
+        ours = session.processor.encode([message])
+    text = "user: <start_of_image>what?assistant:"
+    want = load_processor(source)(text=text, images=pictures(0, 1), return_tensors="np")["input_ids"][0]
+    assert ours == want.tolist()
+
+
+# -- the model, unpruned and pruned -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["none", "fastv", "divprune"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_unpruned_bundle_answers_as_transformers_does(
+    source: Path, model: Any, compile_for: Callable[..., Path], images: int, recipe: str
+) -> None:
+    given = pictures(3, images)
+    with Session(compile_for(recipe, images, None if recipe == "none" else 1.0), threads=1) as session:
+        answer = session.generate([PROMPTS[images]], [given], ignore_eos=True)[0]
+        inputs = session.processor([PROMPTS[images]], [given])
+        request = session.request()
+        seen = [session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)]
+        seen += [session.decode(request, np.array([token])) for token in answer.tokens[: NEW - 1]]
+    feed = load_processor(source)(text=PROMPTS[images], images=given, return_tensors="pt")
+    assert int(feed["token_type_ids"].sum()) == images * UNITS
+    with torch.no_grad():
+        want = model.generate(
+            **feed, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, return_dict_in_generate=True,
+            output_logits=True,
+        )  # fmt: skip
+    tokens = want.sequences[0, feed["input_ids"].shape[1] :].tolist()
+    assert answer.tokens == tokens
+    assert len(set(tokens)) > 2
+    for ours, theirs in zip(seen, want.logits, strict=True):
+        np.testing.assert_allclose(ours[0], theirs[0].numpy(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "plain"])
+@pytest.mark.parametrize(
+    "recipe", ["none", "fastv", "vispruner_siglip", "divprune", "pyramiddrop", "zoo_prune", "transprune", "todre"]
+)
+def test_bundles_compute_what_the_oracle_does(
+    source: Path, compile_for: Callable[..., Path], recipe: str, target: str
+) -> None:
+    path = compile_for(recipe, keep=None if recipe == "none" else 0.5, target=target)
+    found = pipeline.verify(path, source, threads=1).parity
+    assert found is not None
+    assert found.chose_differently == 0, found
+    assert found.worst[1] <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("recipe", ["seats", "sparsevlm"])
+def test_caches_that_shrink_and_signals_of_visual_queries(
+    source: Path, compile_for: Callable[..., Path], recipe: str
+) -> None:
+    """Evicted rows leave attention without a cache; visual rows are scored as they attend, in both directions."""
+    found = pipeline.verify(compile_for(recipe, 1, 0.5), source, threads=1).parity
+    assert found is not None
+    assert found.chose_differently == 0, found
+    assert found.worst[1] <= TOLERANCE, found
+
+
+def test_the_decoders_signals_are_its_own_attention(source: Path, tmp_path: Path) -> None:
+    """Against attention maps as transformers gives them: visual rows see those behind them in their image."""
+    recipe = tmp_path / "mine.yaml"
+    stage = "{site: 'decoder.layer[2]', score: {name: received_attention_mean}, select: top_k, share: 0.5}"
+    recipe.write_text(f"name: mine\nstages:\n  - {stage}")
+    job = plan_job(read_source(source), Geometry(), pipeline.load_recipe(str(recipe)), None)
+    model = load_recording_model(job.source)
+    pixels = torch.randn(1, 3, 36, 36, generator=torch.Generator().manual_seed(1))
+    ids = [5, START, *[SOFT] * UNITS, END, 6, 7]
+    row = Oracle(job, model).run(ids, pixels, keep_signals=True)
+    model.set_attn_implementation("eager")
+    given = torch.tensor([ids])
+    with torch.no_grad():
+        maps = model(
+            input_ids=given, pixel_values=pixels, token_type_ids=(given == SOFT).long(), output_attentions=True
+        ).attentions[1]  # fmt: skip
+    assert float(maps[0, :, 2, 3 : 2 + UNITS].min()) > 0, "the first visual row sees the others"
+    want = maps.mean(2)[:, :, 2 : 2 + UNITS]
+    torch.testing.assert_close(row.signals["stage0"]["received_attention"], want)
+
+
+def test_an_image_is_one_block_and_text_is_in_none() -> None:
+    image = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 1]]).bool()
+    want = [[-1, 0, 0, -1, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, 1]]
+    assert number_blocks(image).tolist() == want
+    blocks = torch.tensor(want)
+    visible = ops.causal_mask(torch.zeros(2, dtype=torch.int64), 8, 8, 3, blocks)[:, 0]
+    for row in range(2):
+        for i in range(8):
+            for j in range(8):
+                together = blocks[row, i] == blocks[row, j] and blocks[row, i] >= 0
+                assert bool(visible[row, i, j]) == ((j <= i or bool(together)) and j > i - 3)
+
+
+# -- what is said, and refused ----------------------------------------------------------------------------
+
+
+def test_the_manifest_names_the_prompts_token_and_the_placeholders(compile_for: Callable[..., Path]) -> None:
+    manifest = read_manifest(compile_for("fastv", keep=0.5))
+    sizes, told = manifest.geometry, manifest.model
+    assert (sizes.tokens_per_image, sizes.features_per_image, sizes.sequence) == (9, 9, 58)
+    assert (told.image_token, told.prompt_token_id, told.image_token_id) == ("<start_of_image>", START, SOFT)
+    assert (told.image_before, told.image_behind, told.image_space) == ([START], [END], ["\n\n", "\n\n"])
+    assert "block_ids" not in [port.name for program in manifest.programs.values() for port in program.inputs]
+
+
+def test_the_same_bytes_whatever_order_sets_have(source: Path) -> None:
+    """transformers makes the tables of its kinds of layers in the order of a set."""
+    script = (
+        "import sys; from pathlib import Path; from secateur.compiler import pipeline;"
+        "from secateur.compiler.trace import read_source;"
+        "traced = pipeline.trace_model(read_source(Path(sys.argv[1])), pipeline.Geometry());"
+        "print(traced.programs['decoder'])"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script, str(source)], env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True, capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(said) == 1
+    assert "sliding_attention_inv_freq" in said.pop()
+
+
+def test_windows_inside_the_sequence_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", text={"sliding_window": 40})
+    with pytest.raises(UserError, match="layer 0 attends through a window of 40, shorter than a row of 49 slots"):
+        pipeline.explain("none", path, geometry=Geometry(text_tokens=32, new_tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_tokens_per_image": 8}, "6x6 patches cannot be averaged into 8 tokens"),
+        ({"mm_tokens_per_image": 16}, "6x6 patches cannot be averaged into 16 tokens"),
+        ({"text": {"final_logit_softcapping": 30.0}}, "text_config.final_logit_softcapping is 30.0"),
+        ({"text": {"use_bidirectional_attention": True}}, "text_config.use_bidirectional_attention is True"),
+        ({"vision": {"patch_size": 40}}, "cannot be cut into patches"),
+        ({"text_config": tiny_model.make_config()["text_config"]}, "'llama' is unknown"),
+    ],
+)
+def test_layouts_that_are_not_supported_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(make_config(**changes)))
+    with pytest.raises(UserError, match=message):
+        read_source(tmp_path)

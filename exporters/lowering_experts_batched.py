@@ -1,10 +1,11 @@
 """Lowering of mixture-of-experts layers for TensorRT: static shapes, no loop, every token's every expert.
 
-A loop would run its steps one after the other, each far too small for a GPU, and beside any loop TensorRT-RTX 1.7 no
-longer finds its kernel for attention. So all rows are multiplied at once, in one of three ways by their number.
-Fewer choices than experts: each gathers its expert's weights. Few rows: every expert has a place for each, and its
-weights are read where they lie. Many: rows are sorted into blocks of one expert each, at most ``T*k/size + E`` of them
-however uneven the load, and each block gathers its expert's weights; up to half of the places are empty.
+A loop would run its steps one after the other, each far too small for a GPU. And with a ``Loop`` over rounds between
+its layers, a decoder's attention got no kernel from TensorRT-RTX 1.7 and the build failed, whatever ended the loop. So
+all rows are multiplied at once, in one of three ways by their number. Fewer choices than experts: each gathers its
+expert's weights. Few rows: every expert has a place for each, and its weights are read where they lie. Many: rows are
+sorted into blocks of one expert each, at most ``T*k/size + E`` of them however uneven the load, and each block gathers
+its expert's weights. Places that stay empty are computed along: the price of a fixed shape.
 """
 
 from __future__ import annotations

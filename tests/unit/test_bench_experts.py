@@ -14,7 +14,7 @@ def test_a_row_has_flops_and_three_times(capsys: pytest.CaptureFixture[str]) -> 
     experts.main(["6,32,24,8,2", "--turns", "1"])
     printed = capsys.readouterr().out
     assert [load in printed for load in experts.LOADS] == [True, True]
-    row = experts.measure(experts.Shape(6, 32, 24, 8, 2), "uneven", 1)
+    row = experts.measure(experts.Shape(6, 32, 24, 8, 2), "uneven", 1, 1)
     assert row.flops == 2 * 6 * 2 * 3 * 32 * 24
     assert min(row.layer, row.dense, row.eager) > 0
 

@@ -3,6 +3,7 @@
 A shape is `T,D,F,E,k`: tokens, width, an expert's hidden width, experts, experts per token. The layer's graph for ONNX
 Runtime takes turns with a dense one of as many FLOPs, whose `T*k` rows all go through a single expert, and with
 transformers' own loop over experts. `even` is what a router of random scores chooses, `uneven` one with favourites.
+With one thread the processor's time is told, which other work on the machine changes little, else the clock's.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ class Row:
     eager: float
 
 
-def measure(shape: Shape, load: str, turns: int = 5) -> Row:
-    """Time the three in turns, on as many threads as there are cores."""
+def measure(shape: Shape, load: str, turns: int, threads: int) -> Row:
+    """Time the three in turns."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     x, indices, weights, gate_up, down = draw(shape, load)
     feed = dict(zip(_NAMES, (x, indices, weights, gate_up, down), strict=True))
     program = trace_function("experts", lambda *given: ops.experts(*given), feed, ("out",))
@@ -74,15 +76,15 @@ def measure(shape: Shape, load: str, turns: int = 5) -> Row:
         with torch.no_grad():
             module(x, indices, weights)
 
-    torch.set_num_threads(available_cores())
-    runs = (_session(program, feed), _session(dense, rows), run_eager)
+    torch.set_num_threads(threads)
+    runs = (_session(program, feed, threads), _session(dense, rows, threads), run_eager)
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(turns + 1):
         for run, taken in zip(runs, times, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             run()
             if turn:  # the first one warms up
-                taken.append(time.perf_counter() - begin)
+                taken.append(clock() - begin)
     return Row(shape, load, count_flops(program), *map(median, times))
 
 
@@ -117,12 +119,13 @@ def _transformers_layer(shape: Shape, gate_up: Tensor, down: Tensor) -> Any:
     return module
 
 
-def _session(program: Any, feed: dict[str, Tensor]) -> Callable[[], object]:
+def _session(program: Any, feed: dict[str, Tensor], threads: int) -> Callable[[], object]:
     """A run of a program by ONNX Runtime as bundles are run: weights as they lie, no copy of them."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = available_cores()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     options.add_session_config_entry("session.disable_prepacking", "1")
     model = ir.to_proto(export_program(program, DIALECTS["onnxruntime"], WeightLayout({}, b"", {})))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -150,8 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench.experts", description=__doc__)
     parser.add_argument("shapes", nargs="*", type=read_shape, default=[read_shape(text) for text in SHAPES])
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=available_cores())
     chosen = parser.parse_args(arguments)
-    rows = [measure(shape, load, chosen.turns) for shape in chosen.shapes for load in LOADS]
+    rows = [measure(shape, load, chosen.turns, chosen.threads) for shape in chosen.shapes for load in LOADS]
     results.print(make_table(rows))
 
 

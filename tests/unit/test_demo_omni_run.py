@@ -17,7 +17,7 @@ from secateur.tools.demo.omni.clips import make_clip
 from secateur.tools.demo.omni.language import KINDS, SPECIAL_TOKENS, build_tokenizer, list_answers
 from secateur.tools.demo.omni.pictures import draw_clip, draw_sound, pick_second
 from secateur.tools.demo.omni.questions import held_out, load_shipped
-from secateur.tools.demo.omni.run import encode_prompt, measure_kinds, split_places
+from secateur.tools.demo.omni.run import measure_kinds, split_places
 from secateur.tools.demo.omni.ship import SAMPLE_SEEDS, format_accuracy
 from secateur.tools.demo.omni.show import draw_table
 from secateur.tools.demo.pictures import GREY
@@ -28,10 +28,10 @@ SHIPPED = Path(__file__).parents[2] / "demo" / "omni"
 def stub_bundle(label: str, answered: list[Answered], tokens: int) -> Bundle:
     program = SimpleNamespace(flops=10_000 * tokens, unpruned_flops=1_640_000)
     manifest = SimpleNamespace(
-        geometry=SimpleNamespace(batch=1, fixed_tokens=48, text_tokens=48, audio_seconds=4, sequence=212),
+        geometry=SimpleNamespace(batch=1, fixed_tokens=48, text_tokens=48, audio_seconds=4),
         segments=[SimpleNamespace(first_layer=0, last_layer=8, length=48 + tokens, capacity=52 + tokens, name="s0")],
         programs=dict.fromkeys(("vision", "prefill", "decode"), program),
-        model=SimpleNamespace(kv_heads=2, head_dim=32, image_token_id=393, pad_token_id=380),
+        model=SimpleNamespace(kv_heads=2, head_dim=32),
         dtype="fp32",
     )
     return Bundle(label, SimpleNamespace(manifest=manifest, path=Path(label)), answered)
@@ -45,16 +45,6 @@ def test_places_of_the_prompt_are_video_and_audio_tokens_in_turn() -> None:
     assert audio.tolist() == list(range(100))
     for place in (0, 31, 32, 81, 82, 113, 114, 163):
         assert [len(part) for part in split_places(np.array([place]))] == [int(kinds[place]), int(not kinds[place])]
-
-
-def test_prompt_has_one_placeholder_per_token_of_the_clip() -> None:
-    manifest = stub_bundle("b", [], 164).session.manifest
-    row, length = encode_prompt("Which digit is heard?", manifest)
-    assert row.shape == (1, 212)
-    assert (row == 393).sum() == 164
-    assert (row[0, length[0] :] == 380).all()
-    assert length[0] == len(build_tokenizer().encode(inputs.write_prompt("Which digit is heard?")))
-    assert build_tokenizer().decode(row[0, length[0] - 3 : length[0]]) == "<|im_start|>assistant\n"
 
 
 def test_accuracy_is_told_per_kind() -> None:
@@ -159,3 +149,24 @@ def test_shipped_model_answers_held_out_clips() -> None:
     from secateur.tools.demo.omni.evaluate import evaluate
 
     assert evaluate(SHIPPED / "model", clips=6)["accuracy"] >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_whole_demo_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    main(
+        ["--model", str(SHIPPED / "model"), "--questions", str(SHIPPED / "questions.json"), "--out", str(tmp_path),
+         "--recipes", "seats", "--clips", "2", "--threads", "1", "--json"]
+    )  # fmt: skip
+    figures = json.loads(capsys.readouterr().out)
+    unpruned, pruned = figures["bundles"]
+    assert [bundle["label"] for bundle in figures["bundles"]] == ["unpruned", "seats"]
+    assert unpruned["tokens"] == [{"layers": 8, "tokens": 164}]
+    assert pruned["tokens"][0]["tokens"] < 164
+    assert pruned["tokens"][-1]["tokens"] == 0
+    assert pruned["flops"]["prefill"] < unpruned["flops"]["prefill"] == pruned["unpruned_flops"]["prefill"]
+    assert unpruned["accuracy"]["all"] >= 0.9
+    assert sum(told["answers"]["unpruned"]["right"] for told in figures["samples"]) >= 11
+    assert (tmp_path / "clip-5.png").is_file()
+    assert json.loads((tmp_path / "demo.json").read_text()) == figures

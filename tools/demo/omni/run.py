@@ -1,4 +1,4 @@
-"""Questions put to compiled bundles of the omni demo model, program by program."""
+"""Questions put to compiled bundles of the omni demo model, and the figures that come of them."""
 
 from __future__ import annotations
 
@@ -8,54 +8,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.request import Request
-from secateur.runtime.schema import Manifest
 from secateur.tools.demo.ask import Asked as Answered
 from secateur.tools.demo.ask import Bundle
-from secateur.tools.demo.omni.inputs import CHUNK_AUDIO, CHUNK_VIDEO, cut_patches, hear_mels, write_prompt
-from secateur.tools.demo.omni.language import KINDS, build_tokenizer
+from secateur.tools.demo.omni.clips import FRAMES_PER_SECOND, SAMPLING_RATE
+from secateur.tools.demo.omni.inputs import CHUNK_AUDIO, CHUNK_VIDEO
+from secateur.tools.demo.omni.language import KINDS
 from secateur.tools.demo.omni.questions import Asked
 
 Ints = NDArray[np.int64]
 
 
 def ask_bundle(bundle: Bundle, questions: Sequence[Asked], advance: Callable[[], None]) -> None:
-    """Greedy answers to all questions; an answer is right only if it also stops."""
-    request = bundle.session.request()
+    """Greedy answers to all questions; one that goes on behind the right word is wrong."""
     for asked in questions:
-        ids = answer(request, asked)
-        ends = bundle.session.manifest.model.eos_token_ids
-        text = build_tokenizer().decode([token for token in ids if token not in ends]).strip()
+        told = bundle.session.generate(
+            asked.text, videos=asked.frames, audio=asked.wave, video_fps=FRAMES_PER_SECOND, audio_rate=SAMPLING_RATE
+        )
+        text = told.text.strip()
         # A stage that leaves nothing chooses nothing.
-        kept = [places[0] for places in request.kept.values() if places.shape[1]]
-        bundle.asked.append(Answered(text, text == asked.answer and ids[-1] in ends, kept))
+        kept = [places[0] for places in told.metrics.kept.values() if places.shape[1]]
+        bundle.asked.append(Answered(text, text == asked.answer, kept))
         advance()
-
-
-def answer(request: Request, asked: Asked) -> list[int]:
-    """Ids of a greedy answer, the stop token included where one came before the caches were full."""
-    manifest = request.manifest
-    patches = cut_patches(asked.frames)
-    shape = next(port.shape for port in manifest.programs["vision"].inputs if port.name == "pixel_values")
-    request.encode(patches.reshape(shape), hear_mels(asked.wave)[None])
-    logits = request.prefill(*encode_prompt(asked.text, manifest))
-    ids: list[int] = []
-    while True:
-        ids.append(int(logits[0].argmax()))
-        if ids[-1] in manifest.model.eos_token_ids or len(ids) == manifest.geometry.new_tokens:
-            return ids
-        logits = request.decode(np.array(ids[-1:], np.int64))
-
-
-def encode_prompt(text: str, manifest: Manifest) -> tuple[Ints, Ints]:
-    """``input_ids`` int64 [1, N], padded on the right, and how many are real [1]. The bundle has one placeholder for
-    tokens of both kinds."""
-    tokenizer = build_tokenizer()
-    ids = np.array(tokenizer.encode(write_prompt(text)), np.int64)
-    ids[np.isin(ids, tokenizer.convert_tokens_to_ids(["<|VIDEO|>", "<|AUDIO|>"]))] = manifest.model.image_token_id
-    row = np.full((1, manifest.geometry.sequence), manifest.model.pad_token_id, np.int64)
-    row[0, : len(ids)] = ids
-    return row, np.array([len(ids)], np.int64)
 
 
 def split_places(places: Ints) -> tuple[Ints, Ints]:

@@ -154,7 +154,7 @@ def answer_by_transformers(
     feed: dict[str, Any] = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *side]] * geometry.images)}
     if geometry.frames:
         feed = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[geometry.frames // 2, *side]])}
-    if hasattr(model, "audio_tower"):
+    if "omni" in model.config.model_type:
         if geometry.frames:
             feed["video_second_per_grid"] = torch.tensor([2 / geometry.fps])
         if sound is not None:

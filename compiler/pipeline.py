@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.compiler import ops
 from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
 from secateur.compiler.calibrate import calibrate_model, write_calibrated
@@ -30,7 +31,7 @@ from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, build_meta_model, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
-from secateur.exporters.checkpoint import Checkpoint, list_tensors
+from secateur.exporters.checkpoint import Checkpoint, list_tensors, open_checkpoint
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
@@ -40,6 +41,7 @@ from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
+from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
@@ -49,6 +51,7 @@ from secateur.passes.join_phases import Axes, join_decode, join_prefill
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
+from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import write_manifest
 
@@ -71,6 +74,12 @@ class Pass:
 
 def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
     return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))
+
+
+def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+    return lambda programs, job: programs.update(
+        *(function(p) for name, p in programs.programs.items() if name in ("vision", "audio"))
+    )
 
 
 def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -173,9 +182,11 @@ def _axes(job: Job) -> Axes | None:
 PASSES: tuple[Pass, ...] = (
     # Tidy: every later pattern is written for graphs without tracing's leftovers.
     Pass("drop_noops", _each(drop_noops)),
+    Pass("straighten_heads", _each(straighten_heads)),
     # Fold what backends have kernels for, before rows are taken: pruned layers then carry the folded form too.
     Pass("fold_rms_norm", _each(fold_rms_norm)),
     Pass("fold_rotary", _each(fold_rotary)),
+    Pass("fold_constants", _towers(fold_constants)),
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),
@@ -231,7 +242,9 @@ def export(pruned: Pruned, dialect: str, weights: str = "stream") -> Exported:
     if weights == "stream":
         layout = plan_weights(used, model, dtype)
     else:
-        layout = refer_weights(used, Checkpoint(pruned.job.source.path, model), dtype, weights)
+        layout = refer_weights(
+            used, open_checkpoint(pruned.job.source.path, model), dtype, weights, list_turnable(pruned.programs)
+        )
     return export_programs(pruned.programs.programs, dialect, layout)
 
 
@@ -253,7 +266,7 @@ def build(
             refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
             save_model(graph, work / f"{name}.onnx")
         with _phase("weights", progress):
-            weights = _place_weights(exported, Checkpoint(source.path, model), work, tell)
+            weights = _place_weights(exported, open_checkpoint(source.path, model), work, tell)
         engines = _build_engines(exported, target, work, tell)
         unpruned = count_unpruned(pruned.traced)
         write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, weights, engines))
@@ -266,7 +279,7 @@ def compile(
     *,
     recipe: Recipe | str = "none",
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     target: str = "onnxruntime",
@@ -280,14 +293,15 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
-    tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
-    decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``target`` is one of ``TARGETS``;
-    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default, or
-    ``auto`` for the checkpoint's own; ``sm`` the GPU architecture for tensorrt-rtx. ``weights`` says how they come
-    into the bundle: ``stream`` writes one file of them, cast where needed, tensor by tensor; ``reference`` hard-links
-    the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after`` nothing is written and the
-    programs as that pass left them are returned.
+    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of
+    visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
+    the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
+    prefill's FLOPs. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
+    bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
+    architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
+    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
+    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
+    returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
@@ -301,7 +315,9 @@ def compile(
     source = read_source(Path(model_dir))
     if dtype == AUTO:
         goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     job = plan_job(source, geometry, row, keep)
     for note in job.notes:
@@ -331,7 +347,7 @@ def explain(
     model_dir: Path | str,
     *,
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     dtype: str = "fp32",
@@ -346,7 +362,9 @@ def explain(
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     plan_job(source, geometry, row, keep)
     with _phase("trace", progress):
@@ -414,18 +432,25 @@ def check_target(target: str, dtype: str | None, sm: int | None, asked: str | No
 def check_weights(traced: Traced, weights: str = "stream") -> None:
     """Refuse a checkpoint that lacks a tensor of the programs, has it in another shape, or cannot be used as it is
     where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
-    aliases, checkpoint = tied_names(traced.model), Checkpoint(traced.source.path, traced.model)
+    aliases, checkpoint = tied_names(traced.model), open_checkpoint(traced.source.path, traced.model)
     used: dict[str, Tensor] = {}
     for program in traced.programs.programs.values():
         used |= {aliases.get(name, name): tensor for name, tensor in program.weights().items()}
     checkpoint.require({name: tuple(tensor.shape) for name, tensor in used.items()})
     if weights != "stream":
-        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights)
+        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, list_turnable(traced.programs))
     if extra := checkpoint.unexpected():
         _log.warning(
             "%s: %d tensors are no part of the model and are left out, such as %s",
             traced.source.path, len(extra), ", ".join(extra[:3]),
         )  # fmt: skip
+
+
+def list_turnable(programs: ProgramSet) -> set[str]:
+    """Weights that every program reads as experts only: graphs take those as they lie or turned."""
+    nodes = [n for p in programs.programs.values() for n in p.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
+    other = {n.meta["weight"] for n in nodes if any(user.target is not ops.experts for user in n.users)}
+    return {n.meta["weight"] for n in nodes} - other
 
 
 def check_weights_mode(weights: str) -> None:
@@ -453,9 +478,10 @@ def _place_weights(exported: Exported, checkpoint: Checkpoint, work: Path, tell:
     def written(done: int, total: int) -> None:
         tell("weights", done, total)
 
-    if layout.mode == "stream":
-        return {WEIGHTS_FILE: write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)}
-    return place_shards(layout, work, written)
+    placed = place_shards(layout, work, written) if layout.shards else {}
+    if layout.header:
+        placed[WEIGHTS_FILE] = write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)
+    return placed
 
 
 def _build_engines(exported: Exported, target: Target, work: Path, tell: Progress) -> dict[str, str]:

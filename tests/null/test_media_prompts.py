@@ -1,4 +1,4 @@
-"""Prompts with images, videos and sound: placeholders expanded, media held to the geometry, one line for each mistake."""
+"""Prompts with images, videos and sound: placeholders expanded, media held to the geometry, a line for each mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'image' %}<vision><image></vision>"
     "{% elif p.type == 'video' %}<vision><video></vision>{% elif p.type == 'audio' %}<sound><audio></sound>"
-    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}a:"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}/{% endfor %}a:"
 )
 CONFIG = {
     "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 28 * 28, "max_pixels": 28 * 28 * 100,
@@ -109,7 +109,7 @@ def show(ids: list[int]) -> str:
         shown += str(run) if run else ""
         run = 0
         if token is not None:
-            shown += letters.get(token) or ALPHABET[token - len(NAMES)].replace("Ġ", " ").replace("Ċ", "/")
+            shown += letters.get(token) or ALPHABET[token - len(NAMES)].replace("Ġ", " ")
     return shown
 
 
@@ -245,7 +245,7 @@ def test_placeholders_that_do_not_fit(files: Path) -> None:
          "name 1 image(s) and 1 audio clip(s), in this order"),
         (both, "<vision><video></vision><sound><audio></sound>x",
          "name 1 video(s); the sound lies between the frames of the video, not beside it"),
-        (image, "x<image>y", "prompt: the marks around its image are missing; write <vision><image></vision>, or leave"),
+        (image, "x<image>y", "prompt: the marks around its image are missing; write <vision><image></vision>, or"),
         (image, "x<image>", "prompt: the prompt ends with its image; put text (a question) behind the image"),
         (image, [{"role": "user", "content": [{"type": "video"}]}],
          "messages: a message holds video (available: image, text)"),

@@ -16,13 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from secateur.tools.bench.compile_scale import LLAVA_7B
+from secateur.tools.bench.qwen_configs import (
+    OMNI_TOKENS,
+    QWEN2_5_OMNI_7B,
+    QWEN2_5_VL_7B,
+    QWEN_PIXELS,
+    QWEN_SOUND,
+    QWEN_TOKENS,
+)
 from secateur.tools.console import notes, results
 from secateur.tools.measure import resident_mark
 
@@ -32,8 +41,9 @@ _LOOK_SECONDS = 0.05
 @dataclass(frozen=True)
 class Layout:
     """A row of the table: ``config`` is its config.json, ``pixels`` its preprocessor_config.json. ``original`` says
-    whether its files name and shape tensors as the hub's do, or as the model holds them. ``seconds`` and ``gib`` are
-    what compiling it may take on two idle cores."""
+    whether its files name and shape tensors as the hub's do, or as the model holds them. ``options`` of compiling say
+    what a prompt holds, ``tokens`` are the special ones beside the image's. ``seconds`` and ``gib`` are what compiling
+    it may take on two idle cores."""
 
     config: dict[str, Any]
     pixels: dict[str, Any]
@@ -42,6 +52,8 @@ class Layout:
     original: bool = True
     seconds: float = 90.0
     gib: float = 3.0
+    options: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def clip_pixels(size: int) -> dict[str, Any]:
@@ -53,6 +65,18 @@ def clip_pixels(size: int) -> dict[str, Any]:
 
 LAYOUTS = {
     "llava-1.5-7b": Layout(LLAVA_7B, clip_pixels(336)),
+    # Windows of four sizes: what is least even takes longest.
+    "qwen2.5-vl-7b": Layout(
+        QWEN2_5_VL_7B, QWEN_PIXELS, "bf16", options=("--image-size", "728x1036"), tokens=QWEN_TOKENS
+    ),
+    "qwen2.5-omni-7b": Layout(
+        QWEN2_5_OMNI_7B,
+        QWEN_SOUND,
+        "bf16",
+        "seats",
+        options=("--image-size", "448x448", "--frames", "32", "--fps", "2", "--audio-seconds", "16"),
+        tokens=OMNI_TOKENS,
+    ),
 }
 
 
@@ -69,10 +93,12 @@ def measure(name: str, layout: Layout, weights: str = "reference") -> dict[str, 
         used = _run(
             "secateur", "compile", str(model), "-o", str(bundle), "--recipe", layout.recipe,
             "--target", "plain", "--dtype", "auto", "--weights", weights,
+            *layout.options,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
         return {
-            "layout": name, "recipe": layout.recipe, "dtype": layout.dtype, "weights": weights, "seconds": seconds,
+            "layout": name, "options": layout.options,
+            "recipe": layout.recipe, "dtype": layout.dtype, "weights": weights, "seconds": seconds,
             **used, "may_take": {"seconds": layout.seconds, "gib": layout.gib}, "load": os.getloadavg()[0],
             **_describe(model, bundle),
         }  # fmt: skip
@@ -133,12 +159,14 @@ def write_processor(directory: Path, layout: Layout) -> None:
 
     image = next(int(layout.config[key]) for key in ("image_token_index", "image_token_id") if key in layout.config)
     names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={**{n: i for i, n in enumerate(names)}, "<image>": image}, merges=[]))
+    special = {**layout.tokens} if image in layout.tokens.values() else {"<image>": image, **layout.tokens}
+    tokenizer = Tokenizer(models.BPE(vocab={**{n: i for i, n in enumerate(names)}, **special}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>"])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *special])
     tokenizer.save(str(directory / "tokenizer.json"))
+    shown = next(name for name, token in special.items() if token == image)
     for name, content in (
-        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "image_token": "<image>"}),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "image_token": shown}),
         ("preprocessor_config.json", layout.pixels),
         ("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2}),
     ):

@@ -26,5 +26,6 @@ def _families() -> list[Family]:
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
+    from secateur.compiler.families.qwen2_vl import QWEN2_VL
 
-    return [INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL]
+    return [INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL]

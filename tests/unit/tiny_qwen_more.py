@@ -1,0 +1,53 @@
+"""Model directories of the other Qwen families with seeded random weights, as ``tiny_qwen`` makes those of Qwen2.5."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import tiny_qwen
+from .tiny_qwen import END, IMAGE, PAD, START, VIDEO, VISION_END, VISION_START, VOCABULARY
+
+KINDS = ("qwen2_vl",)
+_SEEN: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "model_type": "qwen2_vl", "depth": 4, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
+        "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+_TEXT: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    "bos_token_id": PAD, "eos_token_id": END, "pad_token_id": PAD,
+}  # fmt: skip
+_ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration"}
+
+
+def make_config(
+    kind: str, layers: int = 5, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """``config.json`` as plain data; each option changes fields of a part, ``changes`` those of the whole."""
+    return {
+        "architectures": [_ARCHITECTURES[kind]], "model_type": kind, "tie_word_embeddings": False,
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
+        "vision_config": _SEEN[kind] | (vision or {}),
+        "text_config": _TEXT | {"model_type": f"{kind}_text", "num_hidden_layers": layers} | (text or {}),
+    } | changes  # fmt: skip
+
+
+def write_config(directory: Path, kind: str, **options: Any) -> Path:
+    """A directory that holds ``config.json`` alone; options of :func:`make_config`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(make_config(kind, **options), indent=1))
+    return directory
+
+
+def write_model(directory: Path, kind: str, *, seed: int = 0, **options: Any) -> Path:
+    """A whole model directory: configuration, weights, tokenizer, processor; options of :func:`make_config`."""
+    write_config(directory, kind, **options)
+    tiny_qwen.make_model(directory, seed).save_pretrained(directory)
+    tiny_qwen.write_processor(directory)
+    return directory

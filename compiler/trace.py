@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
 from secateur.compiler.program import Program, ProgramSet
+from secateur.passes.deepstack import as_input, plane_outputs
 from secateur.runtime.errors import UserError
 
 ATTENTION = "secateur"
@@ -32,6 +35,7 @@ PACKED = "secateur_flash"
 """For towers that take all grids in one row: they hand the bounds of the runs that attend to themselves to attention
 functions of which the name says that they understand them."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_log = logging.getLogger(__name__)
 _TRACE_LENGTH = 19  # any length works: the dimension is symbolic; an odd one meets no other size by chance
 
 
@@ -118,6 +122,7 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     if not isinstance(raw, dict):
         raise UserError("not a JSON object", where=str(config_file), fix="download the file again")
     family = find_family(raw.get("model_type"), str(config_file))
+    _warn_untested(family.name, family.tested_transformers)
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise UserError(
@@ -146,12 +151,27 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     return Source(path, config, family, family.read_vision(config, geometry)).at(geometry)
 
 
+@cache
+def _warn_untested(family: str, tested: tuple[str, str]) -> None:
+    """Say once per family that the installed transformers is not among the versions it was tested with."""
+    import transformers
+    from packaging.version import Version
+
+    installed = Version(transformers.__version__)
+    if not Version(tested[0]) <= installed < Version(tested[1]):
+        _log.warning(
+            "transformers %s is installed, but family %s was tested with %s to below %s; hold a bundle against "
+            "transformers itself with: secateur verify", installed, family, *tested,
+        )  # fmt: skip
+
+
 def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Traced:
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
     ``position_ids [B,s]``, or ``[3,B,s]`` where they have several axes, -> normed ``hidden``. ``embedding``: ids
-    ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` -> float32 logits. A family with rows behind each image also has
+    ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` -> float32 logits. Features of inner tower layers leave ``vision`` as
+    ``deepstack.<i>`` and enter ``decoder`` as ``deepstack_<i> [B,s,D]``. A family with rows behind each image also has
     ``extra_rows``: -> ``[E,D]``; a geometry with sound ``audio``: ``input_features`` -> ``features``, ``tower``.
     """
     source = source.at(geometry)
@@ -165,8 +185,11 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     decoder, head = model.get_submodule(family.decoder), model.get_submodule(family.head)
     embedding = model.get_submodule(family.embedding)
 
-    def run_decoder(hidden: Tensor, position_ids: Tensor) -> Tensor:
-        out = decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
+    planes = plane_outputs(facts.deepstack)
+
+    def run_decoder(hidden: Tensor, position_ids: Tensor, *planes: Tensor) -> Tensor:
+        given: dict[str, Any] = {"deepstack_visual_embeds": list(planes)} if planes else {}
+        out = decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False, **given).last_hidden_state
         return out  # type: ignore[no-any-return]
 
     constants = compute_buffers(model)
@@ -177,11 +200,12 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     def trace_tower(
         name: str, facts: VisionFacts, forward: Forward, modules: tuple[str, ...], indices: Mapping[str, Any]
     ) -> Program:
+        outputs = ("features", "tower", *plane_outputs(facts.deepstack))
         entering = torch.empty(facts.input_of(batch), dtype=kind, device=meta)
         held = _Indices(name, indices)
         return trace_function(
             name, lambda rows: forward(model, rows, facts, held.read()), {facts.input_name: entering},
-            ("features", "tower"), {**own(*modules), held.path: held}, None, constants | held.values,
+            outputs, {**own(*modules), held.path: held}, None, constants | held.values,
         )  # fmt: skip
 
     axes = ids if source.media is None else ids.expand(3, *ids.shape).contiguous()
@@ -191,8 +215,11 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
             family.vision_indices(source.config, facts, batch) if family.vision_indices is not None else {},
         ),
         trace_function(
-            "decoder", run_decoder, {"hidden": hidden, "position_ids": axes}, ("hidden",), own(family.decoder),
-            {"hidden": {1: length}, "position_ids": {axes.dim() - 1: length}}, constants,
+            "decoder", run_decoder,
+            {"hidden": hidden, "position_ids": axes, **{as_input(n): torch.empty_like(hidden) for n in planes}},
+            ("hidden",), own(family.decoder),
+            {"hidden": {1: length}, "position_ids": {axes.dim() - 1: length},
+             **{as_input(n): {1: length} for n in planes}}, constants,
         ),
         trace_function(
             "embedding", lambda ids: embedding(ids), {"ids": ids}, ("hidden",), own(family.embedding),
@@ -294,12 +321,19 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
             )
     finally:
         hf_logging.set_verbosity(verbosity)
+    if source.vision.deepstack:
+        # Planes are given for every slot, zero at text, so that nothing is looked up by a mask.
+        model.get_submodule(family.decoder)._deepstack_process = _add_plane  # type: ignore[assignment]
     if source.vision.packed:
         audio = family.audio.modules[:1] if family.audio is not None else ()
         for path in (family.vision_modules[0], *audio):
             # At construction a name like this is refused: it would have to be a library that is installed.
             model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
     return model.eval()
+
+
+def _add_plane(hidden: Tensor, mask: None, plane: Tensor) -> Tensor:
+    return hidden + plane
 
 
 def register_attention() -> None:

@@ -18,6 +18,7 @@ from secateur.compiler.program import Program, Segment, args_of, splice
 from secateur.compiler.recipe import Cache, PlannedStage
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
+from secateur.passes.deepstack import is_plane
 from secateur.passes.edit import Node, aten, clone_slice, is_call
 from secateur.passes.signals import STATE
 from secateur.passes.sites import start_state
@@ -141,7 +142,7 @@ def _take(graph: fx.Graph, node: Node, rows: Node, length: int) -> Node:
     taken = graph.call_function(ops.take_rows, (node, rows))
     value = node.meta["val"]
     taken.meta = {"val": torch.empty((value.shape[0], length, *value.shape[2:]), dtype=value.dtype, device="meta")}
-    taken.meta["rows"] = True
+    taken.meta |= {"rows": True, "plane": is_plane(node)}
     return taken
 
 

@@ -27,5 +27,8 @@ def _families() -> list[Family]:
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
     from secateur.compiler.families.qwen2_vl import QWEN2_VL
+    from secateur.compiler.families.qwen3_vl import QWEN3_VL
 
-    return [INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL]
+    return [
+        INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL, QWEN3_VL,
+    ]  # fmt: skip

@@ -121,23 +121,28 @@ def vision_indices(config: Any, facts: VisionFacts, rows: int) -> dict[str, Any]
     return made
 
 
-def vision_forward(model: Any, patches: Any, facts: VisionFacts, indices: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Patches ``[B*S,...]`` -> features ``[B*frames,N,D]`` and the tower's last state."""
+def vision_forward(model: Any, patches: Any, facts: VisionFacts, indices: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Patches ``[B*S,...]`` -> features ``[B*frames,N,D]``, the tower's last state, features of inner layers."""
     rows = patches.shape[0] // facts.input_shape[0]
     # Lengths are read off the bounds by whoever attends; the tower only hands them on.
     out = model.model.visual(patches, grid_thw=None, max_seqlen=0, max_window_seqlen=0, **indices)
-    return out.pooler_output.reshape(rows * facts.frames, facts.tokens_per_image, -1), out.last_hidden_state
+    planes = out.deepstack_features if facts.deepstack else []
+    features, *inner = (
+        each.reshape(rows * facts.frames, facts.tokens_per_image, -1) for each in (out.pooler_output, *planes)
+    )
+    return features, out.last_hidden_state, *inner
 
 
-def reference_forward(model: Any, patches: Any, facts: VisionFacts) -> Any:
-    """The features as transformers computes them from grids: ``[B*frames,N,D]``."""
+def reference_forward(model: Any, patches: Any, facts: VisionFacts) -> tuple[Any, ...]:
+    """The features as transformers computes them from grids, and those of inner layers: ``[B*frames,N,D]``."""
     import torch
 
     merge = int(model.config.vision_config.spatial_merge_size)
     rows = patches.shape[0] // facts.input_shape[0]
     grid = torch.tensor([[1, facts.grid[0] * merge, facts.grid[1] * merge]] * (facts.frames * rows))
-    out = model.get_image_features(patches, image_grid_thw=grid, return_dict=True).pooler_output
-    return torch.stack(list(out))
+    out = model.get_image_features(patches, image_grid_thw=grid, return_dict=True)
+    planes = out.deepstack_features if facts.deepstack else []
+    return tuple(torch.stack(list(each)) for each in (out.pooler_output, *planes))
 
 
 def reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -> Any:

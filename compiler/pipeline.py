@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.compiler import ops
 from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
 from secateur.compiler.calibrate import calibrate_model, write_calibrated
@@ -30,7 +31,7 @@ from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, build_meta_model, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
-from secateur.exporters.checkpoint import Checkpoint, list_tensors
+from secateur.exporters.checkpoint import Checkpoint, list_tensors, open_checkpoint
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
@@ -234,7 +235,9 @@ def export(pruned: Pruned, dialect: str, weights: str = "stream") -> Exported:
     if weights == "stream":
         layout = plan_weights(used, model, dtype)
     else:
-        layout = refer_weights(used, Checkpoint(pruned.job.source.path, model), dtype, weights)
+        layout = refer_weights(
+            used, open_checkpoint(pruned.job.source.path, model), dtype, weights, list_turnable(pruned.programs)
+        )
     return export_programs(pruned.programs.programs, dialect, layout)
 
 
@@ -256,7 +259,7 @@ def build(
             refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
             save_model(graph, work / f"{name}.onnx")
         with _phase("weights", progress):
-            weights = _place_weights(exported, Checkpoint(source.path, model), work, tell)
+            weights = _place_weights(exported, open_checkpoint(source.path, model), work, tell)
         engines = _build_engines(exported, target, work, tell)
         unpruned = count_unpruned(pruned.traced)
         write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, weights, engines))
@@ -417,18 +420,25 @@ def check_target(target: str, dtype: str | None, sm: int | None, asked: str | No
 def check_weights(traced: Traced, weights: str = "stream") -> None:
     """Refuse a checkpoint that lacks a tensor of the programs, has it in another shape, or cannot be used as it is
     where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
-    aliases, checkpoint = tied_names(traced.model), Checkpoint(traced.source.path, traced.model)
+    aliases, checkpoint = tied_names(traced.model), open_checkpoint(traced.source.path, traced.model)
     used: dict[str, Tensor] = {}
     for program in traced.programs.programs.values():
         used |= {aliases.get(name, name): tensor for name, tensor in program.weights().items()}
     checkpoint.require({name: tuple(tensor.shape) for name, tensor in used.items()})
     if weights != "stream":
-        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights)
+        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, list_turnable(traced.programs))
     if extra := checkpoint.unexpected():
         _log.warning(
             "%s: %d tensors are no part of the model and are left out, such as %s",
             traced.source.path, len(extra), ", ".join(extra[:3]),
         )  # fmt: skip
+
+
+def list_turnable(programs: ProgramSet) -> set[str]:
+    """Weights that every program reads as experts only: graphs take those as they lie or turned."""
+    nodes = [n for p in programs.programs.values() for n in p.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
+    other = {n.meta["weight"] for n in nodes if any(user.target is not ops.experts for user in n.users)}
+    return {n.meta["weight"] for n in nodes} - other
 
 
 def check_weights_mode(weights: str) -> None:
@@ -456,9 +466,10 @@ def _place_weights(exported: Exported, checkpoint: Checkpoint, work: Path, tell:
     def written(done: int, total: int) -> None:
         tell("weights", done, total)
 
-    if layout.mode == "stream":
-        return {WEIGHTS_FILE: write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)}
-    return place_shards(layout, work, written)
+    placed = place_shards(layout, work, written) if layout.shards else {}
+    if layout.header:
+        placed[WEIGHTS_FILE] = write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)
+    return placed
 
 
 def _build_engines(exported: Exported, target: Target, work: Path, tell: Progress) -> dict[str, str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, Forward, VisionFacts
 from secateur.compiler.function import first_line, trace_function
@@ -329,6 +330,7 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
         for path in (family.vision_modules[0], *audio):
             # At construction a name like this is refused: it would have to be a library that is installed.
             model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
+    use_experts(model)
     return model.eval()
 
 

@@ -27,8 +27,9 @@ def _families() -> list[Family]:
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
     from secateur.compiler.families.qwen2_vl import QWEN2_VL
-    from secateur.compiler.families.qwen3_vl import QWEN3_VL
+    from secateur.compiler.families.qwen3_omni import QWEN3_OMNI
+    from secateur.compiler.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 
     return [
-        INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL, QWEN3_VL,
+        INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL, QWEN3_OMNI, QWEN3_VL, QWEN3_VL_MOE,
     ]  # fmt: skip

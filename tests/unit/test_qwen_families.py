@@ -29,6 +29,7 @@ GEOMETRIES = {
     "images and sound": Geometry(batch=1, images=2, text_tokens=24, new_tokens=4, audio_seconds=2),
 }
 SEEN = ("images", "video")
+HEARD = tuple(media for media in GEOMETRIES if media not in SEEN)
 RECIPES = ("none", "fastv", "divprune", "seats")
 
 
@@ -65,7 +66,7 @@ def compare(traced: Traced, model: Any, recipe: str, rows: int = 4) -> Parity:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("kind", "media"),
-    [(kind, media) for kind in KINDS for media in SEEN],
+    [(kind, media) for kind in KINDS for media in SEEN] + [("qwen3_omni_moe_thinker", media) for media in HEARD],
 )
 def test_programs_equal_the_oracle(
     trace_of: Callable[[str, str], tuple[Traced, Any]], kind: str, media: str, recipe: str

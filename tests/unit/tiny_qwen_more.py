@@ -22,7 +22,7 @@ from .tiny_qwen import (
     VOCABULARY,
 )
 
-KINDS = ("qwen2_vl", "qwen3_vl")
+KINDS = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker")
 _STACKED: dict[str, Any] = {
     "depth": 5, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64,
     "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2, 3], "in_channels": 3, "patch_size": 16,

@@ -42,6 +42,7 @@ from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.deepstack import drop_planes
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
+from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.fold_scatters import fold_scatters
@@ -52,6 +53,7 @@ from secateur.passes.join_phases import Axes, join_decode, join_prefill
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
+from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import write_manifest
 
@@ -74,6 +76,12 @@ class Pass:
 
 def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
     return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))
+
+
+def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+    return lambda programs, job: programs.update(
+        *(function(p) for name, p in programs.programs.items() if name in ("vision", "audio"))
+    )
 
 
 def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -177,9 +185,11 @@ PASSES: tuple[Pass, ...] = (
     # Tidy: every later pattern is written for graphs without tracing's leftovers.
     Pass("drop_noops", _each(drop_noops)),
     Pass("fold_scatters", _each(fold_scatters)),
+    Pass("straighten_heads", _each(straighten_heads)),
     # Fold what backends have kernels for, before rows are taken: pruned layers then carry the folded form too.
     Pass("fold_rms_norm", _each(fold_rms_norm)),
     Pass("fold_rotary", _each(fold_rotary)),
+    Pass("fold_constants", _towers(fold_constants)),
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),
@@ -272,7 +282,7 @@ def compile(
     *,
     recipe: Recipe | str = "none",
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     target: str = "onnxruntime",
@@ -286,14 +296,15 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
-    tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
-    decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``target`` is one of ``TARGETS``;
-    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default, or
-    ``auto`` for the checkpoint's own; ``sm`` the GPU architecture for tensorrt-rtx. ``weights`` says how they come
-    into the bundle: ``stream`` writes one file of them, cast where needed, tensor by tensor; ``reference`` hard-links
-    the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after`` nothing is written and the
-    programs as that pass left them are returned.
+    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of
+    visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
+    the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
+    prefill's FLOPs. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
+    bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
+    architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
+    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
+    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
+    returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
@@ -307,7 +318,9 @@ def compile(
     source = read_source(Path(model_dir))
     if dtype == AUTO:
         goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     job = plan_job(source, geometry, row, keep)
     for note in job.notes:
@@ -337,7 +350,7 @@ def explain(
     model_dir: Path | str,
     *,
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     dtype: str = "fp32",
@@ -352,7 +365,9 @@ def explain(
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     plan_job(source, geometry, row, keep)
     with _phase("trace", progress):

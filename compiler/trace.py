@@ -322,6 +322,7 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
             )
     finally:
         hf_logging.set_verbosity(verbosity)
+    use_experts(model)
     if source.vision.deepstack:
         # Planes are given for every slot, zero at text, so that nothing is looked up by a mask.
         model.get_submodule(family.decoder)._deepstack_process = _add_plane  # type: ignore[assignment]
@@ -330,7 +331,6 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
         for path in (family.vision_modules[0], *audio):
             # At construction a name like this is refused: it would have to be a library that is installed.
             model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
-    use_experts(model)
     return model.eval()
 
 
@@ -372,18 +372,21 @@ def _packed_attention_function(
     scale = float(kwargs["scaling"])
     heads, width = query.shape[1], query.shape[3]
 
+    # Rows first, as the projections leave them: then runs become a batch without a move in memory.
+    rows = [part.transpose(1, 2)[0] for part in (query, key, value)]
+
     def attend(length: int, *parts: Tensor) -> Tensor:
-        batched = [part[0].reshape(heads, -1, length, width).transpose(0, 1).contiguous() for part in parts]
+        batched = [part.reshape(-1, length, heads, width).transpose(1, 2) for part in parts]
         out = ops.attention(*batched, scale, False)
         return out.transpose(1, 2).reshape(-1, heads, width)
 
     if runs.taken is None or runs.back is None:
-        return attend(next(iter(runs.starts)), query, key, value)[None], None
-    turned = [part.index_select(2, runs.taken) for part in (query, key, value)]
+        return attend(next(iter(runs.starts)), *rows)[None], None
+    turned = [part.index_select(0, runs.taken) for part in rows]
     outs, at = [], 0
     for length, starts in runs.starts.items():
         end = at + length * len(starts)
-        outs.append(attend(length, *(part[:, :, at:end] for part in turned)))
+        outs.append(attend(length, *(part[at:end] for part in turned)))
         at = end
     return torch.cat(outs).index_select(0, runs.back)[None], None
 

@@ -128,11 +128,11 @@ def measure_majority(samples: list) -> float:
     return round(right / len(samples), 4)
 
 
-def print_table(result: dict) -> None:
+def print_table(result: dict, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"held-out accuracy, keep {result['keep']}{', blind' if result['blind'] else ''}")
+    table = Table(title=title)
     table.add_column("kind")
     table.add_column("accuracy", justify="right")
     for kind, accuracy in [
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = evaluate(options.model, options.questions, options.keep, options.blind)
-    print_table(result)
+    print_table(result, f"held-out accuracy, keep {result['keep']}{', blind' if result['blind'] else ''}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

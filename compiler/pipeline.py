@@ -39,8 +39,8 @@ from secateur.exporters.tensor_names import tied_names
 from secateur.exporters.weights import MODES, WEIGHTS_FILE, plan_weights, write_weights
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
-from secateur.passes.deepstack import drop_planes
 from secateur.passes.drop_noops import drop_noops
+from secateur.passes.drop_planes import drop_planes
 from secateur.passes.expose_sites import expose_sites
 from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm

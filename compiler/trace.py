@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import as_input, plane_outputs
 from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, Forward, VisionFacts
@@ -28,7 +29,6 @@ from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
 from secateur.compiler.program import Program, ProgramSet
-from secateur.passes.deepstack import as_input, plane_outputs
 from secateur.runtime.errors import UserError
 
 ATTENTION = "secateur"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from secateur.compiler import ops
-from secateur.passes.deepstack import is_plane
+from secateur.compiler.deepstack import is_plane
 from secateur.passes.edit import Node, ancestors, is_call, layer_index
 from secateur.runtime.errors import SecateurError
 

@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import is_plane
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, Segment, args_of, splice
 from secateur.compiler.recipe import Cache, PlannedStage
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
-from secateur.passes.deepstack import is_plane
 from secateur.passes.edit import Node, aten, clone_slice, is_call
 from secateur.passes.signals import STATE
 from secateur.passes.sites import start_state

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import as_input, is_plane_output
 from secateur.compiler.families.family import Tower, VisionFacts
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.check_stages import tower_layers
-from secateur.passes.deepstack import as_input, is_plane_output
 from secateur.passes.edit import Node, aten, clone_slice, is_call, layer_index, shape_of
 from secateur.passes.insert_decoder_stages import track_state
 from secateur.passes.refresh_shapes import refresh_shapes

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from secateur.compiler.deepstack import is_plane_output
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, splice
-from secateur.passes.deepstack import is_plane_output
 from secateur.passes.edit import Node, aten, shape_of
 from secateur.passes.refresh_shapes import refresh_shapes
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import is_plane
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
-from secateur.passes.deepstack import is_plane
 from secateur.passes.edit import Node, aten, erase_dead
 
 

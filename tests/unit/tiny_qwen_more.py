@@ -98,4 +98,7 @@ def write_model(directory: Path, kind: str, *, seed: int = 0, **options: Any) ->
     write_config(directory, kind, **options)
     tiny_qwen.make_model(directory, seed).save_pretrained(directory)
     tiny_qwen.write_processor(directory, "qwen2_5_omni_thinker" if "omni" in kind else "qwen2_5_vl")
+    processor = directory / "preprocessor_config.json"
+    pixels = json.loads(processor.read_text()) | {"patch_size": _SEEN[kind]["patch_size"]}
+    processor.write_text(json.dumps(pixels, indent=1))
     return directory

@@ -6,8 +6,7 @@ The vision program returns them beside the features, thinned as those are; the d
 
 from __future__ import annotations
 
-from secateur.compiler.program import Program, args_of
-from secateur.passes.edit import Node, aten, is_call, replace_node
+from torch import fx
 
 _OUTPUT, _INPUT = "deepstack.", "deepstack_"
 
@@ -25,18 +24,6 @@ def is_plane_output(name: str) -> bool:
     return name.startswith(_OUTPUT)
 
 
-def is_plane(node: Node) -> bool:
+def is_plane(node: fx.Node) -> bool:
     """Whether a value of a decoder's graph is a plane: an input, or rows taken of one."""
     return bool(node.meta.get("plane")) or (node.op == "placeholder" and node.name.startswith(_INPUT))
-
-
-def drop_planes(program: Program) -> Program:
-    """The decoder for new tokens, which are all text: nothing is added to them."""
-    module = program.edit()
-    for port in [n for n in module.graph.nodes if is_plane(n)]:
-        for user in list(port.users):
-            assert is_call(user, aten.add.Tensor), "planes are added to the stream and nothing else"
-            stream, plane = args_of(user)[:2]
-            replace_node(user, stream if plane is port else plane)
-        module.graph.erase_node(port)
-    return program.with_module(module)

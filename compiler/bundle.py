@@ -243,7 +243,10 @@ def _media(job: Job) -> m.Media | None:
         for kind, names in media.around.items() if all(hasattr(config, name) for name in names)
     }  # fmt: skip
     before, behind = ([int(getattr(config, name))] if name else [] for name in media.sound_marks)
-    return m.Media(items=items, around=around, sound_before=before, sound_behind=behind)
+    return m.Media(
+        items=items, around=around, sound_before=before, sound_behind=behind,
+        sound_marks_count=media.sound_marks_count, timestamp=media.timestamp,
+    )  # fmt: skip
 
 
 def _stop_tokens(path: Path, config: Any) -> list[int]:

@@ -41,8 +41,12 @@ class MediaLayout:
     around: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Kind of item -> configuration keys of the tokens around it that transformers numbers it by."""
     sound_marks: tuple[str, str] = ("", "")
-    """Configuration keys of the tokens before and behind sound that a video brings along; the tokens around the video
-    itself have the same position ids. Empty where there is none."""
+    """Configuration keys of the tokens before and behind sound that a video brings along. The tokens around the video
+    itself have the same position ids, but for ``sound_marks_count``. Empty where there is none."""
+    sound_marks_count: bool = False
+    """Whether the marks of sound have position ids of their own, as words do."""
+    timestamp: str = ""
+    """As in the manifest."""
 
     def order(self, before: int = 1, after: int = 1) -> tuple[int, ...]:
         """Where each token that enters the decoder lies among all that are seen, followed by all that are heard.

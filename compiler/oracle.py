@@ -51,6 +51,8 @@ class RowRun:
     hidden: dict[str, Tensor] = field(default_factory=dict)
     """Decoder stage -> rows it left ``[L',D]``."""
     features: Tensor = field(default_factory=lambda: torch.empty(0))
+    planes: list[Tensor] = field(default_factory=list)
+    """Features of inner tower layers that the decoder adds (DeepStack), each ``[F,D]`` as ``features``."""
     keys: list[Tensor] = field(default_factory=list)
     """Per layer ``[Hkv,L,d]``, prompt rows and those of decode."""
     values: list[Tensor] = field(default_factory=list)
@@ -116,9 +118,10 @@ class Oracle:
                 mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
                 walk.block_ids = number_blocks(image)
             with walk.hooked():
+                planes: dict[str, Any] = {"visual_pos_masks": image, "deepstack_visual_embeds": row.planes}
                 out = self.decoder(
                     inputs_embeds=hidden, position_ids=positions[..., None, :], past_key_values=cache, use_cache=True,
-                    attention_mask=mask,
+                    attention_mask=mask, **(planes if row.planes else {}),
                 ).last_hidden_state  # fmt: skip
             row.logits.append(self.head(out[0, -1]).float())
             removed = {s.first_layer: s.removed for s in walk.segments}
@@ -143,6 +146,7 @@ class Oracle:
         facts, stages = self.job.source.vision, self.job.vision_stages
         state: dict[str, Tensor] = {}
         entering: dict[str, Tensor] = {}
+        planes: list[Tensor] = []
 
         def reduce(index: int, tokens: Tensor, cls: bool) -> Tensor:
             stage = stages[index]
@@ -169,11 +173,13 @@ class Oracle:
                               tracked, given, watch)  # fmt: skip
             state.update(thin.state)
             self._note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
+            if not stage.planned.observes:
+                planes[:] = [thin.thin(plane) for plane in planes]
             return torch.cat([head, thin.tokens], 1)
 
         if self.family.vision_reference is not None:
             record.calls.clear()
-            features = self.family.vision_reference(self.model, pixel_values, facts)
+            features, *planes[:] = self.family.vision_reference(self.model, pixel_values, facts)
             for index in range(len(stages)):
                 features = reduce(index, features, False)
         else:
@@ -204,6 +210,7 @@ class Oracle:
             added = self.model.get_parameter(self.family.extra_rows)
             behind = added.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
             features = torch.cat([features, behind], 1)
+        row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
     def _hear(self, input_features: Tensor, row: RowRun, record: _Record) -> Tensor:
@@ -224,7 +231,9 @@ class Oracle:
         order = torch.tensor(job.media_order)
         if job.carries and self.carried is not None:
             self.carried = torch.cat([self.carried, state["carried"].reshape(1, -1)], 1)[:, order]
-        return torch.cat([row.features, heard.reshape(-1, heard.shape[-1])])[order]
+        tokens = heard.reshape(-1, heard.shape[-1])
+        row.planes = [torch.cat([plane, torch.zeros_like(tokens)])[order] for plane in row.planes]
+        return torch.cat([row.features, tokens])[order]
 
     def _thin(
         self, stage: StageFunction, tokens: Tensor, facts: VisionFacts, tower: Sequence[Any], attention: str,
@@ -407,6 +416,10 @@ class _Walk:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        decoder = self.oracle.decoder
+        if self.row.planes:
+            add = decoder._deepstack_process
+            decoder._deepstack_process = lambda hidden, visual, plane: add(hidden, *self._follow(visual, plane))
         hooks = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.oracle.layers]
         for layer in self.oracle.layers:
             parts: Any = layer
@@ -422,8 +435,16 @@ class _Walk:
         try:
             yield
         finally:
+            if self.row.planes:
+                del decoder._deepstack_process
             for hook in hooks:
                 hook.remove()
+
+    def _follow(self, visual: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the rows that are left are visual ``[1,L]``, and theirs ``[V,D]`` of a plane."""
+        slots = torch.arange(visual.shape[1]) if self.slots is None else self.slots
+        left = visual[:, slots]
+        return left, plane[(visual[0].cumsum(0) - 1)[slots[left[0]]]]
 
     def _remember(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -40,10 +40,12 @@ from secateur.exporters.weights import MODES, WEIGHTS_FILE, plan_weights, write_
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
+from secateur.passes.drop_planes import drop_planes
 from secateur.passes.expose_sites import expose_sites
 from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
+from secateur.passes.fold_scatters import fold_scatters
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
 from secateur.passes.insert_vision_stages import insert_vision_stages
 from secateur.passes.join_encoders import join_encoders
@@ -93,7 +95,7 @@ def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
 def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
     decoder = programs["decoder"]
     return programs.update(
-        replace(decoder, name="prefill_decoder"), replace(decoder, name="decode_decoder"), drop=["decoder"]
+        replace(decoder, name="prefill_decoder"), drop_planes(replace(decoder, name="decode_decoder")), drop=["decoder"]
     )
 
 
@@ -181,6 +183,7 @@ def _axes(job: Job) -> Axes | None:
 PASSES: tuple[Pass, ...] = (
     # Tidy: every later pattern is written for graphs without tracing's leftovers.
     Pass("drop_noops", _each(drop_noops)),
+    Pass("fold_scatters", _each(fold_scatters)),
     Pass("straighten_heads", _each(straighten_heads)),
     # Fold what backends have kernels for, before rows are taken: pruned layers then carry the folded form too.
     Pass("fold_rms_norm", _each(fold_rms_norm)),

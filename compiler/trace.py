@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import as_input, plane_outputs
 from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, Forward, VisionFacts
@@ -34,6 +37,7 @@ PACKED = "secateur_flash"
 """For towers that take all grids in one row: they hand the bounds of the runs that attend to themselves to attention
 functions of which the name says that they understand them."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_log = logging.getLogger(__name__)
 _TRACE_LENGTH = 19  # any length works: the dimension is symbolic; an odd one meets no other size by chance
 
 
@@ -121,6 +125,7 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     if not isinstance(raw, dict):
         raise UserError("not a JSON object", where=str(config_file), fix="download the file again")
     family = find_family(raw.get("model_type"), str(config_file))
+    _warn_untested(family.name, family.tested_transformers)
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise UserError(
@@ -149,14 +154,29 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     return Source(path, config, family, family.read_vision(config, geometry)).at(geometry)
 
 
+@cache
+def _warn_untested(family: str, tested: tuple[str, str]) -> None:
+    """Say once per family that the installed transformers is not among the versions it was tested with."""
+    import transformers
+    from packaging.version import Version
+
+    installed = Version(transformers.__version__)
+    if not Version(tested[0]) <= installed < Version(tested[1]):
+        _log.warning(
+            "transformers %s is installed, but family %s was tested with %s to below %s; hold a bundle against "
+            "transformers itself with: secateur verify", installed, family, *tested,
+        )  # fmt: skip
+
+
 def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Traced:
     """Trace the programs ``vision``, ``decoder``, ``embedding`` and ``head`` for a geometry's batch.
 
     ``vision``: ``pixel_values [B*n,3,H,W]`` -> ``features [B*n,N,D]``, ``tower``. ``decoder``: ``hidden [B,s,D]``,
     ``position_ids [B,s]``, or ``[3,B,s]`` where they have several axes, and, where tokens of one image attend to each
     other, ``block_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` ->
-    float32 logits. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``; a geometry with sound
-    ``audio``: ``input_features`` -> ``features``, ``tower``.
+    float32 logits. Features of inner tower layers leave ``vision`` as ``deepstack.<i>`` and enter ``decoder`` as
+    ``deepstack_<i> [B,s,D]``. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``; a geometry
+    with sound ``audio``: ``input_features`` -> ``features``, ``tower``.
     """
     source = source.at(geometry)
     model = build_meta_model(source, dtype)
@@ -169,14 +189,17 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     decoder, head = model.get_submodule(family.decoder), model.get_submodule(family.head)
     embedding = model.get_submodule(family.embedding)
 
-    # The exporter reads the length off the last input: not off the one that decode goes without.
+    # The exporter reads the length off the last input: not off those that decode goes without.
     blocks = {"block_ids": ids.clone()} if family.image_masks else {}
     axes = ids if source.media is None else ids.expand(3, *ids.shape).contiguous()
-    entering = {"hidden": hidden, **blocks, "position_ids": axes}
+    planes = {as_input(name): torch.empty_like(hidden) for name in plane_outputs(facts.deepstack)}
+    entering = {"hidden": hidden, **planes, **blocks, "position_ids": axes}
 
     def run_decoder(hidden: Tensor, *rest: Tensor) -> Tensor:
         # What its forward does not know it hands on to every layer's attention.
-        given = dict(zip((*blocks, "position_ids"), rest, strict=True))
+        given: dict[str, Any] = dict(zip((*blocks, "position_ids"), rest[len(planes) :], strict=True))
+        if planes:
+            given["deepstack_visual_embeds"] = list(rest[: len(planes)])
         out = decoder(inputs_embeds=hidden, use_cache=False, **given).last_hidden_state
         return out  # type: ignore[no-any-return]
 
@@ -188,11 +211,12 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     def trace_tower(
         name: str, facts: VisionFacts, forward: Forward, modules: tuple[str, ...], indices: Mapping[str, Any]
     ) -> Program:
+        outputs = ("features", "tower", *plane_outputs(facts.deepstack))
         entering = torch.empty(facts.input_of(batch), dtype=kind, device=meta)
         held = _Indices(name, indices)
         return trace_function(
             name, lambda rows: forward(model, rows, facts, held.read()), {facts.input_name: entering},
-            ("features", "tower"), {**own(*modules), held.path: held}, None, constants | held.values,
+            outputs, {**own(*modules), held.path: held}, None, constants | held.values,
         )  # fmt: skip
 
     programs = [
@@ -308,12 +332,19 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
     finally:
         hf_logging.set_verbosity(verbosity)
     use_experts(model)
+    if source.vision.deepstack:
+        # Planes are given for every slot, zero at text, so that nothing is looked up by a mask.
+        model.get_submodule(family.decoder)._deepstack_process = _add_plane  # type: ignore[assignment]
     if source.vision.packed:
         audio = family.audio.modules[:1] if family.audio is not None else ()
         for path in (family.vision_modules[0], *audio):
             # At construction a name like this is refused: it would have to be a library that is installed.
             model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
     return model.eval()
+
+
+def _add_plane(hidden: Tensor, mask: None, plane: Tensor) -> Tensor:
+    return hidden + plane
 
 
 def register_attention() -> None:

@@ -103,6 +103,21 @@ def _select(b: Builder, node: fx.Node) -> ir.Value:
     return b.reshape(b.slice(x, axis, index, index + 1), output(node)[1])
 
 
+@lowers(aten.slice_scatter.default)
+def _slice_scatter(b: Builder, node: fx.Node) -> ir.Value:
+    """Each place from the whole or from what is written into it, which lies behind the whole."""
+    x, part = read(b, args_of(node)[0]), read(b, args_of(node)[1])
+    axis, start, end, step = fill(args_of(node)[2:], (0, None, None, 1))
+    dtype, shape = output(node)
+    axis = int(axis) % len(shape)
+    places = list(range(shape[axis]))
+    for index, place in enumerate(range(*slice(start, end, step).indices(shape[axis]))):
+        places[place] = shape[axis] + index
+    widened = [n + shape_of(part)[i] * (i == axis) for i, n in enumerate(shape)]
+    both = b.op("Concat", x, part, dtype=dtype, shape=widened, attributes={"axis": axis})
+    return emit(b, node, "Gather", both, b.ints(*places), axis=axis)
+
+
 @lowers(aten.gather.default)
 def _gather(b: Builder, node: fx.Node) -> ir.Value:
     x, axis, index = args_of(node)[:3]

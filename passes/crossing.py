@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import is_plane
 from secateur.passes.edit import Node, ancestors, is_call, layer_index
 from secateur.runtime.errors import SecateurError
 
@@ -19,7 +20,7 @@ class Crossing:
     tables: tuple[Node, ...]
     """Follow from the positions alone (rotary cos and sin), ``[B,s,...]``."""
     carried: tuple[Node, ...]
-    """Other per-token tensors ``[B,s,...]``."""
+    """Other per-token tensors ``[B,s,...]``, planes of DeepStack among them."""
     lengths: tuple[Node, ...]
     users: dict[Node, tuple[Node, ...]]
     """Readers at or after the site."""
@@ -56,6 +57,8 @@ def find_crossing(graph: fx.Graph, layers: str, layer: int, where: str) -> Cross
                 where=f"insert_decoder_stages: {where}",
                 fix="the pass must learn this kind of value before the family can be pruned inside the decoder",
             )
+        elif is_plane(node):
+            carried.append(node)
         elif node.meta.get("table"):
             tables.append(node)
         elif node in flows and value.is_floating_point():

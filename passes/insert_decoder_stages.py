@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import is_plane
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, Segment, args_of, splice
 from secateur.compiler.recipe import Cache, PlannedStage
@@ -143,7 +144,7 @@ def _take(graph: fx.Graph, node: Node, rows: Node, length: int) -> Node:
     taken = graph.call_function(ops.take_rows, (node, rows))
     value = node.meta["val"]
     taken.meta = {"val": torch.empty((value.shape[0], length, *value.shape[2:]), dtype=value.dtype, device="meta")}
-    taken.meta["rows"] = True
+    taken.meta |= {"rows": True, "plane": is_plane(node)}
     return taken
 
 

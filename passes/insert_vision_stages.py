@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import as_input, is_plane_output
 from secateur.compiler.families.family import Tower, VisionFacts
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
@@ -30,13 +31,14 @@ def insert_vision_stages(
     carries: bool = False,
 ) -> Program:
     """A tower's program with its stages; outputs ``features [B,F,D]``, with ``carries`` what the last score carries on
-    (``carried [B,F]``), and ``kept.stage<i> [B,K]`` per stage that chooses.
+    (``carried [B,F]``), ``deepstack.<i> [B,F,D]`` of a model that has them, and ``kept.stage<i> [B,K]`` per stage that
+    chooses.
 
     ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``.
     """
     images = facts.frames
     batch = shape_of(program.results[0])[0] // images
-    inserting = _Inserting(tower, facts, batch)
+    inserting = _Inserting(tower, facts, batch, program.outputs[2:])
     for index, stage in enumerate(stages):
         later = track_state(stages, index + 1)
         tracked = [*later, *(["carried"] if carries and "carried" not in later else [])]
@@ -54,18 +56,22 @@ def insert_vision_stages(
         inserting.outputs.remove("carried")
         names.append("carried")
         results.append(_reshape(graph, output, carried, [batch, count]))
-    kept = [(n, r) for n, r in zip(inserting.outputs, rest, strict=True) if n.startswith("kept.")]
+    left = list(zip(inserting.outputs, rest, strict=True))
+    for name, plane in (pair for pair in left if is_plane_output(pair[0])):
+        names.append(name)
+        results.append(_reshape(graph, output, plane, [batch, count, shape_of(features)[-1]]))
+    kept = [pair for pair in left if pair[0].startswith("kept.")]
     output.args = ((*results, *(r for _, r in kept)),)
     return refresh_shapes(program.with_module(module, (*names, *(n for n, _ in kept))))
 
 
 class _Inserting:
     """One program on its way through the stages. Its outputs are the features, the tower's last state, and then
-    ``outputs``: kept indices, and under their own names the state later stages want."""
+    ``outputs``: planes, kept indices, and under their own names the state later stages want."""
 
-    def __init__(self, paths: Tower, facts: VisionFacts, batch: int) -> None:
+    def __init__(self, paths: Tower, facts: VisionFacts, batch: int, outputs: Sequence[str]) -> None:
         self.paths, self.facts, self.batch = paths, facts, batch
-        self.outputs: list[str] = []
+        self.outputs = list(outputs)
         self.part = 0
 
     def insert(self, program: Program, stage: StageFunction, tracked: Sequence[str]) -> Program:
@@ -95,9 +101,10 @@ class _Inserting:
             state.pop("carried", None)
         self.part = planned.part
         made = start_state([n for n in stage.signals if n not in state], images, planned.length_in)
-        at = _first_after(order, ports.values(), after)
+        planes = {} if planned.observes else self._planes(graph)
+        at = _first_after(order, (*ports.values(), *planes.values()), after)
         extra = self._extra(module, stage, at)
-        ports |= state | extra
+        ports |= state | extra | {as_input(name): node for name, node in planes.items()}
         passed = [n for n in tracked if n in state or n in made or (n == "carried" and stage.bound.score is not None)]
 
         def run(*values: Tensor) -> Any:
@@ -107,9 +114,11 @@ class _Inserting:
                 given["tokens"][:, cls:], {n: given[n] for n in raw_names}, next(iter(scales)), facts.has_cls, held,
                 {n: given[n] for n in extra}, facts.grid, facts.merge, facts.patch_order,
             )  # fmt: skip
-            return self._results(stage, seen, given["tokens"][:, :cls], reduce_patches(stage, seen, layers, tracked))
+            thin = reduce_patches(stage, seen, layers, tracked)
+            beside = [thin.thin(given[as_input(name)]) for name in planes]
+            return self._results(stage, thin, given["tokens"][:, :cls], beside)
 
-        fixed = [] if planned.observes else ["tokens", "kept"]
+        fixed = [] if planned.observes else ["tokens", "kept", *map(as_input, planes)]
         if not fixed and not passed:
             return program
         feed = {name: _zeros_like(node) for name, node in ports.items()}
@@ -119,6 +128,7 @@ class _Inserting:
         kept: list[tuple[str, Node]] = []
         if not planned.observes:
             tokens, kept = results[0], [(f"kept.{planned.name}", results[1])]
+            kept += zip(planes, results[2 : len(fixed)], strict=True)
             tokens.meta["layer"] = value.meta.get("layer")
             for user in after:
                 user.replace_input_with(value, tokens)
@@ -126,7 +136,9 @@ class _Inserting:
                 _shorten(graph, order, value, cls + planned.length_in, cls + planned.length_out, self.paths)
         return self._update_outputs(program, module, kept, dict(zip(passed, results[len(fixed) :], strict=True)))
 
-    def _results(self, stage: StageFunction, seen: PatchView, cls: Tensor, thin: Thinned) -> tuple[Tensor, ...]:
+    def _results(
+        self, stage: StageFunction, thin: Thinned, cls: Tensor, planes: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         left = tuple(thin.state.values())
         if stage.planned.observes:
             return left
@@ -134,7 +146,11 @@ class _Inserting:
         offset = torch.arange(keep.shape[0] // self.batch)[:, None] * stage.planned.length_in
         row = (keep.reshape(self.batch, -1, keep.shape[1]) + offset).reshape(self.batch, -1)
         tokens = torch.cat([cls, thin.tokens], 1) if cls.shape[1] else thin.tokens
-        return tokens, row, *left
+        return tokens, row, *planes, *left
+
+    def _planes(self, graph: fx.Graph) -> dict[str, Node]:
+        values = zip(self.outputs, args_of(graph.output_node())[0][2:], strict=True)
+        return {name: node for name, node in values if is_plane_output(name)}
 
     def _state(self, graph: fx.Graph, stage: StageFunction, tracked: Sequence[str]) -> dict[str, Node]:
         values = dict(zip(self.outputs, args_of(graph.output_node())[0][2:], strict=True))

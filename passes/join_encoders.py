@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from secateur.compiler.deepstack import is_plane_output
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, splice
 from secateur.passes.edit import Node, aten, shape_of
@@ -16,8 +17,8 @@ from secateur.passes.refresh_shapes import refresh_shapes
 def join_encoders(
     vision: Program, audio: Program, orders: Sequence[Sequence[int]], carries: bool, stages: Sequence[str]
 ) -> Program:
-    """``pixel_values``, ``input_features`` -> ``features [B,F,D]`` and, where the two have them, ``carried [B,F]`` and
-    ``kept.<stage> [B,K]``.
+    """``pixel_values``, ``input_features`` -> ``features [B,F,D]`` and, where the two have them, ``carried [B,F]``,
+    ``deepstack.<i> [B,F,D]``, which are zero for what is heard, and ``kept.<stage> [B,K]``.
 
     ``orders[i]`` lists, for the tokens left after i stages of the vision side, where each token of the prompt lies
     among all that are seen, followed by all that are heard. ``kept`` of a stage counts the tokens that entered it in
@@ -45,6 +46,9 @@ def join_encoders(
     outputs = {"features": join("features", orders[-1])}
     if carries:
         outputs["carried"] = join("carried", orders[-1])
+    for name in filter(is_plane_output, vision.outputs):
+        heard[name] = graph.call_function(aten.zeros_like.default, (heard["features"],))
+        outputs[name] = join(name, orders[-1])
     for index, stage in enumerate(stages):
         name = f"kept.{stage}"
         before, after = list(orders[index]), list(orders[index + 1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.compiler import ops
+from secateur.compiler.deepstack import is_plane
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
@@ -51,6 +52,7 @@ def join_prefill(
     With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
     their item.
     With ``blocks`` it reads ``block_ids [B,N]``: image tokens that follow each other without a gap are one block.
+    Planes of DeepStack, ``deepstack_<i> [B,F,D]``, are laid out to ``[B,N,D]``, zero at text.
     """
     batch, count = features.shape[0], features.shape[1]
     per_image, whole = kept_per_image + extra_rows, tokens_per_image + extra_rows
@@ -66,6 +68,9 @@ def join_prefill(
 
     def mix(image: Tensor, rank: Tensor, features: Tensor, embedded: Tensor) -> Tensor:
         return torch.where(image[..., None], ops.take_rows(features, rank), embedded)
+
+    def lay_out(image: Tensor, rank: Tensor, plane: Tensor) -> Tensor:
+        return torch.where(image[..., None], ops.take_rows(plane, rank), 0.0)
 
     def count_slots(input_ids: Tensor) -> Tensor:
         return torch.arange(sequence).expand(batch, sequence)
@@ -108,6 +113,7 @@ def join_prefill(
         if node.op == "placeholder" and (node.name == "carried" or node.name.startswith("past_")):
             port[node.name] = graph.placeholder(node.name)
             port[node.name].meta = dict(node.meta)
+    planes = {n.name: graph.placeholder(n.name) for n in decoder.graph.nodes if is_plane(n) and n.op == "placeholder"}
     port["input_ids"].meta["val"], port["features"].meta["val"] = ids, features
     port["lengths"].meta["val"] = torch.zeros(batch, dtype=torch.int64)
     outputs = ("ids", "image", "rank", "last", *(["prunable"] if extra_rows else []))
@@ -124,6 +130,12 @@ def join_prefill(
         module, trace_function("mix", mix, values, ("hidden",)),
         {"image": image, "rank": rank, "features": port["features"], "embedded": embedded},
     )  # fmt: skip
+    for name, plane in planes.items():
+        plane.meta["val"] = features
+        laid = trace_function(
+            "lay_out", lay_out, {n: values[n] for n in ("image", "rank")} | {"plane": features}, (name,)
+        )
+        (port[name],) = splice(module, laid, {"image": image, "rank": rank, "plane": plane})
     if axes is not None and axes.offsets is not None:
         port["positions"].meta["val"] = ids
         feed_axes = {"positions": ids, "image": flags, "rank": rows}

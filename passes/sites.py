@@ -37,11 +37,19 @@ class Reduced(NamedTuple):
 
 
 class Thinned(NamedTuple):
-    """What a tower-side stage leaves: ``tokens [M,K,D]``, ``kept [M,K]``, ``state [M,K]`` for later stages."""
+    """What a tower-side stage leaves: ``tokens [M,K,D]``, ``kept [M,K]``, ``state [M,K]`` for later stages. ``mix
+    [M,K,N]`` where tokens were merged."""
 
     tokens: Tensor
     kept: Tensor
     state: dict[str, Tensor]
+    mix: Tensor | None = None
+
+    def thin(self, rows: Tensor) -> Tensor:
+        """Other rows ``[M,N,D]`` of the same tokens, thinned as these were."""
+        if self.mix is None:
+            return ops.take_rows(rows, self.kept)
+        return (self.mix @ rows.float()).to(rows.dtype)
 
 
 class Seen(NamedTuple):
@@ -114,9 +122,8 @@ def reduce_patches(
     state = _next_state(tracked, seen.state, carry, chosen, stage.planned, seen.tokens.shape[0])
     if stage.planned.observes:
         return Thinned(seen.tokens, chosen.keep, state)
-    if chosen.mix is None:
-        return Thinned(ops.take_rows(seen.tokens, chosen.keep), chosen.keep, state)
-    return Thinned((chosen.mix @ seen.tokens.float()).to(seen.tokens.dtype), chosen.keep, state)
+    thin = Thinned(seen.tokens, chosen.keep, state, chosen.mix)
+    return thin._replace(tokens=thin.thin(seen.tokens))
 
 
 def start_state(tracked: Sequence[str], batch: int, count: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ def media_positions(manifest: Manifest, media: Media, ids: Ints, lengths: Ints) 
     """
     positions = np.zeros(ids.shape, dtype=np.int64)
     behind = np.zeros(len(ids), dtype=np.int64)
+    shared = not media.sound_marks_count
     for row, length in enumerate(lengths):
         items = iter(media.items)
         slot = now = reach = 0
@@ -30,8 +31,9 @@ def media_positions(manifest: Manifest, media: Media, ids: Ints, lengths: Ints) 
                 reach = max(reach, now + last.reach)
                 now, slot = now + last.span, slot + last.tokens
                 continue
-            brings_sound = last is not None and last.kind == "video with sound"
-            if [token] == media.sound_before and slot + 1 < length and _is_media(manifest, ids[row, slot + 1]):
+            brings_sound = shared and last is not None and last.kind == "video with sound"
+            enters = shared and [token] == media.sound_before and slot + 1 < length
+            if enters and _is_media(manifest, ids[row, slot + 1]):
                 positions[row, slot] = now - 1
             elif [token] == media.sound_behind and brings_sound and _is_media(manifest, ids[row, slot - 1]):
                 positions[row, slot] = now

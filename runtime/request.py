@@ -37,10 +37,10 @@ class Request:
         shared: dict[str, Buffer] = {}
         for name, shape in cache_shapes(manifest).items():
             shared[name] = shared[present_port(name)] = backend.buffer(shape, manifest.dtype)
-        # Vision writes its features, and scores that prefill goes on with, where prefill reads them.
-        for name in ("features", "carried"):
-            if manifest.programs["prefill"].has_input(name):
-                shared[name] = self._buffer("vision", name)
+        # Vision writes its features, and what else prefill goes on with, where prefill reads them.
+        for port in manifest.programs["vision"].outputs:
+            if manifest.programs["prefill"].has_input(port.name):
+                shared[port.name] = self._buffer("vision", port.name)
         self._ports: dict[str, dict[str, Buffer]] = {}
         self._bound = {name: self._bind(name, shared) for name in manifest.programs}
         self._kept: dict[str, Ints] = {}
@@ -184,6 +184,12 @@ class Request:
         if "carried" in ports:
             raise UserError(
                 "this bundle's decoder goes on with scores of its vision program",
+                where="prefill",
+                fix="call encode instead of giving features",
+            )
+        if "deepstack.0" in ports:
+            raise UserError(
+                "this model's decoder also reads features of inner layers of its tower",
                 where="prefill",
                 fix="call encode instead of giving features",
             )

@@ -92,7 +92,12 @@ class Media(_Frozen):
     sound_before: list[Count] = []
     sound_behind: list[Count] = []
     """The tokens put around a video that brings its sound along; each has the position id of the mark of the video
-    beside it."""
+    beside it, but for ``sound_marks_count``."""
+    sound_marks_count: bool = False
+    """Whether those tokens have position ids of their own, as words do."""
+    timestamp: str = ""
+    """Format of the text right before every item of a video that is several items: the mean time in seconds of the
+    frames it is made of. Empty where no text stands between them."""
 
 
 def describe_media(

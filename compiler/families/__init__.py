@@ -27,6 +27,12 @@ def _families() -> list[Family]:
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
+    from secateur.compiler.families.qwen2_vl import QWEN2_VL
+    from secateur.compiler.families.qwen3_omni import QWEN3_OMNI
+    from secateur.compiler.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
     from secateur.compiler.families.smolvlm import SMOLVLM
 
-    return [GEMMA3, INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, SMOLVLM]
+    return [
+        GEMMA3, INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL, QWEN3_OMNI, QWEN3_VL,
+        QWEN3_VL_MOE, SMOLVLM,
+    ]  # fmt: skip

@@ -38,6 +38,8 @@ class VisionFacts:
     place there."""
     attends_whole: tuple[int, ...] = ()
     """Tower layers whose attention spans the whole grid, where others attend in windows; empty: all of them."""
+    deepstack: int = 0
+    """How many inner layers of the tower have features of their own that are added behind the first decoder layers."""
     packed: bool = False
     """Whether the tower takes all grids in one row of patches, so that stages cannot stand before the projector."""
     extra_rows: int = 0
@@ -80,7 +82,7 @@ class Tower:
         return self.projector_entry or self.projector
 
 
-Forward = Callable[[Any, Any, VisionFacts, Mapping[str, Any]], tuple[Any, Any]]
+Forward = Callable[[Any, Any, VisionFacts, Mapping[str, Any]], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,14 @@ class Family:
     """(configuration, geometry) -> facts; raises UserError for a layout that is not supported."""
     vision_forward: Forward
     """(model, what the tower reads, facts, indices) -> (features [M,N,D] of the visual tokens, last tower state): every
-    tower layer must be reachable from the two, so that signals may be read from layers the features do not need."""
+    tower layer must be reachable from the two, so that signals may be read from layers the features do not need.
+    Features of inner layers (``VisionFacts.deepstack``) follow, each [M,N,D]."""
     vision_indices: Callable[[Any, VisionFacts, int], Mapping[str, Any]] | None = None
     """(configuration, facts, rows) -> what ``vision_forward`` gets as indices: tensors on the CPU, and runs of the rows
     that attend to each other as tuples of bounds."""
     vision_reference: Callable[[Any, Any, VisionFacts], Any] | None = None
-    """(model, what the tower reads, facts) -> features as transformers computes them, where ``vision_forward`` goes
-    another way."""
+    """(model, what the tower reads, facts) -> (features, those of inner layers...) as transformers computes them, where
+    ``vision_forward`` goes another way."""
     vision_attention: str = "self_attn"
     """The attention module inside a tower layer."""
     image_marks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -142,6 +145,8 @@ class Family:
     """(model, ids of an unpruned prompt [1,N], source, geometry) -> ids [3,N] as transformers numbers them."""
     audio: AudioTower | None = None
     """Where the parts that hear are; None for families that do not."""
+    tested_transformers: tuple[str, str] = ("5.20", "5.24")
+    """The first version of transformers whose model was tested, and the first behind those that were."""
 
     @property
     def tower(self) -> Tower:

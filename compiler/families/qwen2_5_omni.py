@@ -70,7 +70,8 @@ def _audio_forward(model: Any, features: Any, facts: VisionFacts, indices: Mappi
     return tokens.reshape(rows * facts.frames, facts.tokens_per_image, -1), tokens
 
 
-def _audio_reference(model: Any, features: Any, facts: VisionFacts) -> Any:
+def audio_reference(model: Any, features: Any, facts: VisionFacts) -> Any:
+    """The tokens of whole mel features ``[B,bins,frames]`` as transformers computes them: ``[B*frames,N,D]``."""
     import torch
 
     mask = torch.ones(features.shape[0], features.shape[2], dtype=torch.long)
@@ -174,6 +175,6 @@ QWEN2_5_OMNI = Family(
         read=_read_audio,
         forward=_audio_forward,
         indices=_audio_indices,
-        reference=_audio_reference,
+        reference=audio_reference,
     ),
 )

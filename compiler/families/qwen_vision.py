@@ -26,7 +26,7 @@ def read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     """Facts of a tower with ``depth`` layers that reads flattened patches."""
     vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
-    patch, merge, depth = vision.patch_size, vision.spatial_merge_size, vision.depth
+    patch, merge, depth = _read_side(vision.patch_size, where), vision.spatial_merge_size, vision.depth
     height, width = geometry.image_size or USUAL_SIZE
     if height % (patch * merge) or width % (patch * merge):
         near = [max(1, round(n / (patch * merge))) * patch * merge for n in (height, width)]
@@ -42,11 +42,11 @@ def read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         )  # fmt: skip
     grids = geometry.frames // temporal or geometry.images
     rows, columns = height // patch, width // patch
-    heads, dim = vision.num_heads, vision.hidden_size
+    # Where a configuration has both, hidden_size is the width of what comes out.
+    size_of = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
+    heads, dim = vision.num_heads, getattr(vision, size_of)
     if dim % heads:
-        raise UserError(
-            f"hidden_size {dim} is no multiple of num_heads {heads}", where=where, fix="check vision_config"
-        )
+        raise UserError(f"{size_of} {dim} is no multiple of num_heads {heads}", where=where, fix="check vision_config")
     windows = getattr(vision, "fullatt_block_indexes", None)
     return VisionFacts(
         frames=grids,
@@ -61,6 +61,13 @@ def read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         attends_whole=tuple(windows or ()),
         packed=True,
     )
+
+
+def _read_side(size: Any, where: str) -> int:
+    """Pixels along a patch."""
+    if not isinstance(size, int):
+        raise UserError(f"patch_size is {size!r}", where=where, fix="only square patches are supported: one number")
+    return size
 
 
 def patch_order(rows: int, columns: int, merge: int, patch: int, window: int) -> tuple[int, ...]:
@@ -114,23 +121,28 @@ def vision_indices(config: Any, facts: VisionFacts, rows: int) -> dict[str, Any]
     return made
 
 
-def vision_forward(model: Any, patches: Any, facts: VisionFacts, indices: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Patches ``[B*S,...]`` -> features ``[B*frames,N,D]`` and the tower's last state."""
+def vision_forward(model: Any, patches: Any, facts: VisionFacts, indices: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Patches ``[B*S,...]`` -> features ``[B*frames,N,D]``, the tower's last state, features of inner layers."""
     rows = patches.shape[0] // facts.input_shape[0]
     # Lengths are read off the bounds by whoever attends; the tower only hands them on.
     out = model.model.visual(patches, grid_thw=None, max_seqlen=0, max_window_seqlen=0, **indices)
-    return out.pooler_output.reshape(rows * facts.frames, facts.tokens_per_image, -1), out.last_hidden_state
+    planes = out.deepstack_features if facts.deepstack else []
+    features, *inner = (
+        each.reshape(rows * facts.frames, facts.tokens_per_image, -1) for each in (out.pooler_output, *planes)
+    )
+    return features, out.last_hidden_state, *inner
 
 
-def reference_forward(model: Any, patches: Any, facts: VisionFacts) -> Any:
-    """The features as transformers computes them from grids: ``[B*frames,N,D]``."""
+def reference_forward(model: Any, patches: Any, facts: VisionFacts) -> tuple[Any, ...]:
+    """The features as transformers computes them from grids, and those of inner layers: ``[B*frames,N,D]``."""
     import torch
 
     merge = int(model.config.vision_config.spatial_merge_size)
     rows = patches.shape[0] // facts.input_shape[0]
     grid = torch.tensor([[1, facts.grid[0] * merge, facts.grid[1] * merge]] * (facts.frames * rows))
-    out = model.get_image_features(patches, image_grid_thw=grid, return_dict=True).pooler_output
-    return torch.stack(list(out))
+    out = model.get_image_features(patches, image_grid_thw=grid, return_dict=True)
+    planes = out.deepstack_features if facts.deepstack else []
+    return tuple(torch.stack(list(each)) for each in (out.pooler_output, *planes))
 
 
 def reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -> Any:
@@ -146,7 +158,7 @@ def reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -
         given = {"video_grid_thw": torch.tensor([[facts.frames, *side]])}
     if hasattr(vision, "tokens_per_second"):
         given["second_per_grid_ts"] = torch.tensor([vision.temporal_patch_size / geometry.fps])
-    return model.model.get_rope_index(ids, mm_token_type_ids=types, **given)[0][:, 0]
+    return model.model.get_rope_index(input_ids=ids, mm_token_type_ids=types, **given)[0][:, 0]
 
 
 def seen_items(

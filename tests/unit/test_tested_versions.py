@@ -1,0 +1,51 @@
+"""A version of transformers that a family was not tested with is named in one warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from secateur.compiler import trace
+from secateur.compiler.trace import read_source
+
+from . import tiny_onevision
+from .tiny_model import write_config
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    trace._warn_untested.cache_clear()
+    yield
+    trace._warn_untested.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["5.19.2", "5.24.0", "6.0.0.dev0"])
+def test_an_untested_version_is_named_once_per_family(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    plain = write_config(tmp_path / "llava")
+    with caplog.at_level(logging.WARNING):
+        read_source(plain)
+        read_source(plain)
+        read_source(tiny_onevision.write_config(tmp_path / "onevision"))
+    said = [r.getMessage() for r in caplog.records if r.name == trace.__name__]
+    assert len(said) == 2
+    assert said[0].startswith(
+        f"transformers {version} is installed, but family llava was tested with 5.20 to below 5.24"
+    )
+    assert "llava_onevision" in said[1]
+
+
+@pytest.mark.parametrize("version", ["5.20.0", "5.23.0", "5.23.9"])
+def test_a_tested_version_is_not_spoken_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    with caplog.at_level(logging.WARNING):
+        read_source(write_config(tmp_path / "llava"))
+    assert not [r for r in caplog.records if r.name == trace.__name__]

@@ -29,6 +29,7 @@ from secateur.runtime.schema import (
     Recipe,
     Segment,
     Stage,
+    Variant,
 )
 from secateur.runtime.weight_file import TensorEntry, WeightHeader, hash_header, read_header
 
@@ -49,6 +50,7 @@ __all__ = [
     "Segment",
     "Stage",
     "TensorEntry",
+    "Variant",
     "WeightHeader",
     "canonical_json",
     "check_files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.chat import Message
-from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.errors import BundleError, MisfitError, UserError
 from secateur.runtime.images import ImageLike, ImagePipeline
 from secateur.runtime.prompts import Prompts, read_json
 from secateur.runtime.schema import Manifest
@@ -37,15 +38,26 @@ class Processor:
     """Tokenizer, chat template and image processor of a bundle, held to its geometry."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._manifest = manifest
+        self._manifest, self._directory = manifest, directory
         self.prompts = Prompts(directory, manifest.model.image_token, manifest.model.image_token_id)
         config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
         self.images = ImagePipeline.from_config(config)
-        compiled_for = (manifest.geometry.image_height, manifest.geometry.image_width)
+        self._check_size()
+
+    def at(self, manifest: Manifest) -> Processor:
+        """The same for another geometry of the bundle; the tokenizer and all else is shared."""
+        other = copy.copy(self)
+        other._manifest = manifest
+        other._check_size()
+        return other
+
+    def _check_size(self) -> None:
+        geometry = self._manifest.geometry
+        compiled_for = (geometry.image_height, geometry.image_width)
         if self.images.output_size not in (None, compiled_for):
             raise BundleError(
                 f"the image processor makes {self.images.output_size}, the bundle was compiled for {compiled_for}",
-                where=f"{directory}: preprocessor_config.json",
+                where=f"{self._directory}: preprocessor_config.json",
                 fix="compile the bundle again",
             )
 
@@ -53,7 +65,7 @@ class Processor:
         """One entry of ``prompts`` per row; ``images`` holds each row's, or None if the messages carry them."""
         geometry = self._manifest.geometry
         if len(prompts) != geometry.batch:
-            raise UserError(
+            raise MisfitError(
                 f"{len(prompts)} prompt(s) for a bundle of batch {geometry.batch}",
                 fix=f"give exactly {geometry.batch}" + (f", or compile with --batch {len(prompts)}" if prompts else ""),
             )
@@ -89,7 +101,7 @@ class Processor:
         self._expect_images(ids.count(self.prompts.placeholder_id), f"{where}, placeholders in the prompt")
         words = len(ids) + geometry.images * (len(model.image_before) + len(model.image_behind) - 1)
         if words > geometry.text_tokens:
-            raise UserError(
+            raise MisfitError(
                 f"the prompt has {words} text tokens, the bundle was compiled for at most {geometry.text_tokens}",
                 where=where,
                 fix=f"shorten it, or compile with --text-tokens {words}",
@@ -115,7 +127,7 @@ class Processor:
     def _expect_images(self, count: int, where: str) -> None:
         geometry = self._manifest.geometry
         if count != geometry.images:
-            raise UserError(
+            raise MisfitError(
                 f"{count} image(s), the bundle was compiled for {geometry.images} per row "
                 f"({geometry.image_height}x{geometry.image_width})",
                 where=where,

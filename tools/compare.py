@@ -98,7 +98,8 @@ def _read_geometry(
         return None
     for run in runs:
         if Path(run).is_dir():
-            given = vars(Geometry.of(read_manifest(Path(run)))) | given
+            own = [vars(Geometry.of(one)) for one in read_manifest(Path(run)).each_variant()]
+            given = next((sizes for sizes in own if sizes.items() >= given.items()), own[0]) | given
     return Geometry(**given)
 
 

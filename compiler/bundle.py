@@ -33,6 +33,7 @@ _PROCESSOR_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
 )
@@ -102,7 +103,7 @@ def check_distinct(jobs: Sequence[Job]) -> None:
         sizes = (_geometry(job), _media(job))
         if sizes in seen:
             raise UserError(
-                f"geometry {number} is geometry {seen.index(sizes)} again: {sizes[0].words}", where="--geometry",
+                f"geometry {number} is geometry {seen.index(sizes)} again: {outline(job).words}", where="--geometry",
                 fix="leave one of them out",
             )  # fmt: skip
         seen.append(sizes)

@@ -30,6 +30,7 @@ from secateur.runtime.schema import (
     Segment,
     Stage,
     Variant,
+    describe_media,
 )
 from secateur.runtime.weight_file import TensorEntry, WeightHeader, hash_header, read_header
 
@@ -54,6 +55,7 @@ __all__ = [
     "WeightHeader",
     "canonical_json",
     "check_files",
+    "describe_media",
     "file_entry",
     "hash_file",
     "read_header",

@@ -3,51 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from secateur.runtime.errors import MisfitError, UserError
-from secateur.runtime.processing import Prompt, images_in_messages
+from secateur.runtime.row_media import KINDS, Prompt, count_kinds, media_in_messages
 from secateur.runtime.schema import Manifest
 
 T = TypeVar("T")
 
 
-def pick(
-    geometries: Sequence[Manifest], order: Sequence[int], fit: Callable[[int], T], asked: Callable[[], str]
-) -> tuple[int, T]:
-    """The first geometry of ``order`` that ``fit`` takes, and what ``fit`` made of it.
+class Asked(NamedTuple):
+    """What a call wants. ``given`` holds, for each of ``KINDS``, every row's; None if messages carry them."""
 
-    ``fit`` raises UserError for what a geometry does not take; ``asked`` says in words what was asked.
-    Raises the error of the only geometry, an error that is no matter of geometry, or one that lists the geometries
-    with the reason why each does not fit.
+    prompts: Sequence[Prompt]
+    given: Sequence[Sequence[Sequence[Any]] | None]
+    new_tokens: int | None
+
+    def media(self, kind: str) -> list[list[Any]]:
+        """Every row's of a kind."""
+        given = self.given[KINDS.index(kind)]
+        if given is not None:
+            return [list(row) for row in given]
+        return [media_in_messages(p, kind) if isinstance(p, (list, tuple)) else [] for p in self.prompts]
+
+    def __str__(self) -> str:
+        rows = [[kind for kind, each in zip(KINDS, row, strict=True) for _ in each]
+                for row in zip(*(self.media(kind) for kind in KINDS), strict=False)]  # fmt: skip
+        held = " or ".join(dict.fromkeys(count_kinds(row) for row in rows))
+        text = f"{len(self.prompts)} prompt(s) with {held or 'nothing'}"
+        return text if self.new_tokens is None else f"{text} and {self.new_tokens} new tokens"
+
+
+def pick(geometries: Sequence[Manifest], order: Sequence[int], fit: Callable[[int], T], asked: Asked) -> T:
+    """What ``fit`` makes of the first geometry of ``order`` that it takes; for others it raises UserError.
+
+    Raises an error that is no matter of geometry, or one that lists the geometries with the reason why each does not
+    fit what was ``asked``.
     """
     refused: dict[int, UserError] = {}
     for index in order:
         try:
-            return index, fit(index)
+            return fit(index)
         except UserError as error:
             refused[index] = error
     other = next((error for error in refused.values() if not isinstance(error, MisfitError)), None)
-    if other is not None or len(refused) == 1:
-        raise other or refused[order[0]]
+    if other is not None:
+        raise other
     raise MisfitError(
-        f"no compiled geometry fits {asked()}",
-        available=(f"{geometries[index].geometry.words}: {refused[index]}" for index in sorted(refused)),
+        f"no compiled geometry fits {asked}",
+        available=(f"{geometries[index].words}: {refused[index]}" for index in sorted(refused)),
     )
 
 
-def order_by_size(geometries: Sequence[Manifest], rows: Iterable[Sequence[Any]]) -> list[int]:
+def order_by_size(geometries: Sequence[Manifest], asked: Asked) -> list[int]:
     """Indices of the geometries, those with the fewest FLOPs up to the first token first.
 
-    Where they differ in the size of images, those come first that lose nothing of any image of ``rows``, of equals the
-    one nearest to their shape; behind them the others, the largest first.
+    Where they differ in the size of images, those come first that lose nothing of any image ``asked`` about, of equals
+    the one nearest to their shape; behind them the others, the largest first.
     """
     sizes = [(one.geometry.image_height, one.geometry.image_width) for one in geometries]
-    seen = [size for row in rows for image in row if (size := _size(image)) is not None] if len(set(sizes)) > 1 else []
+    images = [image for row in asked.media("image") for image in row] if len(set(sizes)) > 1 else []
+    seen = [size for image in images if (size := _size(image)) is not None]
 
     def key(index: int) -> tuple[bool, int, int, float, int]:
         height, width = sizes[index]
@@ -58,21 +78,6 @@ def order_by_size(geometries: Sequence[Manifest], rows: Iterable[Sequence[Any]])
         return smaller, -height * width if smaller else 0, flops, stretch, index
 
     return sorted(range(len(geometries)), key=key)
-
-
-def images_of(prompts: Sequence[Prompt], images: Sequence[Sequence[Any]] | None) -> list[list[Any]]:
-    """The images of every row: those given, or those that messages carry."""
-    if images is not None:
-        return [list(row) for row in images]
-    return [images_in_messages(prompt) if isinstance(prompt, (list, tuple)) else [] for prompt in prompts]
-
-
-def describe_asked(prompts: Sequence[Prompt], images: Sequence[Sequence[Any]] | None, new_tokens: int | None) -> str:
-    """What was asked, for an error's text."""
-    rows = images_of(prompts, images)
-    counts = sorted({len(row) for row in rows})
-    text = f"{len(prompts)} prompt(s) with {' or '.join(map(str, counts)) or 'no'} image(s)"
-    return text if new_tokens is None else f"{text} and {new_tokens} new tokens"
 
 
 def _size(image: Any) -> tuple[int, int] | None:

@@ -61,9 +61,10 @@ class Model(_Frozen):
     pad_token_id: Count
     video_token_id: Count | None = None
     """What the checkpoint marks a video with."""
+    audio_token_id: Count | None = None
+    """What it marks sound with; None for models that do not hear."""
     image_before: list[Count] = []
     image_behind: list[Count] = []
-    audio_token_id: Count | None = None
     """The tokens that stand before and behind every image's placeholders; they are text, not image tokens."""
 
 
@@ -88,6 +89,17 @@ class Media(_Frozen):
     sound_behind: list[Count] = []
     """The tokens put around a video that brings its sound along; each has the position id of the mark of the video
     beside it."""
+
+
+def describe_media(
+    images: int, size: tuple[int, int] | None, frames: int, fps: float, audio_seconds: int, together: bool
+) -> str:
+    """What a row holds, in words. ``together``: sound lies between the frames of the video."""
+    shown = f"a video of {frames} frames, {fps:g} a second," if frames else f"{images} image(s)"
+    shown = shown.removesuffix(",") if size is None else f"{shown} of {size[0]}x{size[1]}"
+    if audio_seconds:
+        shown += f" {'with' if together else 'and'} {audio_seconds} s of sound"
+    return shown
 
 
 class Stage(_Frozen):
@@ -179,16 +191,6 @@ class GeometrySizes(_Frozen):
     def fixed_tokens(self) -> int:
         """Slots of a row that are no visual tokens: the text bucket and the images' extra rows."""
         return self.text_tokens + self.images * self.extra_rows
-
-    @property
-    def words(self) -> str:
-        """All that was chosen of the shapes, for people."""
-        seen = f"a video of {self.frames} frames" if self.frames else f"{self.images} image(s)"
-        heard = f" and {self.audio_seconds} s of sound" if self.audio_seconds else ""
-        return (
-            f"batch {self.batch}, {seen} of {self.image_height}x{self.image_width}{heard} per row, "
-            f"{self.text_tokens} text tokens, {self.new_tokens} new tokens"
-        )
 
 
 class Port(_Frozen):
@@ -306,7 +308,7 @@ class Manifest(_Frozen):
         if not 0 <= index <= len(self.variants):
             raise UserError(
                 f"no geometry {index}", where="variant",
-                available=(f"{number}: {part.geometry.words}" for number, part in enumerate(self._parts())),
+                available=(f"{number}: {one.words}" for number, one in enumerate(self.each_variant())),
             )  # fmt: skip
         if index == 0:
             return self.model_copy(update={"variants": []}) if self.variants else self
@@ -316,6 +318,24 @@ class Manifest(_Frozen):
     def each_variant(self) -> list[Manifest]:
         """:meth:`variant` for every geometry, the first included."""
         return [self.variant(index) for index in range(1 + len(self.variants))]
+
+    @property
+    def items(self) -> list[str]:
+        """Kinds of a row's media in the order of its prompt, one for each placeholder."""
+        return ["image"] * self.geometry.images if self.media is None else [item.kind for item in self.media.items]
+
+    @property
+    def shown(self) -> str:
+        """What a row holds, in words."""
+        g = self.geometry
+        size, together = (g.image_height, g.image_width), "video with sound" in self.items
+        return describe_media(g.images, size, g.frames, g.fps, g.audio_seconds, together)
+
+    @property
+    def words(self) -> str:
+        """The geometry, in words."""
+        g = self.geometry
+        return f"batch {g.batch}, {self.shown} per row, {g.text_tokens} text tokens, {g.new_tokens} new tokens"
 
     def program_files(self) -> set[str]:
         """Graphs and engines of all geometries."""

@@ -92,7 +92,7 @@ def profile_bundles(
 
     # Memory first: afterwards the page cache is warm for every bundle alike.
     manifests = [read_manifest(path) for path in paths]
-    wanted = manifests[0].variant(geometry).geometry.words
+    wanted = manifests[0].variant(geometry).words
     variants = [geometry, *(_find(manifest, wanted) for manifest in manifests[1:])]
     peaks = [
         measure.measure_memory(path, threads=threads, new_tokens=new_tokens, variant=variant) if memory else None
@@ -138,7 +138,7 @@ def profile_bundles(
 
 def _find(manifest: Manifest, words: str) -> int:
     """The geometry of the same sizes, or the first."""
-    described = [one.geometry.words for one in manifest.each_variant()]
+    described = [one.words for one in manifest.each_variant()]
     return described.index(words) if words in described else 0
 
 

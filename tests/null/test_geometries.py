@@ -18,7 +18,8 @@ pytest.importorskip("onnxruntime")
 from secateur.runtime import Session, UserError
 from secateur.runtime.errors import BundleError, MisfitError
 from secateur.runtime.manifest import check_files, read_manifest
-from secateur.runtime.pick import describe_asked, order_by_size, pick
+from secateur.runtime.pick import Asked, order_by_size, pick
+from secateur.runtime.row_media import count_kinds
 from secateur.runtime.schema import PROGRAMS, Variant
 
 SMALL = {"images": 1, "text_tokens": 24, "new_tokens": 8}
@@ -188,6 +189,10 @@ def test_a_single_geometry_is_complained_of_as_ever(alone: Callable[..., Path]) 
 # -- which one is the smallest ----------------------------------------------------------------------------
 
 
+def images(*shown: Any) -> Asked:
+    return Asked(["what"], ([shown], None, None), None)
+
+
 def sized(two: Path, *sizes: tuple[int, int, int]) -> list[Any]:
     """Geometries of (height, width, FLOPs of prefill)."""
     one = read_manifest(two).variant(0)
@@ -205,7 +210,7 @@ def sized(two: Path, *sizes: tuple[int, int, int]) -> list[Any]:
 
 def test_sizes_of_images_decide_where_they_differ(two: Path) -> None:
     choices = sized(two, (64, 64, 400), (16, 16, 100), (32, 32, 200))
-    order = lambda *sides: order_by_size(choices, [[Image.new("RGB", side) for side in sides]])  # noqa: E731
+    order = lambda *sides: order_by_size(choices, images(*(Image.new("RGB", side) for side in sides)))  # noqa: E731
     assert order() == [1, 2, 0]
     assert order((10, 10)) == [1, 2, 0]
     assert order((20, 20)) == [2, 0, 1], "what would be shrunk comes last"
@@ -215,16 +220,16 @@ def test_sizes_of_images_decide_where_they_differ(two: Path) -> None:
 
 def test_of_equal_sizes_the_shape_decides(two: Path) -> None:
     choices = sized(two, (32, 64, 100), (64, 32, 100))
-    assert order_by_size(choices, [[Image.new("RGB", (60, 30))]]) == [0, 1]
-    assert order_by_size(choices, [[Image.new("RGB", (30, 60))]]) == [1, 0]
-    assert order_by_size(choices, [[np.zeros((60, 30, 3), np.uint8)]]) == [1, 0]
-    assert order_by_size(choices, [["no such file", None]]) == [0, 1]
+    assert order_by_size(choices, images(Image.new("RGB", (60, 30)))) == [0, 1]
+    assert order_by_size(choices, images(Image.new("RGB", (30, 60)))) == [1, 0]
+    assert order_by_size(choices, images(np.zeros((60, 30, 3), np.uint8))) == [1, 0]
+    assert order_by_size(choices, images("no such file", None)) == [0, 1]
 
 
 def test_files_are_measured_without_decoding(two: Path, tmp_path: Path) -> None:
     choices = sized(two, (16, 16, 100), (64, 64, 400))
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
-    assert order_by_size(choices, [[str(tmp_path / "large.png")]]) == [1, 0]
+    assert order_by_size(choices, images(str(tmp_path / "large.png"))) == [1, 0]
 
 
 def test_pick_takes_the_first_that_fits(two: Path) -> None:
@@ -235,14 +240,17 @@ def test_pick_takes_the_first_that_fits(two: Path) -> None:
             raise MisfitError("too small")
         return f"made of {index}"
 
-    assert pick(geometries, [1, 0], fit, lambda: "that") == (0, "made of 0")
+    assert pick(geometries, [1, 0], fit, images()) == "made of 0"
 
 
 def test_what_was_asked_counts_the_images_of_messages() -> None:
     image = {"type": "image", "image": Image.new("RGB", (8, 8))}
     message = [{"role": "user", "content": [image, image, {"type": "text", "text": "what"}]}]
-    assert describe_asked([message], None, None) == "1 prompt(s) with 2 image(s)"
-    assert describe_asked(["a", "b"], [[], [1]], 3) == "2 prompt(s) with 0 or 1 image(s) and 3 new tokens"
+    nothing = (None, None, None)
+    assert str(Asked([message], nothing, None)) == f"1 prompt(s) with {count_kinds(['image'] * 2)}"
+    rows = ([[], [1]], [[], []], None)
+    held = f"{count_kinds([])} or {count_kinds(['image'])}"
+    assert str(Asked(["a", "b"], rows, 3)) == f"2 prompt(s) with {held} and 3 new tokens"
 
 
 # -- manifests --------------------------------------------------------------------------------------------

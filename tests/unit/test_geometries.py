@@ -163,7 +163,7 @@ def test_inspect_and_profile_know_all_geometries(
     assert code == 0
     for number, one in enumerate(read_manifest(compiled(*ALL)).each_variant()):
         assert f"geometry {number}" in text
-        assert one.geometry.words in " ".join(text.split())
+        assert one.words in " ".join(text.split())
         assert f"Segments of geometry {number}" in text
     code, text, _ = secateur(capsys, "inspect", compiled(SHORT))
     assert "of geometry" not in text

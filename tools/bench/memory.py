@@ -69,7 +69,7 @@ def run_child(bundle: Path, threads: int, repeat: int, prepack: bool) -> dict[st
             workload = make_workload(session, variant=index)
             times = [run_once(session, workload) for _ in range(repeat)]
             steps.append(
-                {"step": f"geometry {index} run", "geometry": one.geometry.words, **resident(),
+                {"step": f"geometry {index} run", "geometry": one.words, **resident(),
                  "prefill_s": min(t.prefill_s for t in times), "tpot_s": min(t.tpot_s for t in times)}
             )  # fmt: skip
     return {"bundle": bundle.name, "weights": weights, "threads": threads, "prepack": prepack, "steps": steps}

@@ -41,16 +41,16 @@ def compile_bundle(work: Path, recipe: str, keep: float) -> Path:
     return out
 
 
-def measure(bundle: Path, threads: int, repeat: int, prepack: bool) -> dict[str, Any]:
+def measure(bundle: Path, threads: int, repeat: int, prepack: bool, arena: bool) -> dict[str, Any]:
     """What a process of its own holds after each step."""
     command = [sys.executable, "-m", "secateur.tools.bench.memory", "--child", str(bundle)]
-    command += ["--threads", str(threads), "--repeat", str(repeat), *(["--prepack"] if prepack else [])]
+    command += ["--threads", str(threads), "--repeat", str(repeat), *["--prepack"] * prepack, *["--arena"] * arena]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def run_child(bundle: Path, threads: int, repeat: int, prepack: bool) -> dict[str, Any]:
+def run_child(bundle: Path, threads: int, repeat: int, prepack: bool, arena: bool) -> dict[str, Any]:
     """The work itself, in this process."""
     from secateur.runtime.backends.onnxruntime import OnnxRuntimeBackend
     from secateur.runtime.manifest import read_manifest
@@ -62,7 +62,7 @@ def run_child(bundle: Path, threads: int, repeat: int, prepack: bool) -> dict[st
     import onnxruntime  # noqa: F401  its own share belongs to the first row
 
     steps: list[dict[str, Any]] = [{"step": "libraries", **resident()}]
-    backend = OnnxRuntimeBackend(bundle, manifest, threads=threads, prepack=prepack)
+    backend = OnnxRuntimeBackend(bundle, manifest, threads=threads, prepack=prepack, arena=arena)
     with Session(bundle, backend=backend) as session:
         steps.append({"step": "bundle opened", **resident()})
         for index, one in enumerate(session.geometries):
@@ -72,7 +72,14 @@ def run_child(bundle: Path, threads: int, repeat: int, prepack: bool) -> dict[st
                 {"step": f"geometry {index} run", "geometry": one.words, **resident(),
                  "prefill_s": min(t.prefill_s for t in times), "tpot_s": min(t.tpot_s for t in times)}
             )  # fmt: skip
-    return {"bundle": bundle.name, "weights": weights, "threads": threads, "prepack": prepack, "steps": steps}
+    return {
+        "bundle": bundle.name,
+        "weights": weights,
+        "threads": threads,
+        "prepack": prepack,
+        "arena": arena,
+        "steps": steps,
+    }
 
 
 def resident() -> dict[str, int]:
@@ -84,7 +91,11 @@ def resident() -> dict[str, int]:
 def draw(report: dict[str, Any]) -> Table:
     from secateur.tools.inspect import make_table, size_text
 
-    title = f"{report['bundle']}, weights {size_text(report['weights'])}" + ", prepacked" * report["prepack"]
+    title = (
+        f"{report['bundle']}, weights {size_text(report['weights'])}"
+        + ", prepacked" * report["prepack"]
+        + ", arenas" * report["arena"]
+    )
     table = make_table("after", "Pss", "of the weights", "Rss", "anonymous", "prefill s", "s per token", title=title)
     for step in report["steps"]:
         times = (f"{step['prefill_s']:.2f}", f"{step['tpot_s']:.3f}") if "prefill_s" in step else ("", "")
@@ -102,15 +113,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="generations per geometry (%(default)s)")
     parser.add_argument("--prepack", action="store_true", help="let ONNX Runtime copy weights for its kernels")
+    parser.add_argument("--arena", action="store_true", help="let sessions keep the memory of their largest run")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where bundles are kept (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here; - prints them instead of the table")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
-        sys.stdout.write(json.dumps(run_child(chosen.child, chosen.threads, chosen.repeat, chosen.prepack)))
+        sys.stdout.write(
+            json.dumps(run_child(chosen.child, chosen.threads, chosen.repeat, chosen.prepack, chosen.arena))
+        )
         return
     bundle = chosen.bundle or compile_bundle(chosen.work, chosen.recipe, chosen.keep)
-    report = measure(bundle, chosen.threads, chosen.repeat, chosen.prepack)
+    report = measure(bundle, chosen.threads, chosen.repeat, chosen.prepack, chosen.arena)
     text = json.dumps(report, indent=1)
     if str(chosen.json) == "-":
         sys.stdout.write(f"{text}\n")

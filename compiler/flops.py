@@ -61,6 +61,12 @@ def _cached_attention(node: fx.Node) -> int:
     return 4 * batch * heads * width * queries * _shape(args_of(node)[3])[2]
 
 
+def _experts(node: fx.Node) -> int:
+    """Three products of a row by ``D x F`` for each expert a token chose; the others cost nothing."""
+    _, indices, _, gate_up, down = (_shape(a) for a in args_of(node))
+    return 2 * math.prod(indices) * (math.prod(gate_up[1:]) + math.prod(down[1:]))
+
+
 _COSTS = {
     aten.linear.default: _linear,
     aten.matmul.default: _linear,
@@ -68,4 +74,5 @@ _COSTS = {
     aten.conv2d.default: _conv,
     ops.attention: _attention,
     ops.cached_attention: _cached_attention,
+    ops.experts: _experts,
 }

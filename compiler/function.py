@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.compiler.blame import blame_error, blame_shape
+from secateur.compiler.inplace import write_values
 from secateur.compiler.program import Program
 from secateur.runtime.errors import SecateurError
 
@@ -91,6 +92,7 @@ def trace_function(
             exported = torch.export.export(
                 _Call(function, owned or {}), tuple(feed.values()), dynamic_shapes=shapes, strict=False
             )
+            write_values(exported.graph_module.graph)
             if _mutates(exported.graph_module):
                 # Costs as much again as the export itself, so it is done only where something is written in place.
                 exported = exported.run_decompositions({})

@@ -10,6 +10,8 @@ sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.
 ``take_rows``: ``x [B,L,...]``, ``index [B,K]`` -> ``[B,K,...]``.
+``experts``: ``x [T,D]``, ``indices [T,k]`` int64 of E experts, no expert twice in a row, ``weights [T,k]``,
+``gate_up [E,2F,D]``, ``down [E,D,F]`` -> ``[T,D]``: the weighted sum of what each token's experts make of it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ LIB.define("write_rows(Tensor past, Tensor new, Tensor start, bool fresh) -> Ten
 LIB.define("take_rows(Tensor x, Tensor index) -> Tensor")
 LIB.define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+LIB.define("experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor")
 
 
 def scaled_attention(
@@ -103,6 +106,18 @@ def _rms_norm(x, weight, eps):  # type: ignore[no-untyped-def]
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+@torch.library.impl(LIB, "experts", "CompositeExplicitAutograd")
+def _experts(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def]
+    """Expert by expert over the rows that chose it: each expert is ``down(silu(gate(x)) * up(x))``."""
+    out = torch.zeros_like(x)
+    for expert in indices.unique().tolist():
+        row, choice = torch.where(indices == expert)
+        gate, up = torch.nn.functional.linear(x[row], gate_up[expert]).chunk(2, -1)
+        made = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
+        out.index_add_(0, row, (made * weights[row, choice, None]).to(out.dtype))
+    return out
+
+
 @torch.library.register_fake("secateur::attention", lib=LIB)
 def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):  # type: ignore[no-untyped-def]
     # Contiguous strides: a later view() of a fake with q's strides would fail at run time only.
@@ -140,9 +155,15 @@ def _rms_norm_fake(x, weight, eps):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("secateur::experts", lib=LIB)
+def _experts_fake(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
 attention = torch.ops.secateur.attention.default
 cached_attention = torch.ops.secateur.cached_attention.default
 rotary = torch.ops.secateur.rotary.default
 take_rows = torch.ops.secateur.take_rows.default
 write_rows = torch.ops.secateur.write_rows.default
 rms_norm = torch.ops.secateur.rms_norm.default
+experts = torch.ops.secateur.experts.default

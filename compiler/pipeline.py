@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.compiler import ops
 from secateur.compiler.budget import Budget
 from secateur.compiler.bundle import (
     Part,
@@ -39,7 +40,7 @@ from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import DTYPES, Source, Traced, build_meta_model, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
-from secateur.exporters.checkpoint import Checkpoint, list_tensors
+from secateur.exporters.checkpoint import Checkpoint, list_tensors, open_checkpoint
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
@@ -49,6 +50,7 @@ from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.expose_sites import expose_sites
+from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_segments
@@ -58,6 +60,7 @@ from secateur.passes.join_phases import Axes, join_decode, join_prefill
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
+from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file, write_manifest
 
@@ -80,6 +83,12 @@ class Pass:
 
 def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
     return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))
+
+
+def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+    return lambda programs, job: programs.update(
+        *(function(p) for name, p in programs.programs.items() if name in ("vision", "audio"))
+    )
 
 
 def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -182,9 +191,11 @@ def _axes(job: Job) -> Axes | None:
 PASSES: tuple[Pass, ...] = (
     # Tidy: every later pattern is written for graphs without tracing's leftovers.
     Pass("drop_noops", _each(drop_noops)),
+    Pass("straighten_heads", _each(straighten_heads)),
     # Fold what backends have kernels for, before rows are taken: pruned layers then carry the folded form too.
     Pass("fold_rms_norm", _each(fold_rms_norm)),
     Pass("fold_rotary", _each(fold_rotary)),
+    Pass("fold_constants", _towers(fold_constants)),
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),
@@ -245,7 +256,9 @@ def lay_out(geometries: Sequence[Pruned], weights: str) -> WeightLayout:
     traced = geometries[0].traced
     if weights == "stream":
         return plan_weights(used, traced.model, DTYPES[traced.dtype])
-    return refer_weights(used, Checkpoint(traced.source.path, traced.model), DTYPES[traced.dtype], weights)
+    checkpoint = open_checkpoint(traced.source.path, traced.model)
+    turnable = list_turnable(*(pruned.programs for pruned in geometries))
+    return refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, turnable)
 
 
 def build(
@@ -270,7 +283,7 @@ def build(
             copy_processor_files(one.job, work)
         graphs = _save_graphs(exported, target, work)
         with _phase("weights", progress):
-            weights = _place_weights(exported[0], Checkpoint(traced.source.path, traced.model), work, tell)
+            weights = _place_weights(exported[0], open_checkpoint(traced.source.path, traced.model), work, tell)
         engines = _build_engines(list(dict.fromkeys(file for files in graphs for file in files.values())), target, work,
                                  tell)  # fmt: skip
         parts = [Part(one, files, count_unpruned(one.traced)) for one, files in zip(pruned, graphs, strict=True)]
@@ -284,7 +297,7 @@ def compile(
     *,
     recipe: Recipe | str = "none",
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | Sequence[Geometry] | None = None,
     target: str = "onnxruntime",
@@ -298,15 +311,16 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
-    tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
-    decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. Several geometries become one
-    bundle with one copy of the weights; a budget is then met in the first. ``target`` is one of ``TARGETS``;
-    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default, or
-    ``auto`` for the checkpoint's own; ``sm`` the GPU architecture for tensorrt-rtx. ``weights`` says how they come
-    into the bundle: ``stream`` writes one file of them, cast where needed, tensor by tensor; ``reference`` hard-links
-    the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after`` nothing is written and the
-    programs as that pass left them are returned.
+    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of
+    visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
+    the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
+    prefill's FLOPs. Several geometries become one bundle with one copy of the weights; a budget is then met in the
+    first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
+    bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
+    architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
+    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
+    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
+    returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
@@ -325,7 +339,9 @@ def compile(
     source = read_source(Path(model_dir))
     if dtype == AUTO:
         goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometries[0], row, budget)
     jobs = [plan_one(source, number, geometries, row, keep) for number in range(len(geometries))]
     check_distinct(jobs)
@@ -368,7 +384,7 @@ def explain(
     model_dir: Path | str,
     *,
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     dtype: str = "fp32",
@@ -383,7 +399,9 @@ def explain(
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     plan_job(source, geometry, row, keep)
     with _phase("trace", progress):
@@ -462,18 +480,27 @@ def check_weights(*geometries: Traced, weights: str = "stream") -> None:
     """Refuse a checkpoint that lacks a tensor of the traced programs, has it in another shape, or cannot be used as it
     is where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
     traced = geometries[0]
-    aliases, checkpoint = tied_names(traced.model), Checkpoint(traced.source.path, traced.model)
+    aliases, checkpoint = tied_names(traced.model), open_checkpoint(traced.source.path, traced.model)
     used: dict[str, Tensor] = {}
     for program in (program for one in geometries for program in one.programs.programs.values()):
         used |= {aliases.get(name, name): tensor for name, tensor in program.weights().items()}
     checkpoint.require({name: tuple(tensor.shape) for name, tensor in used.items()})
     if weights != "stream":
-        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights)
+        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights,
+                      list_turnable(*(one.programs for one in geometries)))  # fmt: skip
     if extra := checkpoint.unexpected():
         _log.warning(
             "%s: %d tensors are no part of the model and are left out, such as %s",
             traced.source.path, len(extra), ", ".join(extra[:3]),
         )  # fmt: skip
+
+
+def list_turnable(*sets: ProgramSet) -> set[str]:
+    """Weights that every program reads as experts only: graphs take those as they lie or turned."""
+    programs = [program for one in sets for program in one.programs.values()]
+    nodes = [n for p in programs for n in p.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
+    other = {n.meta["weight"] for n in nodes if any(user.target is not ops.experts for user in n.users)}
+    return {n.meta["weight"] for n in nodes} - other
 
 
 def check_weights_mode(weights: str) -> None:
@@ -501,9 +528,10 @@ def _place_weights(exported: Exported, checkpoint: Checkpoint, work: Path, tell:
     def written(done: int, total: int) -> None:
         tell("weights", done, total)
 
-    if layout.mode == "stream":
-        return {WEIGHTS_FILE: write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)}
-    return place_shards(layout, work, written)
+    placed = place_shards(layout, work, written) if layout.shards else {}
+    if layout.header:
+        placed[WEIGHTS_FILE] = write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)
+    return placed
 
 
 def _trace_again(traced: Sequence[Traced], geometry: Geometry) -> Traced | None:

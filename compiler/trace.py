@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, Forward, VisionFacts
 from secateur.compiler.function import first_line, trace_function
@@ -294,6 +295,7 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
             )
     finally:
         hf_logging.set_verbosity(verbosity)
+    use_experts(model)
     if source.vision.packed:
         audio = family.audio.modules[:1] if family.audio is not None else ()
         for path in (family.vision_modules[0], *audio):
@@ -336,18 +338,21 @@ def _packed_attention_function(
     scale = float(kwargs["scaling"])
     heads, width = query.shape[1], query.shape[3]
 
+    # Rows first, as the projections leave them: then runs become a batch without a move in memory.
+    rows = [part.transpose(1, 2)[0] for part in (query, key, value)]
+
     def attend(length: int, *parts: Tensor) -> Tensor:
-        batched = [part[0].reshape(heads, -1, length, width).transpose(0, 1).contiguous() for part in parts]
+        batched = [part.reshape(-1, length, heads, width).transpose(1, 2) for part in parts]
         out = ops.attention(*batched, scale, False)
         return out.transpose(1, 2).reshape(-1, heads, width)
 
     if runs.taken is None or runs.back is None:
-        return attend(next(iter(runs.starts)), query, key, value)[None], None
-    turned = [part.index_select(2, runs.taken) for part in (query, key, value)]
+        return attend(next(iter(runs.starts)), *rows)[None], None
+    turned = [part.index_select(0, runs.taken) for part in rows]
     outs, at = [], 0
     for length, starts in runs.starts.items():
         end = at + length * len(starts)
-        outs.append(attend(length, *(part[:, :, at:end] for part in turned)))
+        outs.append(attend(length, *(part[at:end] for part in turned)))
         at = end
     return torch.cat(outs).index_select(0, runs.back)[None], None
 

@@ -61,6 +61,8 @@ class Builder:
         self._reshaped: dict[ir.Value, ir.Value] = {}
         self.swapped: dict[ir.Value, ir.Value] = {}
         """4-D value -> the value it is the (1, 2) transpose of."""
+        self.turned: set[ir.Value] = set() if parent is None else parent.turned
+        """Weights that lie in their file with the last two dimensions exchanged."""
 
     def op(
         self,

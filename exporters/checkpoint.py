@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Checkpoint:
     def __init__(self, directory: Path, model: nn.Module) -> None:
         self.directory = directory
         self.model = model
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     @cached_property
     def files(self) -> dict[str, Stored]:
@@ -114,6 +115,16 @@ class Checkpoint:
         found = self.files[source.keys[0]]
         return found if source.keeps_bytes(self._outline(found)) else None
 
+    def turned(self, name: str) -> Stored | None:
+        """Where a stack of matrices ``[E,A,B]`` lies if the file holds each of them turned, ``[E,B,A]``, and no more
+        has to be done to it; None otherwise."""
+        source = self.names[name]
+        if isinstance(source, str) or not source.turns_matrices():
+            return None
+        found = self.files[source.keys[0]]
+        shape = found.entry.shape
+        return found if len(shape) == 3 and self._shape(name) == (shape[0], shape[2], shape[1]) else None
+
     def kind(self, stored: Stored) -> torch.dtype:
         """The dtype of a tensor of the files. Raises UserError for one that torch has no plain dtype for."""
         if stored.entry.dtype not in KINDS:
@@ -131,6 +142,15 @@ class Checkpoint:
             return self._read(source)
         return source.run(self._read)
 
+    def read_pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        """One tensor in pieces whose bytes lie one behind the other: experts that files keep apart come one by one."""
+        self.require({name: shape})
+        source = self.names[name]
+        if isinstance(source, str):
+            yield self._read(source)
+        else:
+            yield from source.pieces(self._read)
+
     def _read(self, key: str) -> Tensor:
         stored = self.files[key]
         kind, entry = self.kind(stored), stored.entry
@@ -146,7 +166,9 @@ class Checkpoint:
         source = self.names[name]
         if isinstance(source, str):
             return self.files[source].entry.shape
-        return tuple(source.run(lambda key: self._outline(self.files[key])).shape)
+        if name not in self._shapes:
+            self._shapes[name] = tuple(source.run(lambda key: self._outline(self.files[key])).shape)
+        return self._shapes[name]
 
     def _outline(self, stored: Stored) -> Tensor:
         return on_meta(stored.entry.shape, self.kind(stored))
@@ -154,6 +176,20 @@ class Checkpoint:
     def _keys(self, name: str) -> list[str]:
         source = self.names[name]
         return [source] if isinstance(source, str) else source.keys
+
+
+def open_checkpoint(directory: Path, model: nn.Module) -> Checkpoint:
+    """The checkpoint of a directory. One whose files have not changed since is not read again: a model of many experts
+    has some 20,000 tensors, and each step of compiling asks for them."""
+    index = directory / INDEX
+    files = sorted(directory.glob("*.safetensors")) + ([index] if index.is_file() else [])
+    stamps = [(path.name, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns) for path in files]
+    return _open_checkpoint(directory, model, tuple(stamps))
+
+
+@lru_cache(maxsize=2)
+def _open_checkpoint(directory: Path, model: nn.Module, stamps: tuple[tuple[str, int, int, int], ...]) -> Checkpoint:
+    return Checkpoint(directory, model)
 
 
 def list_tensors(directory: Path) -> dict[str, Mapping[str, TensorEntry]]:

@@ -19,6 +19,8 @@ from secateur.compiler import ops
 from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of, type_of
 from secateur.exporters.lowering import aten, output, read
+from secateur.exporters.lowering_experts import lower_scanned
+from secateur.exporters.lowering_experts_batched import lower_batched
 
 MICROSOFT = "com.microsoft"
 _LONG_CACHE = 32768
@@ -267,6 +269,7 @@ DIALECTS: dict[str, Dialect] = {
             {
                 **_COMMON, ops.rotary: _rotary_rows, ops.attention: _attend_at_once,
                 ops.cached_attention: _group_query, ops.write_rows: _write_rows(_write_plain),
+                ops.experts: lower_scanned,
             },
             {MICROSOFT: 1},
         ),
@@ -275,6 +278,7 @@ DIALECTS: dict[str, Dialect] = {
             {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
                 ops.cached_attention: _cached(_write_plain, _attend), ops.write_rows: _write_rows(_write_plain),
+                ops.experts: lower_scanned,
             },
             {},
         ),
@@ -284,6 +288,7 @@ DIALECTS: dict[str, Dialect] = {
                 **_COMMON, ops.rotary: _rotary_heads, ops.attention: _tower_attention,
                 ops.cached_attention: _cached(_write_scatter, _attend_twice),
                 ops.write_rows: _write_rows(_write_scatter),
+                ops.experts: lower_batched,
             },
             {},
         ),

@@ -227,13 +227,25 @@ def _linear(b: Builder, node: fx.Node) -> ir.Value:
     return b.reshape(made, shape)
 
 
-@lowers(aten.conv2d.default)
+@lowers(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 def _conv(b: Builder, node: fx.Node) -> ir.Value:
     x, weight, *rest = args_of(node)
     bias, stride, padding, dilation, groups = fill(rest, (None, 1, 0, 1, 1))
-    pair = lambda n: [n, n] if isinstance(n, int) else list(n) * (1 if len(n) == 2 else 2)  # noqa: E731
+    rank = len(output(node)[1]) - 2
+    each = lambda n: [n] * rank if isinstance(n, int) else list(n) * (1 if len(n) == rank else rank)  # noqa: E731
     inputs = [read(b, x), read(b, weight)] + ([read(b, bias)] if bias is not None else [])
+    if int(groups) == 1 and shape_of(inputs[0])[1:] == shape_of(inputs[1])[1:] and not any(each(padding)):
+        return _whole_conv(b, node, *inputs)
     return emit(
         b, node, "Conv", *inputs,
-        strides=pair(stride), pads=pair(padding) * 2, dilations=pair(dilation), group=int(groups),
+        strides=each(stride), pads=each(padding) * 2, dilations=each(dilation), group=int(groups),
     )  # fmt: skip
+
+
+def _whole_conv(b: Builder, node: fx.Node, x: ir.Value, weight: ir.Value, *bias: ir.Value) -> ir.Value:
+    """A kernel that covers all of its input, as of towers that take patches one by one: a product of matrices."""
+    dtype, shape = output(node)
+    count = math.prod(shape_of(weight)[1:])
+    rows, kernels = b.reshape(x, [shape[0], count]), b.reshape(weight, [shape[1], count])
+    made = b.op("Gemm", rows, kernels, *bias, dtype=dtype, shape=shape[:2], attributes={"transB": 1})
+    return b.reshape(made, shape)

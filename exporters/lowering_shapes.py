@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from secateur.compiler.program import args_of
 from secateur.exporters.builder import TYPES, Builder, shape_of, type_of
 from secateur.exporters.lowering import LOWERINGS, aten, emit, fill, lowers, output, read
+from secateur.runtime.errors import SecateurError
 
 __all__ = ["LOWERINGS"]  # with the functions below registered
 
@@ -47,6 +49,12 @@ def _transpose(b: Builder, node: fx.Node) -> ir.Value:
     perm = list(range(rank))
     perm[i], perm[j] = j, i
     return emit(b, node, "Transpose", x, perm=perm)
+
+
+@lowers(aten.t.default)
+def _turn(b: Builder, node: fx.Node) -> ir.Value:
+    x = read(b, args_of(node)[0])
+    return emit(b, node, "Transpose", x, perm=[1, 0]) if len(shape_of(x)) == 2 else x
 
 
 @lowers(aten.permute.default)
@@ -105,6 +113,35 @@ def _gather(b: Builder, node: fx.Node) -> ir.Value:
 def _index_select(b: Builder, node: fx.Node) -> ir.Value:
     x, axis, index = args_of(node)
     return emit(b, node, "Gather", read(b, x), read(b, index), axis=int(axis))
+
+
+@lowers(aten.index.Tensor)
+def _index(b: Builder, node: fx.Node) -> ir.Value:
+    """Rows along one axis; the axes before it are whole."""
+    x, places = args_of(node)
+    axis = len(places) - 1
+    if any(place is not None for place in places[:axis]) or places[axis].meta["val"].dtype is not torch.int64:
+        raise SecateurError(
+            "no ONNX lowering for an index of several axes, or of another type than int64",
+            where=f"export: node {node.name} in {b.layer or 'a stage'}", fix="index one axis with int64 places",
+        )  # fmt: skip
+    return emit(b, node, "Gather", read(b, x), read(b, places[axis]), axis=axis)
+
+
+@lowers(aten.split_with_sizes.default)
+def _split(b: Builder, node: fx.Node) -> list[ir.Value]:
+    x, sizes, axis = fill(args_of(node), (None, None, 0))
+    ends = list(itertools.accumulate(int(n) for n in sizes))
+    return [b.slice(read(b, x), int(axis), end - int(n), end) for n, end in zip(sizes, ends, strict=True)]
+
+
+@lowers(aten.unbind.int)
+def _unbind(b: Builder, node: fx.Node) -> list[ir.Value]:
+    x, axis = read(b, args_of(node)[0]), int((*args_of(node)[1:], 0)[0])
+    shape = shape_of(x)
+    axis %= len(shape)
+    rest = shape[:axis] + shape[axis + 1 :]
+    return [b.reshape(b.slice(x, axis, i, i + 1), rest) for i in range(shape[axis])]
 
 
 @lowers(aten.embedding.default)

@@ -102,6 +102,8 @@ def _tensor(builder: Builder, node: fx.Node, program: Program, layout: WeightLay
         place.file, place.offset, place.length, kind, shape=ir.Shape(place.shape), name=name
     )
     builder.initializers.append(value)
+    if place.turned:
+        builder.turned.add(value)
     return value
 
 

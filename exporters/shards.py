@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.exporters.checkpoint import FLOATS, Checkpoint, Stored
 from secateur.exporters.tensor_names import tied_names
-from secateur.exporters.weights import MODES, Placed, WeightLayout, require_space
+from secateur.exporters.weights import MODES, Placed, WeightLayout, plan_weights, require_space
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file
 
@@ -36,12 +36,18 @@ _log = logging.getLogger(__name__)
 
 
 def refer_weights(
-    used: Mapping[str, Tensor], checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "reference"
+    used: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    mode: str = "reference",
+    turnable: Collection[str] = (),
 ) -> WeightLayout:
     """Find the parameters the programs use in the checkpoint's files; nothing is read but headers.
 
-    Raises UserError that lists why when tensors would have to be cast to ``dtype``, put together, or do not start at a
-    multiple of their element's size.
+    Tensors that must be put together from parts, such as experts that the files keep apart, are laid out in a file of
+    their own. ``turnable`` names those the graphs may also read with their last two dimensions exchanged.
+    Raises UserError that lists why when tensors would have to be cast to ``dtype`` or do not start at a multiple of
+    their element's size.
     """
     aliases = tied_names(checkpoint.model)
     wanted = {aliases.get(name, name): tensor for name, tensor in used.items()}
@@ -49,12 +55,15 @@ def refer_weights(
     tensors: dict[str, Placed] = {}
     shards: dict[str, Path] = {}
     cast: list[str] = []
-    rearranged: list[str] = []
     uneven: list[str] = []
+    parts: dict[str, Tensor] = {}
     for name, tensor in wanted.items():
         stored = checkpoint.stored(name)
+        turned = stored is None and name in turnable
+        if turned:
+            stored = checkpoint.turned(name)
         if stored is None:
-            rearranged.append(name)
+            parts[name] = tensor
             continue
         kind, entry = dtype if tensor.is_floating_point() else tensor.dtype, stored.entry
         if checkpoint.kind(stored) != kind:
@@ -63,9 +72,12 @@ def refer_weights(
             uneven.append(stored.key)
         path = _bundle_path(checkpoint, stored)
         shards[path] = checkpoint.directory / stored.file
-        tensors[name] = Placed(tuple(tensor.shape), kind, entry.offset, entry.length, path)
-    _refuse(mode, checkpoint, cast, rearranged, uneven)
-    return WeightLayout(tensors, b"", aliases, mode, dict(sorted(shards.items())))
+        shape = entry.shape if turned else tuple(tensor.shape)
+        tensors[name] = Placed(shape, kind, entry.offset, entry.length, path, turned)
+    _refuse(mode, checkpoint, cast, uneven)
+    own = plan_weights(parts, checkpoint.model, dtype) if parts else None
+    tensors |= own.tensors if own else {}
+    return WeightLayout(tensors, own.header if own else b"", aliases, mode, dict(sorted(shards.items())))
 
 
 def place_shards(
@@ -180,10 +192,10 @@ def _bundle_path(checkpoint: Checkpoint, stored: Stored) -> str:
     return path
 
 
-def _refuse(mode: str, checkpoint: Checkpoint, cast: list[str], rearranged: list[str], uneven: list[str]) -> None:
+def _refuse(mode: str, checkpoint: Checkpoint, cast: list[str], uneven: list[str]) -> None:
     reasons = [
         f"{len(found)} {'tensor' if len(found) == 1 else 'tensors'} would have to be {what}, such as {found[0]}"
-        for what, found in (("cast", cast), ("put together from parts", rearranged), ("moved", uneven))
+        for what, found in (("cast", cast), ("moved", uneven))
         if found
     ]
     if reasons:
@@ -191,7 +203,7 @@ def _refuse(mode: str, checkpoint: Checkpoint, cast: list[str], rearranged: list
         raise UserError(
             f"the checkpoint's files cannot be used as they are: {'; '.join(reasons)}",
             where=f"--weights {mode}: {checkpoint.directory}",
-            fix=f"{fix}, or --dtype auto" if cast and not rearranged and not uneven else fix,
+            fix=f"{fix}, or --dtype auto" if cast and not uneven else fix,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -30,8 +30,35 @@ class Rearrangement:
 
     def run(self, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor, from its parts as ``read`` gives them; on the ``meta`` device its shape without any data."""
-        converter = deepcopy(self._converter)
+        return self._convert(zip(self.keys, self._patterns, strict=True), read)
+
+    def pieces(self, read: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        """The tensor in pieces that lie one behind the other: an expert each where experts are stacked, else one."""
+        if (groups := self._stacked()) is None:
+            yield self.run(read)
+            return
+        for group in groups:
+            yield self._convert(group, read)
+
+    def _stacked(self) -> list[list[tuple[str, str]]] | None:
+        """Keys and patterns of each piece, if parts are stacked along dimension 0 and nothing touches it afterwards."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        first, *rest = self._converter.operations
+        if not isinstance(first, MergeModulelist) or first.dim != 0:
+            return None
+        if not all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in rest):
+            return None
+        lists: dict[str, list[tuple[str, str]]] = {}
         for key, pattern in zip(self.keys, self._patterns, strict=True):
+            lists.setdefault(pattern, []).append((key, pattern))
+        if len({len(found) for found in lists.values()}) > 1:
+            return None
+        return [list(group) for group in zip(*lists.values(), strict=True)]
+
+    def _convert(self, parts: Iterable[tuple[str, str]], read: Callable[[str], Tensor]) -> Tensor:
+        converter = deepcopy(self._converter)
+        for key, pattern in parts:
             converter.collected_tensors[pattern].append(lambda key=key: read(key))
         try:
             made = converter.convert(self._name, model=self._model, config=self._model.config)
@@ -51,6 +78,13 @@ class Rearrangement:
         made = self.run(lambda key: part)
         same = made.untyped_storage()._cdata == part.untyped_storage()._cdata
         return same and made.is_contiguous() and made.numel() == part.numel()
+
+    def turns_matrices(self) -> bool:
+        """Whether the result is the one part with its last two dimensions exchanged, or the part as it is."""
+        from transformers.core_model_loading import Transpose
+
+        turns = [{o.dim0 % 3, o.dim1 % 3} for o in self._converter.operations if isinstance(o, Transpose)]
+        return len(self.keys) == len(turns) == len(self._converter.operations) == 1 and turns == [{1, 2}]
 
 
 def map_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str | Rearrangement]:

@@ -2,7 +2,7 @@
 
 ONNX initializers point into safetensors files by offset and length, so prefill and decode share one copy on disk and
 in memory, and the model is never held in memory while compiling. The files are the checkpoint's own (``shards.py``),
-or the one written here.
+or the one written here, or both.
 """
 
 from __future__ import annotations
@@ -31,22 +31,27 @@ MODES = ("stream", "reference", "copy")
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies: bytes ``offset`` to ``offset + length`` of ``file``, a path inside the bundle."""
+    """Where a tensor lies: bytes ``offset`` to ``offset + length`` of ``file``, a path inside the bundle.
+
+    ``shape`` is that of the bytes. Of a stack of matrices that lie there ``turned``, the last two dimensions are
+    exchanged in it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
     length: int
     file: str = WEIGHTS_FILE
+    turned: bool = False
 
 
 @dataclass(frozen=True)
 class WeightLayout:
     """The place of every tensor, known from shapes and headers alone.
 
-    ``mode`` is how the files get there, one of ``MODES``. ``header`` begins the file that ``stream`` writes;
-    ``shards`` are the checkpoint's files by their path in the bundle for the other modes. ``aliases`` maps tied names
-    to the stored one.
+    ``mode`` is how the files get there, one of ``MODES``. ``header`` begins the file that is written: of all tensors
+    in mode ``stream``, in the others of those that must be put together; it is empty where there are none. ``shards``
+    are the checkpoint's files by their path in the bundle. ``aliases`` maps tied names to the stored one.
     """
 
     tensors: Mapping[str, Placed]
@@ -54,6 +59,11 @@ class WeightLayout:
     aliases: Mapping[str, str]
     mode: str = "stream"
     shards: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def written(self) -> dict[str, Placed]:
+        """The tensors of the file that is written, in its order."""
+        return {name: place for name, place in self.tensors.items() if place.file == WEIGHTS_FILE}
 
     @property
     def size(self) -> int:
@@ -98,22 +108,25 @@ def write_weights(
     path: Path,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Stream the tensors out of the checkpoint, cast one by one; returns the SHA-256 of the file.
+    """Stream the tensors out of the checkpoint, cast one by one, stacks expert by expert; returns the file's SHA-256.
 
     ``on_bytes`` is told after each tensor how many bytes of how many are written. Raises UserError, before anything
     is written, for tensors that are missing or of another shape and for a disk that is too full.
     """
     digest = hashlib.sha256(layout.header)
-    checkpoint.require({name: place.shape for name, place in layout.tensors.items()})
-    require_space(path.parent, layout.size)
+    written = layout.written
+    size = len(layout.header) + sum(place.length for place in written.values())
+    checkpoint.require({name: place.shape for name, place in written.items()})
+    require_space(path.parent, size)
     with path.open("wb") as file:
         file.write(layout.header)
-        for name, place in layout.tensors.items():
-            data = checkpoint.read(name, place.shape).to(place.dtype).contiguous()
-            raw = data.reshape(-1).view(torch.uint8).numpy().data
-            file.write(raw)
-            digest.update(raw)
-            on_bytes(place.offset + place.length, layout.size)
+        for name, place in written.items():
+            for piece in checkpoint.read_pieces(name, place.shape):
+                data = piece.to(place.dtype).contiguous()
+                raw = data.reshape(-1).view(torch.uint8).numpy().data
+                file.write(raw)
+                digest.update(raw)
+            on_bytes(place.offset + place.length, size)
     return digest.hexdigest()
 
 

@@ -87,9 +87,11 @@ def join_prefill(
     def add_offsets(positions: Tensor, image: Tensor, rank: Tensor, *kept: Tensor) -> Tensor:
         assert axes is not None
         assert axes.offsets is not None
-        table = torch.tensor(list(axes.offsets)).t()
-        places = kept[0].gather(1, rank) if kept else torch.tensor(list(axes.places or ()))[rank]
-        moved = table.index_select(1, places.reshape(-1)).reshape(3, batch, sequence)
+        # Without a choice the tokens that enter are at places known beforehand: their offsets are one table.
+        offsets = axes.offsets if axes.places is None else [axes.offsets[place] for place in axes.places]
+        table = torch.tensor(list(zip(*offsets, strict=True)))
+        flat = (kept[0].gather(1, rank) if kept else rank).reshape(-1)
+        moved = table.index_select(1, flat).reshape(3, batch, sequence)
         return positions + torch.where(image, moved, 0)
 
     ids = torch.zeros(batch, sequence, dtype=torch.int64)

@@ -1,5 +1,6 @@
 """InternVL3 layout: InternViT tower with a CLS token, pixel shuffle, norm and two linears, Qwen2 decoder.
 
+InternVL3.5-30B-A3B has a decoder with experts, Qwen3-MoE, in its place.
 Behind the tower every two by two patches become one token of four times the width, and only then comes the projector:
 what the decoder sees, and what stages count, are such units. An image is one tile, resized to the tower's square,
 between the tokens ``<img>`` and ``</img>``. The several tiles and the thumbnail that transformers makes of an image,
@@ -83,7 +84,7 @@ def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: 
 INTERNVL = Family(
     name="internvl",
     model_types=("internvl",),
-    decoder_types=("qwen2",),
+    decoder_types=("qwen2", "qwen3_moe"),
     vision_types=("internvl_vision",),
     decoder="model.language_model",
     decoder_layers="model.language_model.layers",

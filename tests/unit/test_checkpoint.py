@@ -19,7 +19,7 @@ from secateur.compiler import pipeline
 from secateur.compiler.pipeline import check_weights, export
 from secateur.exporters.checkpoint import Checkpoint
 from secateur.exporters.shards import refer_weights
-from secateur.exporters.weights import plan_weights, write_weights
+from secateur.exporters.weights import WEIGHTS_FILE, plan_weights, write_weights
 from secateur.runtime.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -91,13 +91,18 @@ def test_parts_are_put_together_tensor_by_tensor(
     assert torch.equal(load_file(tmp_path / "w")[NAME], whole)
 
 
-def test_parts_cannot_be_referred_to(copy: Copy, traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_put_together_is_written_beside_the_files(
+    copy: Copy, model_dir: Any, traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stack(monkeypatch)
     checkpoint = copy(split)
-    assert complaint(lambda: refer_weights(used(traced()), checkpoint, torch.float32)) == (
-        f"--weights reference: {checkpoint.directory}: the checkpoint's files cannot be used as they are: "
-        f"1 tensor would have to be put together from parts, such as {NAME}; take --weights stream"
-    )
+    layout = refer_weights(used(traced()), checkpoint, torch.float32)
+    assert list(layout.written) == [NAME]
+    assert {place.file for place in layout.tensors.values()} == {WEIGHTS_FILE, f"weights/{SINGLE}"}
+    write_weights(layout, checkpoint, tmp_path / "w")
+    made = load_file(tmp_path / "w")
+    assert list(made) == [NAME]
+    assert torch.equal(made[NAME], load_file(model_dir() / SINGLE)[HALVES])
 
 
 def test_a_part_too_few(copy: Copy, traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +140,7 @@ def test_a_matrix_stored_turned(copy: Copy, model_dir: Any, traced: Any, monkeyp
     operations(monkeypatch, (HALVES, HALVES, [core_model_loading.Transpose(0, 1, check_dims=True)]))
     whole, checkpoint = load_file(model_dir() / SINGLE)[HALVES], copy(turn)
     assert torch.equal(checkpoint.read(NAME, (64, 32)), whole)
-    assert "put together" in complaint(lambda: refer_weights(used(traced()), checkpoint, torch.float32))
+    assert list(refer_weights(used(traced()), checkpoint, torch.float32).written) == [NAME]
 
 
 def test_a_tensor_that_is_several(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:

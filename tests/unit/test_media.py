@@ -115,10 +115,10 @@ def lay_out(source: Path, name: str, question: str) -> list[int]:
     height, width = geometry.image_size or (0, 0)
     places = height * width // 28**2
     replacements = {spelled[0]: spelled[0] * places, spelled[1]: spelled[1] * (geometry.frames // 2 * places)}
-    if geometry.audio_seconds:
-        replacements["<|AUDIO|>"] = "<|AUDIO|>" * (25 * geometry.audio_seconds)
     if geometry.interleaves:
         replacements[spelled[1]] = interleave(geometry)
+    elif geometry.audio_seconds:
+        replacements["<|AUDIO|>"] = "<|AUDIO|>" * (25 * geometry.audio_seconds)
     for placeholder, whole in replacements.items():
         text = text.replace(placeholder, whole)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -154,7 +154,7 @@ def answer_by_transformers(
     feed: dict[str, Any] = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *side]] * geometry.images)}
     if geometry.frames:
         feed = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[geometry.frames // 2, *side]])}
-    if hasattr(model, "audio_tower"):
+    if "omni" in model.config.model_type:
         if geometry.frames:
             feed["video_second_per_grid"] = torch.tensor([2 / geometry.fps])
         if sound is not None:

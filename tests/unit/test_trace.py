@@ -159,6 +159,64 @@ def test_what_is_written_in_place_is_traced_as_values() -> None:
     torch.testing.assert_close(program.module(x)[0], double(x))
 
 
+def _router(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    top, at = x.topk(2)
+    top /= top.sum(-1, keepdim=True)
+    return top + at
+
+
+def _twice(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 2
+    before = z + 1
+    z += y
+    z *= y
+    return z + before
+
+
+def _view(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 2
+    row = z[0]
+    z += y
+    return z + row
+
+
+def _view_of_a_write(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 2
+    row = z.add_(y)[0]
+    z *= y
+    return z + row
+
+
+def _narrow(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x.half()
+    z += y
+    return z
+
+
+@pytest.mark.parametrize(
+    ("function", "cheap"),
+    [(_router, True), (_twice, True), (_view, False), (_view_of_a_write, False), (_narrow, False)],
+)
+def test_only_what_has_no_views_is_written_as_values_at_once(
+    function: Any, cheap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go through the exporter's decompositions, which know of memory; both compute what was written."""
+    from secateur.compiler.function import trace_function
+
+    real, asked = torch.export.ExportedProgram.run_decompositions, []
+
+    def decompose(self: Any, *given: Any) -> Any:
+        asked.append(self)
+        return real(self, *given)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", decompose)
+    source = torch.Generator().manual_seed(0)
+    feed = {"x": torch.rand(3, 4, generator=source), "y": torch.rand(3, 4, generator=source)}
+    program = trace_function("function", function, feed, ("out",))
+    assert bool(asked) != cheap
+    torch.testing.assert_close(program.module(*feed.values())[0], function(*feed.values()))
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no model type": (
         {"model_type": None},

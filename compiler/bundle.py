@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,45 @@ def copy_processor_files(job: Job, work: Path) -> None:
     check_processor_files(job, work)
 
 
+def graph_file(program: str, variant: int) -> str:
+    """The file of a program's graph; those of the first geometry bear the program's name alone."""
+    return f"{program}.{variant}.onnx" if variant else f"{program}.onnx"
+
+
+def check_distinct(jobs: Sequence[Job]) -> None:
+    """Refuse geometries of which two come to the same shapes."""
+    seen: list[tuple[m.GeometrySizes, m.Media | None]] = []
+    for number, job in enumerate(jobs):
+        sizes = (_geometry(job), _media(job))
+        if sizes in seen:
+            raise UserError(
+                f"geometry {number} is geometry {seen.index(sizes)} again: {outline(job).words}", where="--geometry",
+                fix="leave one of them out",
+            )  # fmt: skip
+        seen.append(sizes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One geometry of a bundle in the making: its programs, the graph files they went to, and their FLOPs before."""
+
+    pruned: Pruned
+    graphs: Mapping[str, str]
+    unpruned: Mapping[str, int]
+
+
 def make_manifest(
-    pruned: Pruned,
+    parts: Sequence[Part],
     exported: Exported,
     target: Target,
     work: Path,
-    unpruned: Mapping[str, int],
     weights: Mapping[str, str],
     engines: Mapping[str, str],
 ) -> m.Manifest:
     """The manifest of everything that lies in ``work``; ``weights`` are the paths and digests of the files that hold
-    them, made while they were put there."""
-    job = pruned.job
+    them, made while they were put there, ``engines`` those made of graph files."""
+    first, *others = parts
+    job = first.pruned.job
     paths = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     files = {path: m.file_entry(work / path, weights.get(path)) for path in paths}
     versions = {"secateur": secateur.__version__, **{t: importlib.metadata.version(t) for t in _TOOLS}}
@@ -113,29 +140,38 @@ def make_manifest(
     return m.Manifest(
         secateur=secateur.__version__,
         model=_model(job, _digest_weights(weights)),
-        recipe=_recipe(job),
-        geometry=_geometry(job),
         target=target.name,  # type: ignore[arg-type]
         dialect=exported.dialect,
         dtype=target.dtype,  # type: ignore[arg-type]
         opset=exported.opset,
         provider=target.provider,
         sm=target.sm,
-        programs=_programs(pruned.programs, unpruned, engines),
-        segments=[m.Segment(**vars(s)) for s in pruned.programs.segments],
-        media=_media(job),
-        position_offset=job.position_offset,
-        notes=list(job.notes),
         versions=versions,
         weights=sorted(weights),
         files=files,
+        variants=[m.Variant(**_of_geometry(part, engines)) for part in others],
+        **_of_geometry(first, engines),
     )
+
+
+def _of_geometry(part: Part, engines: Mapping[str, str]) -> dict[str, Any]:
+    """What a geometry has of its own, as the manifest says it."""
+    job, programs = part.pruned.job, part.pruned.programs
+    return {
+        "recipe": _recipe(job),
+        "geometry": _geometry(job),
+        "programs": _programs(programs, part.unpruned, part.graphs, engines),
+        "segments": [m.Segment(**vars(s)) for s in programs.segments],
+        "media": _media(job),
+        "position_offset": job.position_offset,
+        "notes": list(job.notes),
+    }
 
 
 def outline(job: Job, programs: ProgramSet | None = None) -> m.Manifest:
     """What a bundle of this job would say of model, recipe, shapes and ports. It names no file, so nothing can load it:
     for running programs, and preparing their inputs, without a bundle."""
-    told = {} if programs is None else _programs(programs, dict.fromkeys(programs.programs, 0), {})
+    told = {} if programs is None else _programs(programs, dict.fromkeys(programs.programs, 0))
     return m.Manifest.model_construct(
         model=_model(job, weights_sha256="0" * 64),
         recipe=_recipe(job),
@@ -155,13 +191,19 @@ def _digest_weights(weights: Mapping[str, str]) -> str:
     return hashlib.sha256(m.canonical_json(dict(weights)).encode()).hexdigest()
 
 
-def _programs(programs: ProgramSet, unpruned: Mapping[str, int], engines: Mapping[str, str]) -> dict[str, m.Program]:
+def _programs(
+    programs: ProgramSet,
+    unpruned: Mapping[str, int],
+    graphs: Mapping[str, str] = {},
+    engines: Mapping[str, str] = {},
+) -> dict[str, m.Program]:
     made = {}
     for name, program in programs.programs.items():
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+        graph = graphs.get(name, graph_file(name, 0))
         made[name] = m.Program(
-            graph=f"{name}.onnx",
-            engine=engines.get(name),
+            graph=graph,
+            engine=engines.get(graph),
             inputs=[_port(port_name(n.name), n.meta["val"]) for n in inputs],
             outputs=[_port(o, r.meta["val"]) for o, r in zip(program.outputs, program.results, strict=True)],
             flops=count_flops(program),

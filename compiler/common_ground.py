@@ -56,7 +56,8 @@ class CommonGround:
         geometry: Geometry | None,
         threads: int | None,
     ) -> None:
-        self.tools, self.threads, self.bundles = tools, threads, _read_bundles(names)
+        self.tools, self.threads = tools, threads
+        self.bundles, self.variants = _read_bundles(names, geometry)
         needs = [name for name in names if name in RUNS]
         if model_dir is None and (needs or recipe is not None):
             raise UserError(
@@ -155,19 +156,28 @@ class OpenRun:
             folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-compare-"))
             path = ground.tools.compile(ground.pruned, name, Path(folder) / "bundle")
         session = self._stack.enter_context(Session(path, threads=ground.threads))
-        return CompiledRun(session.manifest, session.request())
+        request = session.request(ground.variants.get(name, 0))
+        return CompiledRun(request.manifest, request)
 
 
-def _read_bundles(names: Sequence[str]) -> dict[str, Manifest]:
-    found = {}
+def _read_bundles(names: Sequence[str], geometry: Geometry | None) -> tuple[dict[str, Manifest], dict[str, int]]:
+    """What each bundle says of the geometry that is compared, and which of its geometries that is: ``geometry``, else
+    the first that all of them have, else the first."""
+    whole: dict[str, Manifest] = {}
     for name in names:
         if name in RUNS:
             continue
         if not Path(name).is_dir():
             raise UserError(f"no run {name!r}", available=RUNS, fix="or give the directory of a bundle")
-        found[name] = read_manifest(Path(name))
-        check_comparable(found[name], name)
-    return found
+        whole[name] = read_manifest(Path(name))
+        check_comparable(whole[name], name)
+    sizes = {name: [Geometry.of(one) for one in manifest.each_variant()] for name, manifest in whole.items()}
+    wanted = geometry
+    if wanted is None and sizes:
+        first, *others = sizes.values()
+        wanted = next((one for one in first if all(one in other for other in others)), None)
+    chosen = {name: own.index(wanted) if wanted in own else 0 for name, own in sizes.items()}
+    return {name: manifest.variant(chosen[name]) for name, manifest in whole.items()}, chosen
 
 
 def _geometry_of(manifests: Sequence[Manifest]) -> Geometry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from secateur.compiler import ops
 from secateur.compiler.budget import Budget
-from secateur.compiler.bundle import Target, check_processor_files, copy_processor_files, make_manifest
+from secateur.compiler.bundle import (
+    Part,
+    Target,
+    check_distinct,
+    check_processor_files,
+    copy_processor_files,
+    graph_file,
+    make_manifest,
+)
 from secateur.compiler.calibrate import calibrate_model, write_calibrated
 from secateur.compiler.calibration import Calibration
 from secateur.compiler.common_ground import Toolchain
@@ -23,6 +31,7 @@ from secateur.compiler.compare import Comparison, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.geometry_text import list_geometries, read_geometries
 from secateur.compiler.output import check_output, whole_directory
 from secateur.compiler.plan_job import choose_keep, compare_flops, plan_for, plan_job
 from secateur.compiler.program import Program, ProgramSet
@@ -36,7 +45,7 @@ from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
 from secateur.exporters.tensor_names import tied_names
-from secateur.exporters.weights import MODES, WEIGHTS_FILE, plan_weights, write_weights
+from secateur.exporters.weights import MODES, WEIGHTS_FILE, WeightLayout, plan_weights, write_weights
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
 from secateur.passes.drop_noops import drop_noops
@@ -55,7 +64,7 @@ from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import UserError
-from secateur.runtime.manifest import write_manifest
+from secateur.runtime.manifest import hash_file, write_manifest
 
 TARGETS = ("onnxruntime", "plain", "tensorrt", "tensorrt-rtx")
 AUTO = "auto"
@@ -236,42 +245,51 @@ def prune(
 
 def export(pruned: Pruned, dialect: str, weights: str = "stream") -> Exported:
     """Lower pruned programs to ONNX models. Weights are laid out, not read: ``weights`` as for :func:`compile`."""
+    return export_programs(pruned.programs.programs, dialect, lay_out([pruned], weights))
+
+
+def lay_out(geometries: Sequence[Pruned], weights: str) -> WeightLayout:
+    """Places for the weights of all geometries of a model: one file, or the same references, for all of them."""
     check_weights_mode(weights)
     used: dict[str, Tensor] = {}
-    for program in pruned.programs.programs.values():
-        used |= {k: v for k, v in program.weights().items() if k not in used}
-    model, dtype = pruned.traced.model, DTYPES[pruned.traced.dtype]
+    for pruned in geometries:
+        for program in pruned.programs.programs.values():
+            used |= {k: v for k, v in program.weights().items() if k not in used}
+    traced = geometries[0].traced
     if weights == "stream":
-        layout = plan_weights(used, model, dtype)
-    else:
-        layout = refer_weights(
-            used, open_checkpoint(pruned.job.source.path, model), dtype, weights, list_turnable(pruned.programs)
-        )
-    return export_programs(pruned.programs.programs, dialect, layout)
+        return plan_weights(used, traced.model, DTYPES[traced.dtype])
+    checkpoint = open_checkpoint(traced.source.path, traced.model)
+    turnable = list_turnable(*(pruned.programs for pruned in geometries))
+    return refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, turnable)
 
 
 def build(
-    pruned: Pruned,
-    exported: Exported,
+    pruned: Pruned | Sequence[Pruned],
+    exported: Exported | Sequence[Exported],
     target: Target,
     out: Path,
     *,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest."""
-    source, model = pruned.job.source, pruned.traced.model
+    """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest.
+
+    Several geometries come as sequences of the same length, their weights laid out together (:func:`lay_out`).
+    """
+    pruned = [pruned] if isinstance(pruned, Pruned) else pruned
+    exported = [exported] if isinstance(exported, Exported) else exported
+    traced = pruned[0].traced
     tell = progress or (lambda what, done, total: None)
     with whole_directory(out, force) as work:
-        copy_processor_files(pruned.job, work)
-        for name, graph in exported.models.items():
-            refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=f"{name}.onnx")
-            save_model(graph, work / f"{name}.onnx")
+        for one in pruned:
+            copy_processor_files(one.job, work)
+        graphs = _save_graphs(exported, target, work)
         with _phase("weights", progress):
-            weights = _place_weights(exported, open_checkpoint(source.path, model), work, tell)
-        engines = _build_engines(exported, target, work, tell)
-        unpruned = count_unpruned(pruned.traced)
-        write_manifest(work, make_manifest(pruned, exported, target, work, unpruned, weights, engines))
+            weights = _place_weights(exported[0], open_checkpoint(traced.source.path, traced.model), work, tell)
+        engines = _build_engines(list(dict.fromkeys(file for files in graphs for file in files.values())), target, work,
+                                 tell)  # fmt: skip
+        parts = [Part(one, files, count_unpruned(one.traced)) for one, files in zip(pruned, graphs, strict=True)]
+        write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines))
     return out
 
 
@@ -283,7 +301,7 @@ def compile(
     keep: float | None = None,
     mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
-    geometry: Geometry | None = None,
+    geometry: Geometry | Sequence[Geometry] | None = None,
     target: str = "onnxruntime",
     dtype: str | None = None,
     sm: int | None = None,
@@ -298,7 +316,8 @@ def compile(
     ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of
     visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
     the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
-    prefill's FLOPs. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
+    prefill's FLOPs. Several geometries become one bundle with one copy of the weights; a budget is then met in the
+    first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
     bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
     architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
     them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
@@ -306,10 +325,15 @@ def compile(
     returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
-    out, geometry = Path(out), geometry or Geometry()
+    out, geometries = Path(out), list_geometries(geometry)
     goal = check_target(target, None if dtype == AUTO else dtype, sm)
     check_weights_mode(weights)
     check_pass(stop_after)
+    if stop_after is not None and len(geometries) > 1:
+        raise UserError(
+            f"the programs of one geometry can be printed, {len(geometries)} are given", where="--stop-after",
+            fix="give one --geometry",
+        )  # fmt: skip
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     if stop_after is None:
         check_output(out, force)
@@ -320,27 +344,40 @@ def compile(
     budget = Budget.of(keep, mean_keep, flops_keep)
     if budget.rates is not None:
         row = row.with_rates(budget.rates)
-    keep = choose_keep(source, geometry, row, budget)
-    job = plan_job(source, geometry, row, keep)
-    for note in job.notes:
+    keep = choose_keep(source, geometries[0], row, budget)
+    jobs = [plan_one(source, number, geometries, row, keep) for number in range(len(geometries))]
+    check_distinct(jobs)
+    for note in dict.fromkeys(note for job in jobs for note in job.notes):
         _log.warning("%s", note)
     if stop_after is None:
-        check_processor_files(job)
+        for job in jobs:
+            check_processor_files(job)
         list_tensors(source.path)
-    with _phase("trace", progress):
-        traced = trace_model(source, geometry, goal.dtype)
+    tags = [f", geometry {number}" if len(jobs) > 1 else "" for number in range(len(jobs))]
+    dumps = [dump_dir / f"geometry{n}" if dump_dir and tag else dump_dir for n, tag in enumerate(tags)]
+    traced: list[Traced] = []
+    for tag, one in zip(tags, geometries, strict=True):
+        if tag:
+            _log.info("%s: %s, %d text tokens, %d new tokens", tag[2:], one.media, one.text_tokens, one.new_tokens)
+        with _phase(f"trace{tag}", progress):
+            traced.append(_trace_again(traced, one) or trace_model(source, one, goal.dtype))
     if stop_after is None:
-        check_weights(traced, weights)
-    with _phase("prune", progress):
-        pruned = prune(traced, row, keep, dump_dir=dump_dir, stop_after=stop_after)
+        check_weights(*traced, weights=weights)
+    pruned: list[Pruned] = []
+    for tag, one, dump in zip(tags, traced, dumps, strict=True):
+        with _phase(f"prune{tag}", progress):
+            pruned.append(prune(one, row, keep, dump_dir=dump, stop_after=stop_after))
     if stop_after is not None:
-        return pruned
+        return pruned[0]
     if budget.flops_keep is not None:
-        compare_flops(budget, count_flops(pruned.programs["prefill"]), count_unpruned(traced)["prefill"])
-    with _phase("export", progress):
-        exported = export(pruned, goal.dialect, weights)
-    if dump_dir is not None:
-        (dump_dir / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported}\n")
+        before = count_unpruned(traced[0])["prefill"]
+        compare_flops(budget, count_flops(pruned[0].programs["prefill"]), before)
+    layout, exported = lay_out(pruned, weights), list[Exported]()
+    for tag, one, dump in zip(tags, pruned, dumps, strict=True):
+        with _phase(f"export{tag}", progress):
+            exported.append(export_programs(one.programs.programs, goal.dialect, layout))
+        if dump is not None:
+            (dump / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported[-1]}\n")
     return build(pruned, exported, goal, out, force=force, progress=progress)
 
 
@@ -401,6 +438,16 @@ def compare(a: Path | str, b: Path | str, **how: Any) -> Comparison:
     return compare_named(str(a), str(b), Toolchain(plan_job, trace_model, prune, make, PASSES), **how)
 
 
+def plan_one(source: Source, number: int, geometries: Sequence[Geometry], recipe: Recipe, keep: float | None) -> Job:
+    """:func:`plan_job` for one of several geometries, whose errors say which it is."""
+    try:
+        return plan_job(source, geometries[number], recipe, keep)
+    except UserError as error:
+        if len(geometries) == 1:
+            raise
+        raise UserError(str(error), where=f"geometry {number}") from None
+
+
 def check_target(target: str, dtype: str | None, sm: int | None, asked: str | None = None) -> Target:
     """Resolve defaults and refuse what no backend runs; TensorRT's library must be there.
 
@@ -431,16 +478,18 @@ def check_target(target: str, dtype: str | None, sm: int | None, asked: str | No
     return goal
 
 
-def check_weights(traced: Traced, weights: str = "stream") -> None:
-    """Refuse a checkpoint that lacks a tensor of the programs, has it in another shape, or cannot be used as it is
-    where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
+def check_weights(*geometries: Traced, weights: str = "stream") -> None:
+    """Refuse a checkpoint that lacks a tensor of the traced programs, has it in another shape, or cannot be used as it
+    is where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
+    traced = geometries[0]
     aliases, checkpoint = tied_names(traced.model), open_checkpoint(traced.source.path, traced.model)
     used: dict[str, Tensor] = {}
-    for program in traced.programs.programs.values():
+    for program in (program for one in geometries for program in one.programs.programs.values()):
         used |= {aliases.get(name, name): tensor for name, tensor in program.weights().items()}
     checkpoint.require({name: tuple(tensor.shape) for name, tensor in used.items()})
     if weights != "stream":
-        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, list_turnable(traced.programs))
+        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights,
+                      list_turnable(*(one.programs for one in geometries)))  # fmt: skip
     if extra := checkpoint.unexpected():
         _log.warning(
             "%s: %d tensors are no part of the model and are left out, such as %s",
@@ -448,9 +497,10 @@ def check_weights(traced: Traced, weights: str = "stream") -> None:
         )  # fmt: skip
 
 
-def list_turnable(programs: ProgramSet) -> set[str]:
+def list_turnable(*sets: ProgramSet) -> set[str]:
     """Weights that every program reads as experts only: graphs take those as they lie or turned."""
-    nodes = [n for p in programs.programs.values() for n in p.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
+    programs = [program for one in sets for program in one.programs.values()]
+    nodes = [n for p in programs for n in p.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
     other = {n.meta["weight"] for n in nodes if any(user.target is not ops.experts for user in n.users)}
     return {n.meta["weight"] for n in nodes} - other
 
@@ -486,19 +536,45 @@ def _place_weights(exported: Exported, checkpoint: Checkpoint, work: Path, tell:
     return placed
 
 
-def _build_engines(exported: Exported, target: Target, work: Path, tell: Progress) -> dict[str, str]:
+def _trace_again(traced: Sequence[Traced], geometry: Geometry) -> Traced | None:
+    """A trace that serves this geometry as well: lengths of text are symbols in it."""
+    for one in traced:
+        if replace(one.geometry, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens) == geometry:
+            return replace(one, source=one.source.at(geometry), geometry=geometry)
+    return None
+
+
+def _save_graphs(exported: Sequence[Exported], target: Target, work: Path) -> list[dict[str, str]]:
+    """Write the graphs; the file of every program, per geometry. Equal graphs are one file."""
+    found: list[dict[str, str]] = []
+    written: dict[str, str] = {}
+    for number, one in enumerate(exported):
+        found.append({})
+        for name, graph in one.models.items():
+            file = graph_file(name, number)
+            refuse(lint_graph(graph, target.name, target.dtype, target.sm), where=file)
+            save_model(graph, work / file)
+            found[-1][name] = written.setdefault(hash_file(work / file), file)
+            if found[-1][name] != file:
+                (work / file).unlink()
+    return found
+
+
+def _build_engines(graphs: Sequence[str], target: Target, work: Path, tell: Progress) -> dict[str, str]:
+    """The engine file of every graph file."""
     if target.dialect != "tensorrt":
         return {}
     from secateur.exporters.tensorrt import build_engine
 
     made = {}
-    for name in exported.models:
+    for graph in graphs:
+        name = graph.removesuffix(".onnx")
         with _phase(f"engine {name}", tell):
             build_engine(
-                work / f"{name}.onnx", work / f"{name}.engine", flavour=target.name, sm=target.sm,
+                work / graph, work / f"{name}.engine", flavour=target.name, sm=target.sm,
                 progress=lambda what, done, total, name=name: tell(f"engine {name}: {what}", done, total),  # type: ignore[misc]
             )  # fmt: skip
-        made[name] = f"{name}.engine"
+        made[graph] = f"{name}.engine"
     return made
 
 
@@ -531,6 +607,7 @@ __all__ = [
     "plan_for",
     "plan_job",
     "prune",
+    "read_geometries",
     "read_questions",
     "verify",
     "write_calibrated",

@@ -186,7 +186,7 @@ class EagerBackend:
     def buffer(self, shape: Sequence[int], dtype: str) -> _Memory:
         return _Memory(torch.zeros(*shape, dtype=_DTYPES[dtype]))
 
-    def bind(self, program: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> _Tied:
+    def bind(self, program: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, variant: int = 0) -> _Tied:
         return _Tied(self._programs[program], inputs, outputs)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.inputs import random_rows
-from secateur.compiler.oracle import Oracle
+from secateur.compiler.oracle import Oracle, load_recording_model
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pruned import Job
 from secateur.compiler.runs import CompiledRun, OracleRun
@@ -53,7 +53,8 @@ def verify_bundle(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
-    """Hash every file; with ``model_dir`` also compare ``rows`` seeded random rows with the Hugging Face model.
+    """Hash every file; with ``model_dir`` also compare ``rows`` seeded random rows with the Hugging Face model, as many
+    for every geometry of the bundle.
 
     ``plan`` is the pipeline's ``plan_job``; ``recipe`` names the table row or YAML file when the manifest's name is
     not a row of the table. Raises BundleError for a file that is not what the manifest says, UserError when bundle,
@@ -65,14 +66,17 @@ def verify_bundle(
     if model_dir is None:
         return Verification(bundle, len(manifest.files), size, None)
     check_comparable(manifest, str(bundle))
-    oracle = Oracle(recover_job(manifest, read_source(model_dir), plan, recipe))
-    parity = Parity()
+    source, geometries = read_source(model_dir), manifest.each_variant()
+    jobs = [recover_job(one, source, plan, recipe) for one in geometries]
+    model, parity, total = load_recording_model(source), Parity(), rows * len(jobs)
     with Session(bundle, threads=threads) as session:
-        compare_runs(
-            OracleRun(oracle), CompiledRun(manifest, session.request()), random_rows(manifest, rows, new_tokens, seed),
-            manifest.geometry.batch, parity, referee=oracle,
-            watch=lambda item, ours, theirs: progress(min(parity.rows, rows), rows),
-        )  # fmt: skip
+        for index, (job, one) in enumerate(zip(jobs, geometries, strict=True)):
+            oracle = Oracle(job, model)
+            compare_runs(
+                OracleRun(oracle), CompiledRun(one, session.request(index)), random_rows(one, rows, new_tokens, seed),
+                one.geometry.batch, parity, referee=oracle,
+                watch=lambda item, ours, theirs: progress(min(parity.rows, total), total),
+            )  # fmt: skip
     return Verification(bundle, len(manifest.files), size, parity)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +26,7 @@ from secateur.compiler.compose import compose
 from secateur.compiler.recipe import Cache, Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import Site
+from secateur.compiler.yaml_text import parse_yaml
 from secateur.passes.recipe_module import recipe_from_file
 from secateur.passes.recipes import get_recipe
 from secateur.runtime.errors import UserError
@@ -153,7 +153,7 @@ def recipe_from_yaml(text: str, where: str = "recipe", folder: Path = Path()) ->
     """The recipe written in ``text``; every name in it is looked up. ``where`` opens the error messages; paths of
     calibration files count from ``folder``."""
     try:
-        fields = _RecipeFields.model_validate(resolve_references(_parse_yaml(text, where), folder, where))
+        fields = _RecipeFields.model_validate(resolve_references(parse_yaml(text, where), folder, where))
     except ValidationError as error:
         raise _describe(error, where) from None
     stages = [_read_stage(stage, f"{where}: stages[{index}]") for index, stage in enumerate(fields.stages)]
@@ -256,27 +256,6 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _freeze(inner) for key, inner in value.items()}
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that is given twice, of which YAML would silently take the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            keys = [key.value for key, _ in node.value]
-            if twice := sorted({key for key in keys if keys.count(key) > 1}):
-                line = node.start_mark.line + 1
-                raise UserError(f"key {twice[0]!r} is given twice in the mapping at line {line}", where=where)
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"not YAML: {getattr(error, 'problem', None) or error}{line}", where=where) from None
 
 
 def _describe(error: ValidationError, where: str) -> UserError:

@@ -37,5 +37,9 @@ class UserError(SecateurError):
     exit_code = 2
 
 
+class MisfitError(UserError):
+    """The input is not of the geometry a program was compiled for; it may be of another."""
+
+
 class BundleError(UserError):
     """A bundle is missing, incomplete, altered, too new, or not for this machine."""

@@ -85,6 +85,7 @@ class TextStream(Iterator[Piece]):
         borrow: Callable[[], Request],
         give_back: Callable[[Request], None],
         preprocess_s: float = 0.0,
+        variant: int = 0,
     ) -> None:
         self._manifest, self._inputs, self._limits = manifest, inputs, limits
         self._prompts = [inputs.prompt_ids(row) for row in range(manifest.geometry.batch)]
@@ -93,6 +94,7 @@ class TextStream(Iterator[Piece]):
         self._borrow, self._give_back = borrow, give_back
         self._metrics = Metrics(
             preprocess_s=preprocess_s,
+            variant=variant,
             cache_bytes=cache_bytes(manifest),
             visual_tokens={s.name: s.length - manifest.geometry.fixed_tokens for s in manifest.segments},
         )

@@ -29,6 +29,7 @@ from secateur.runtime.schema import (
     Recipe,
     Segment,
     Stage,
+    Variant,
     describe_media,
 )
 from secateur.runtime.weight_file import TensorEntry, WeightHeader, hash_header, read_header
@@ -50,6 +51,7 @@ __all__ = [
     "Segment",
     "Stage",
     "TensorEntry",
+    "Variant",
     "WeightHeader",
     "canonical_json",
     "check_files",

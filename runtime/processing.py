@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import MisfitError, UserError
 from secateur.runtime.images import ImageLike
 from secateur.runtime.prompts import Prompts
 from secateur.runtime.row_media import KINDS, PARTS, Prompt, RowMedia, count_kinds, media_in_messages
@@ -41,11 +42,17 @@ class Processor:
     """Tokenizer, chat template and processors of images, videos and sound of a bundle, held to its geometry."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._manifest, model = manifest, manifest.model
+        self._manifest, self._directory, model = manifest, directory, manifest.model
         others = {"video": model.video_token_id, "audio": model.audio_token_id}
         stands_for = model.image_token_id if model.prompt_token_id is None else model.prompt_token_id
         self.prompts = Prompts(directory, model.image_token, stands_for, others)
         self.tower_inputs = open_tower_inputs(directory, manifest)
+
+    def at(self, manifest: Manifest) -> Processor:
+        """The same for another geometry of the bundle; the tokenizer is shared."""
+        other = copy.copy(self)
+        other._manifest, other.tower_inputs = manifest, open_tower_inputs(self._directory, manifest)
+        return other
 
     def __call__(
         self,
@@ -61,7 +68,7 @@ class Processor:
         messages carry them. ``video_fps`` and ``audio_rate`` as in :class:`RowMedia`."""
         geometry = self._manifest.geometry
         if len(prompts) != geometry.batch:
-            raise UserError(
+            raise MisfitError(
                 f"{len(prompts)} prompt(s) for a bundle of batch {geometry.batch}",
                 fix=f"give exactly {geometry.batch}" + (f", or compile with --batch {len(prompts)}" if prompts else ""),
             )
@@ -113,7 +120,7 @@ class Processor:
         expanded = self._expand()
         words = len(ids) - len(items) + sum(len(before) + len(behind) for before, _, behind in expanded)
         if words > manifest.geometry.text_tokens:
-            raise UserError(
+            raise MisfitError(
                 f"the prompt has {words} text tokens, the bundle was compiled for at most "
                 f"{manifest.geometry.text_tokens}",
                 where=where,
@@ -148,7 +155,7 @@ class Processor:
             return
         if {*given, *wanted} <= {"image"}:
             sizes = manifest.geometry
-            raise UserError(
+            raise MisfitError(
                 f"{len(given)} image(s), the bundle was compiled for {sizes.images} per row "
                 f"({sizes.image_height}x{sizes.image_width})",
                 where=where,
@@ -159,24 +166,24 @@ class Processor:
             raise self._blame_sound(given.count("audio"), wanted.count("audio"), where)
         flags = [f"--images {given.count('image')}"] if "image" in given else []
         flags += ["--frames N"] if "video" in given else []
-        raise UserError(
+        raise MisfitError(
             f"{count_kinds(given)}, the bundle was compiled for {manifest.shown} per row",
             where=where,
             fix=f"give {count_kinds(wanted)}" + (f", or compile with {' or '.join(flags)}" if flags else ""),
         )
 
-    def _blame_sound(self, given: int, wanted: int, where: str) -> UserError:
+    def _blame_sound(self, given: int, wanted: int, where: str) -> MisfitError:
         manifest = self._manifest
         told = f"the bundle was compiled for {manifest.shown}"
         if given < wanted:
             lacks = "the sound of the video is missing" if "video with sound" in manifest.items else "sound is missing"
-            return UserError(f"{lacks}, {told}", where=where, fix="give audio, or compile without --audio-seconds")
+            return MisfitError(f"{lacks}, {told}", where=where, fix="give audio, or compile without --audio-seconds")
         if wanted:
-            return UserError(f"{given} audio clips, {told}", where=where, fix="give one clip a row")
+            return MisfitError(f"{given} audio clips, {told}", where=where, fix="give one clip a row")
         if manifest.model.audio_token_id is None:
             what = f"a {manifest.model.model_type} model does not hear"
-            return UserError(what, where=where, fix="leave the audio out")
-        return UserError(
+            return MisfitError(what, where=where, fix="leave the audio out")
+        return MisfitError(
             f"audio is given, {told}", where=where, fix="leave it out, or compile with --audio-seconds SECONDS"
         )
 
@@ -192,7 +199,7 @@ class Processor:
         fix = f"name {count_kinds(wanted)}" + (", in this order" if len({*wanted}) > 1 else "")
         if "video with sound" in items and "audio" in found:
             fix += "; the sound lies between the frames of the video, not beside it"
-        raise UserError(
+        raise MisfitError(
             f"{count_kinds(found)}, the bundle was compiled for {self._manifest.shown}", where=where, fix=fix
         )
 

@@ -22,11 +22,13 @@ class Request:
     """State of one generation. Weights are the session's; everything written is here.
 
     A request is used by one thread at a time; different requests of a session may run at once. It can be
-    used again for another prompt: ``prefill`` starts over.
+    used again for another prompt: ``prefill`` starts over. ``variant`` says which of a bundle's geometries it has;
+    its ``manifest`` is that geometry's alone.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest) -> None:
-        self.manifest = manifest
+    def __init__(self, backend: Backend, manifest: Manifest, variant: int = 0) -> None:
+        self.manifest = manifest = manifest.variant(variant)
+        self.variant = variant
         self.lengths: Ints = np.zeros(manifest.geometry.batch, dtype=np.int64)
         """Real tokens of each row before pruning, int64 [B]."""
         self.step: int | None = None
@@ -163,7 +165,7 @@ class Request:
                     )
                 groups[-1][port.name] = buffer
         self._ports[program] = groups[0] | groups[1]
-        return self._backend.bind(program, *groups)
+        return self._backend.bind(program, *groups, variant=self.variant)
 
     def _buffer(self, program: str, name: str) -> Buffer:
         declared = self.manifest.programs[program]

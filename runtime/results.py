@@ -18,6 +18,7 @@ class Metrics:
 
     ``ttft_s`` is all the work up to the first token, processing included; ``step_s`` are the times of the
     decode steps, sampling included, and ``tpot_s`` is their median, 0 if there was none.
+    ``variant`` is which of the bundle's geometries it ran in.
     ``visual_tokens`` counts one row's visual tokens in each segment, by name. ``kept`` says for every stage
     which original patches of the row are left after it: int64 [B, K], image j's patches counted from
     ``j * tokens_per_image``. In a model that puts squares of patches together these count, row by row, in their place.
@@ -31,6 +32,7 @@ class Metrics:
     prompt_tokens: int = 0
     new_tokens: int = 0
     cache_bytes: int = 0
+    variant: int = 0
     step_s: list[float] = field(default_factory=list)
     visual_tokens: dict[str, int] = field(default_factory=dict)
     kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)

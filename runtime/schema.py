@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from secateur.runtime.errors import UserError
+
 SCHEMA_VERSION = 1
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -248,8 +250,24 @@ class FileEntry(_Frozen):
     header_sha256: Digest | None = None
 
 
+class Variant(_Frozen):
+    """What a further geometry of a bundle has of its own; everything else, the weights above all, it shares."""
+
+    recipe: Recipe
+    geometry: GeometrySizes
+    programs: dict[str, Program]
+    segments: list[Segment]
+    media: Media | None = None
+    position_offset: int
+    notes: list[str] = []
+
+
 class Manifest(_Frozen):
-    """``manifest.json``: written last, so a directory without a valid one is not a bundle."""
+    """``manifest.json``: written last, so a directory without a valid one is not a bundle.
+
+    A bundle of several geometries says in ``variants`` what the second and later ones have of their own; the fields
+    beside it are then those of the first.
+    """
 
     schema_version: Literal[1] = 1
     secateur: str
@@ -273,29 +291,44 @@ class Manifest(_Frozen):
     weights: Annotated[list[BundlePath], Field(min_length=1)]
     """The safetensors files the graphs point into."""
     files: dict[BundlePath, FileEntry]
+    variants: list[Variant] = []
     manifest_sha256: Digest | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
-        if set(self.programs) != set(PROGRAMS):
-            raise ValueError(f"programs are {', '.join(self.programs)} instead of {', '.join(PROGRAMS)}")
         for path in sorted(self.program_files() | set(self.weights)):
             if path not in self.files:
                 raise ValueError(f"{path} is not listed in files")
         for path in self.weights:
             if self.files[path].header_sha256 is None:
                 raise ValueError(f"{path} has no header_sha256")
-        covered = [layer for s in self.segments for layer in range(s.first_layer, s.last_layer)]
-        if covered != list(range(self.model.layers)):
-            raise ValueError("segments do not cover every layer once, in order")
-        for segment in self.segments:
-            if segment.length + segment.removed != self.geometry.sequence:
-                raise ValueError(f"segment {segment.name}: length + removed is not the sequence's length")
-            if segment.evicted >= segment.length:
-                raise ValueError(f"segment {segment.name}: evicted is not below its length")
-            if segment.capacity < segment.length - segment.evicted:
-                raise ValueError(f"segment {segment.name}: capacity is below the rows it holds")
+        _check_shapes(self, self.model.layers)
+        for number, variant in enumerate(self.variants, 1):
+            try:
+                _check_shapes(variant, self.model.layers)
+            except ValueError as error:
+                raise ValueError(f"geometry {number}: {error}") from None
+            if (variant.recipe.name, variant.recipe.keep) != (self.recipe.name, self.recipe.keep):
+                raise ValueError(f"geometry {number}: its recipe is not the first geometry's")
+            if any((variant.geometry, variant.media) == (o.geometry, o.media) for o in self._parts()[:number]):
+                raise ValueError(f"geometry {number}: is there twice")
         return self
+
+    def variant(self, index: int) -> Manifest:
+        """What a bundle of the geometry alone would say: of the first for 0, of ``variants[index - 1]`` otherwise."""
+        if not 0 <= index <= len(self.variants):
+            raise UserError(
+                f"no geometry {index}", where="variant",
+                available=(f"{number}: {one.words}" for number, one in enumerate(self.each_variant())),
+            )  # fmt: skip
+        if index == 0:
+            return self.model_copy(update={"variants": []}) if self.variants else self
+        own = self.variants[index - 1]
+        return self.model_copy(update={"variants": [], **{name: getattr(own, name) for name in Variant.model_fields}})
+
+    def each_variant(self) -> list[Manifest]:
+        """:meth:`variant` for every geometry, the first included."""
+        return [self.variant(index) for index in range(1 + len(self.variants))]
 
     @property
     def items(self) -> list[str]:
@@ -309,10 +342,36 @@ class Manifest(_Frozen):
         size, together = (g.image_height, g.image_width), "video with sound" in self.items
         return describe_media(g.images, size, g.frames, g.fps, g.audio_seconds, together)
 
+    @property
+    def words(self) -> str:
+        """The geometry, in words."""
+        g = self.geometry
+        return f"batch {g.batch}, {self.shown} per row, {g.text_tokens} text tokens, {g.new_tokens} new tokens"
+
     def program_files(self) -> set[str]:
-        """Graphs and engines."""
-        return {path for p in self.programs.values() for path in (p.graph, p.engine) if path is not None}
+        """Graphs and engines of all geometries."""
+        programs = [p for part in self._parts() for p in part.programs.values()]
+        return {path for p in programs for path in (p.graph, p.engine) if path is not None}
+
+    def _parts(self) -> list[Manifest | Variant]:
+        return [self, *self.variants]
 
     def unsigned(self) -> dict[str, Any]:
         """Everything the manifest's own digest covers."""
         return self.model_dump(mode="json", exclude={"manifest_sha256"})
+
+
+def _check_shapes(of: Manifest | Variant, layers: int) -> None:
+    """Raise ValueError unless every program is there and the segments add up."""
+    if set(of.programs) != set(PROGRAMS):
+        raise ValueError(f"programs are {', '.join(of.programs)} instead of {', '.join(PROGRAMS)}")
+    covered = [layer for s in of.segments for layer in range(s.first_layer, s.last_layer)]
+    if covered != list(range(layers)):
+        raise ValueError("segments do not cover every layer once, in order")
+    for segment in of.segments:
+        if segment.length + segment.removed != of.geometry.sequence:
+            raise ValueError(f"segment {segment.name}: length + removed is not the sequence's length")
+        if segment.evicted >= segment.length:
+            raise ValueError(f"segment {segment.name}: evicted is not below its length")
+        if segment.capacity < segment.length - segment.evicted:
+            raise ValueError(f"segment {segment.name}: capacity is below the rows it holds")

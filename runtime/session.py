@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeAlias, overload
 
 from secateur.runtime.backends import Backend, open_backend
 from secateur.runtime.chat import Message
-from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.errors import BundleError, MisfitError, UserError
 from secateur.runtime.generate import Limits, TextStream
 from secateur.runtime.images import ImageLike
 from secateur.runtime.manifest import Level, check_files, read_manifest
-from secateur.runtime.processing import Processor, Prompt
+from secateur.runtime.pick import Asked, order_by_size, pick
+from secateur.runtime.processing import Inputs, Processor, Prompt
 from secateur.runtime.prompts import read_json
 from secateur.runtime.request import Floats, Ints, Request
 from secateur.runtime.results import Generation
@@ -32,7 +33,7 @@ Images: TypeAlias = "ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLi
 Videos: TypeAlias = "VideoLike | Sequence[VideoLike] | Sequence[Sequence[VideoLike]]"
 Audio: TypeAlias = "AudioLike | Sequence[AudioLike] | Sequence[Sequence[AudioLike]]"
 
-# Requests kept for the next call, so that calls one after another reuse their caches.
+# Requests kept per geometry for the next call, so that calls one after another reuse their caches.
 _IDLE_REQUESTS = 1
 
 
@@ -41,6 +42,8 @@ class Session:
 
     ``backend`` None takes the one the bundle was compiled for; a :class:`Backend` of your own is used as it
     is. ``threads`` are an operator's. ``verify="full"`` also hashes the weights.
+    Of a bundle of several geometries ``manifest`` and ``processor`` are the first's, ``geometries`` and
+    ``processors`` those of all; every prompt runs in the smallest that fits.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class Session:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
         check_files(self.path, self.manifest, verify)
-        self.processor = Processor(self.path, self.manifest)
+        self.geometries: list[Manifest] = self.manifest.each_variant()
+        self.processor = Processor(self.path, self.geometries[0])
+        self.processors = [self.processor, *(self.processor.at(one) for one in self.geometries[1:])]
         self._defaults: dict[str, Any] = read_json(self.path / "generation_config.json")
         self._backend: Backend | None = (
             open_backend(backend, self.path, self.manifest, threads=threads)
@@ -80,11 +85,14 @@ class Session:
                 self._backend.close()
             self._backend = None
 
-    def request(self) -> Request:
-        """State for :meth:`prefill` and :meth:`decode`: caches, inputs and outputs of one generation."""
+    def request(self, variant: int = 0) -> Request:
+        """State for :meth:`prefill` and :meth:`decode`: caches, inputs and outputs of one generation.
+
+        ``variant`` is which of ``geometries`` it is for; both run the programs of that one.
+        """
         if self._backend is None:
             raise UserError("the session is closed")
-        return Request(self._backend, self.manifest)
+        return Request(self._backend, self.manifest, variant)
 
     def prefill(
         self,
@@ -167,6 +175,7 @@ class Session:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         cancel: threading.Event | None = None,
+        variant: int | None = None,
     ) -> TextStream:
         """An iterator of text pieces, each with the ``row`` it belongs to.
 
@@ -176,17 +185,18 @@ class Session:
 
         Input is processed and checked now, programs run on the first ``next``. None takes what the
         checkpoint's generation_config.json says, else: all the capacity, no filter, no penalty. Greedy
-        unless ``temperature`` is above 0. Setting ``cancel`` ends the stream after the running step.
+        unless ``temperature`` is above 0. Setting ``cancel`` ends the stream after the running step. ``variant`` is
+        which of ``geometries`` to run in; None takes the smallest that fits.
         """
         start = perf_counter()
         single = _is_single(prompt)
+        prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item, assignment]
         rows = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
-        inputs = self.processor(
-            [prompt] if single else prompt,  # type: ignore[list-item, arg-type]
-            *rows,
-            video_fps=video_fps,
-            audio_rate=audio_rate,
-        )
+
+        def process(processor: Processor) -> Inputs:
+            return processor(prompts, *rows, video_fps=video_fps, audio_rate=audio_rate)
+
+        chosen, inputs, count = self._fit(process, Asked(prompts, rows, max_new_tokens), variant)
         sampling = Sampling(
             temperature=temperature,
             top_k=int(self._default("top_k", top_k, 0)) if temperature else 0,
@@ -195,30 +205,44 @@ class Session:
             seed=seed,
         )
         limits = Limits(
-            max_new_tokens=self._new_tokens(max_new_tokens),
+            max_new_tokens=count,
             eos=frozenset(() if ignore_eos else self.manifest.model.eos_token_ids),
             stops=[stop] if isinstance(stop, str) else list(stop),
             cancel=cancel,
         )
         return TextStream(
-            self.manifest,
+            self.geometries[chosen],
             inputs,
             sampling,
             limits,
             decode=self.processor.prompts.decode,
-            borrow=self._borrow,
+            borrow=lambda: self._borrow(chosen),
             give_back=self._give_back,
             preprocess_s=perf_counter() - start,
+            variant=chosen,
         )
 
-    def _new_tokens(self, wanted: int | None) -> int:
-        capacity = self.manifest.geometry.new_tokens
+    def _fit(
+        self, process: Callable[[Processor], Inputs], asked: Asked, variant: int | None
+    ) -> tuple[int, Inputs, int]:
+        """The geometry to run in, its inputs, and how many tokens to generate at most."""
+
+        def fit(index: int) -> tuple[int, Inputs, int]:
+            wanted = self._new_tokens(asked.new_tokens, self.manifest.variant(index))
+            return index, process(self.processors[index]), wanted
+
+        if variant is not None or len(self.geometries) == 1:
+            return fit(variant or 0)
+        return pick(self.geometries, order_by_size(self.geometries, asked), fit, asked)
+
+    def _new_tokens(self, wanted: int | None, manifest: Manifest) -> int:
+        capacity = manifest.geometry.new_tokens
         if wanted is None:
             return min(int(self._default("max_new_tokens", None, capacity)), capacity)
         if wanted < 1:
             raise UserError(f"max_new_tokens is {wanted}", fix="give a number of at least 1")
         if wanted > capacity:
-            raise UserError(
+            raise MisfitError(
                 f"{wanted} new tokens, the bundle's caches hold {capacity}",
                 fix=f"ask for at most {capacity}, or compile with --new-tokens {wanted}",
             )
@@ -234,15 +258,17 @@ class Session:
             raise BundleError(f"{name} is {value!r}", where=f"{self.path}: generation_config.json")
         return value
 
-    def _borrow(self) -> Request:
+    def _borrow(self, variant: int) -> Request:
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return self.request()
+            for place, idle in enumerate(self._idle):
+                if idle.variant == variant:
+                    return self._idle.pop(place)
+        return self.request(variant)
 
     def _give_back(self, request: Request) -> None:
         with self._lock:
-            if self._backend is not None and len(self._idle) < _IDLE_REQUESTS:
+            alike = sum(idle.variant == request.variant for idle in self._idle)
+            if self._backend is not None and alike < _IDLE_REQUESTS:
                 self._idle.append(request)
 
 

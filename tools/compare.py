@@ -107,7 +107,8 @@ def _read_geometry(runs: list[str], **named: Any) -> Any:
         return None
     for run in runs:
         if Path(run).is_dir():
-            given = vars(Geometry.of(read_manifest(Path(run)))) | given
+            own = [vars(Geometry.of(one)) for one in read_manifest(Path(run)).each_variant()]
+            given = next((sizes for sizes in own if sizes.items() >= given.items()), own[0]) | given
     return Geometry(**given)
 
 

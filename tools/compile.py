@@ -46,6 +46,14 @@ def compile_model(
     audio_seconds: AudioSeconds = 0,
     audio_in_video: AudioInVideo = True,
     batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
+    geometry: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Sizes by name, others as the options above say; given several times, all share one copy of the "
+            "weights and the smallest that fits a prompt is run. A YAML file lists several.",
+            metavar="KEY=VALUE,...|FILE.yaml",
+        ),
+    ] = None,
     target: Annotated[
         str, typer.Option(help="onnxruntime, plain (standard ONNX), tensorrt or tensorrt-rtx.")
     ] = "onnxruntime",
@@ -75,6 +83,7 @@ def compile_model(
     \b
       secateur compile MODEL_DIR -o BUNDLE --recipe fastv --keep 0.25
       secateur compile MODEL_DIR -o BUNDLE --recipe my_recipe.yaml --text-tokens 128
+      secateur compile MODEL_DIR -o BUNDLE --geometry images=1 --geometry images=2,text_tokens=128
       secateur compile QWEN_VL -o BUNDLE --recipe divprune --images 2 --image-size 448x672
       secateur compile QWEN_OMNI -o BUNDLE --frames 16 --fps 2 --image-size 336x448 --audio-seconds 8
       secateur compile MODEL_DIR -o ENGINES --recipe divprune --target tensorrt-rtx --sm 89
@@ -86,14 +95,15 @@ def compile_model(
     from secateur.compiler import pipeline
     from secateur.tools.progress import show_progress
 
-    geometry = read_geometry(
+    plain = read_geometry(
         image_size, batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens, frames=frames, fps=fps,
         audio_seconds=audio_seconds, audio_in_video=audio_in_video,
     )  # fmt: skip
+    geometries = pipeline.read_geometries(list(geometry or []), plain)
     with show_progress() as tell:
         made = pipeline.compile(
             model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=mean_keep, flops_keep=flops_keep,
-            geometry=geometry, target=target, dtype=dtype, sm=sm, weights=weights,
+            geometry=geometries, target=target, dtype=dtype, sm=sm, weights=weights,
             force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
         )  # fmt: skip
     if not isinstance(made, Path):
@@ -113,7 +123,6 @@ def summarize(bundle: Path) -> dict[str, Any]:
     from secateur.runtime.manifest import read_manifest
 
     m = read_manifest(bundle)
-    text = m.geometry.fixed_tokens
     return {
         "bundle": str(bundle),
         "bytes": sum(entry.bytes for entry in m.files.values()),
@@ -122,15 +131,26 @@ def summarize(bundle: Path) -> dict[str, Any]:
         "media": m.shown,
         "target": m.target,
         "dtype": m.dtype,
-        "segments": [
-            {"layers": [s.first_layer, s.last_layer - 1], "visual": s.length - text, "text": text, "length": s.length}
-            for s in m.segments
+        "segments": _segments(m),
+        "flops": _flops(m),
+        "geometries": [
+            {"geometry": one.geometry.model_dump(), "segments": _segments(one), "flops": _flops(one)}
+            for one in m.each_variant()
         ],
-        "flops": {
-            name: {"before": m.programs[name].unpruned_flops, "after": m.programs[name].flops} for name in PROGRAMS
-        },
         "next": _next_command(bundle, m),
     }
+
+
+def _segments(m: Manifest) -> list[dict[str, Any]]:
+    text = m.geometry.fixed_tokens
+    return [
+        {"layers": [s.first_layer, s.last_layer - 1], "visual": s.length - text, "text": text, "length": s.length}
+        for s in m.segments
+    ]
+
+
+def _flops(m: Manifest) -> dict[str, dict[str, int]]:
+    return {name: {"before": m.programs[name].unpruned_flops, "after": m.programs[name].flops} for name in PROGRAMS}
 
 
 def _next_command(bundle: Path, m: Manifest) -> str:
@@ -154,10 +174,13 @@ def _print_summary(bundle: Path, summary: dict[str, Any]) -> None:
     from secateur.tools.inspect import describe, draw_programs, draw_segments, size_text
 
     m = read_manifest(bundle)
-    results.print(draw_segments(m, describe(m)))
-    results.print()
-    results.print(draw_programs(m))
-    results.print()
+    for one, facts in zip(m.each_variant(), describe(m)["geometries"], strict=True):
+        if m.variants:
+            results.print(Text(one.words), soft_wrap=True)
+        results.print(draw_segments(one, facts))
+        results.print()
+        results.print(draw_programs(one))
+        results.print()
     kind = f"{m.recipe.name}, keep {m.recipe.keep:g}, {m.target}, {m.dtype}; a row holds {m.shown}"
     results.print(Text(f"{bundle}: {kind}, {size_text(summary['bytes'])}"), soft_wrap=True)
     results.print(Text(f"Next: {summary['next']}"), soft_wrap=True)

@@ -39,26 +39,41 @@ def inspect(
         return facts
     from secateur.tools.console import results
 
-    tables = [_overview(manifest, facts), _stages(manifest), draw_segments(manifest, facts), draw_programs(manifest)]
-    for table in (*tables, _ports(manifest), _files(manifest)):
+    tables = [_overview(manifest, facts)]
+    for number, one in enumerate(manifest.each_variant()):
+        own = [_stages(one), draw_segments(one, facts["geometries"][number]), draw_programs(one), _ports(one)]
+        for table in own:
+            if manifest.variants:
+                table.title = f"{table.title} of geometry {number}"
+        tables += own
+    for table in (*tables, _files(manifest)):
         results.print(table)
         results.print()
     return facts
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain data, and what follows from it: cache bytes per segment and the size on disk."""
+    """The manifest as plain data, and what follows from it: cache bytes per segment, of every geometry and beside them
+    of the first, and the size on disk."""
+    geometries = [_caches(one) for one in manifest.each_variant()]
+    return {
+        "manifest": manifest.model_dump(mode="json"),
+        **geometries[0],
+        "geometries": geometries,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+    }
+
+
+def _caches(manifest: Manifest) -> dict[str, Any]:
     from secateur.runtime.kv import cache_bytes
 
     total, layers = cache_bytes(manifest), sum(s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments)
     per_row = total // layers if layers else 0
     return {
-        "manifest": manifest.model_dump(mode="json"),
         "cache_bytes": total,
         "segment_cache_bytes": {
             s.name: per_row * s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments
         },
-        "bytes": sum(entry.bytes for entry in manifest.files.values()),
     }
 
 
@@ -101,16 +116,16 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
                     f"{m.model.kv_heads} KV heads of {m.model.head_dim}"),
         ("recipe", f"{m.recipe.name}, keep {m.recipe.keep:g}, positions {m.recipe.positions}, cache {m.recipe.cache}"),
         ("paper", f"{m.recipe.title} {m.recipe.link}".strip()),
-        ("geometry", f"batch {g.batch}, {m.shown} per row, "
-                     f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
+        *((f"geometry {number}" if m.variants else "geometry", one.words)
+          for number, one in enumerate(m.each_variant())),
         ("visual tokens", f"{g.tokens_per_image} per {_grid_text(g)}, "
                           f"{g.features_per_image - g.extra_rows} enter the decoder"
                           + (f", with {g.extra_rows} row(s) behind each image" if g.extra_rows else "")),
         *([("tokens of sound", f"{g.audio_tokens}")] if g.audio_tokens else []),
         ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
-        *(("note", note) for note in m.notes),
-        ("caches", size_text(facts["cache_bytes"])),
+        *(("note", note) for note in dict.fromkeys(note for one in m.each_variant() for note in one.notes)),
+        ("caches", ", ".join(size_text(one["cache_bytes"]) for one in facts["geometries"])),
         ("on disk", size_text(facts["bytes"])),
         ("made by", f"secateur {m.secateur}; " + ", ".join(f"{k} {v}" for k, v in sorted(m.versions.items()))),
     ):  # fmt: skip

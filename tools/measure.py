@@ -38,6 +38,8 @@ class Workload:
     new_tokens: int
     videos: list[list[VideoLike]] | None = None
     audio: list[list[AudioLike]] | None = None
+    variant: int = 0
+    """Which of the bundle's geometries it runs in."""
 
 
 @dataclass
@@ -61,11 +63,15 @@ class Samples:
 
 
 def make_workload(
-    session: Session, prompt: str | None = None, images: Sequence[Path] = (), new_tokens: int | None = None
+    session: Session,
+    prompt: str | None = None,
+    images: Sequence[Path] = (),
+    new_tokens: int | None = None,
+    variant: int = 0,
 ) -> Workload:
     """The given prompt and images for every row; where absent, random pixels and text that fills the bucket. Sound is
     always noise."""
-    geometry = session.manifest.geometry
+    geometry = session.manifest.variant(variant).geometry
     count = geometry.new_tokens if new_tokens is None else new_tokens
     if not 1 <= count <= geometry.new_tokens:
         raise UserError(f"{count} new tokens, the bundle's caches hold {geometry.new_tokens}", where="--new-tokens")
@@ -80,18 +86,18 @@ def make_workload(
         chosen = [random.integers(0, 256, shape, dtype=np.uint8) for _ in range(geometry.images)]
     if geometry.audio_seconds:
         sounds = [random.uniform(-0.5, 0.5, geometry.audio_seconds * _RATE)]
-    text = _fill_bucket(session) if prompt is None else prompt
+    text = _fill_bucket(session, variant) if prompt is None else prompt
     rows = geometry.batch
-    return Workload([text] * rows, [chosen] * rows, count, [videos] * rows, [sounds] * rows)
+    return Workload([text] * rows, [chosen] * rows, count, [videos] * rows, [sounds] * rows, variant)
 
 
-def _fill_bucket(session: Session) -> str:
+def _fill_bucket(session: Session, variant: int) -> str:
     """The longest run of one short word that fits the text bucket."""
-    low, high = 0, session.manifest.geometry.text_tokens
+    low, high = 0, session.geometries[variant].geometry.text_tokens
     while low < high:
         middle = (low + high + 1) // 2
         try:
-            session.processor.encode("a " * middle)
+            session.processors[variant].encode("a " * middle)
             low = middle
         except UserError:
             high = middle - 1
@@ -122,17 +128,19 @@ def run_once(session: Session, workload: Workload) -> Metrics:
         audio_rate=_RATE,
         max_new_tokens=workload.new_tokens,
         ignore_eos=True,
+        variant=workload.variant,
     )  # a list of prompts gives a list
     return answers[0].metrics
 
 
-def measure_memory(bundle: Path, *, threads: int | None, new_tokens: int | None) -> dict[str, int]:
+def measure_memory(bundle: Path, *, threads: int | None, new_tokens: int | None, variant: int = 0) -> dict[str, int]:
     """Peak resident bytes of a process of its own that opens the bundle and generates once.
 
     ``baseline`` is what the interpreter and its libraries took before the bundle was opened. Mapped weight
     files count as far as they were touched.
     """
     command = [sys.executable, "-m", "secateur.tools.measure", str(bundle), str(threads or 0), str(new_tokens or 0)]
+    command.append(str(variant))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -177,12 +185,12 @@ def ratios(own: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, fl
     return found
 
 
-def _main(bundle: str, threads: str, new_tokens: str) -> None:
+def _main(bundle: str, threads: str, new_tokens: str, variant: str) -> None:
     import onnxruntime  # noqa: F401  its own share belongs to the baseline
 
     baseline = peak_resident_bytes()
     with Session(bundle, threads=int(threads) or None) as session:
-        run_once(session, make_workload(session, new_tokens=int(new_tokens) or None))
+        run_once(session, make_workload(session, new_tokens=int(new_tokens) or None, variant=int(variant)))
     sys.stdout.write(json.dumps({"baseline": baseline, "peak": peak_resident_bytes()}))
 
 

@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from secateur.runtime.schema import Manifest
+
 _MS = ("p50", "p90", "p99")
 
 
@@ -24,6 +26,9 @@ def profile(
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; all the capacity if not given.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text that fills the bucket if not given.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Random pixels if not given.")] = None,
+    geometry: Annotated[
+        int, typer.Option(min=0, help="Which of the bundle's geometries, in the order `inspect` lists them.")
+    ] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads per operator; all cores if not given.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process of its own.")] = True,
     json_file: Annotated[
@@ -45,6 +50,7 @@ def profile(
         new_tokens=new_tokens,
         prompt=prompt,
         images=list(image or []),
+        geometry=geometry,
         threads=threads,
         memory=memory,
     )
@@ -70,24 +76,38 @@ def profile_bundles(
     new_tokens: int | None = None,
     prompt: str | None = None,
     images: list[Path] | None = None,
+    geometry: int = 0,
     threads: int | None = None,
     memory: bool = True,
 ) -> dict[str, Any]:
-    """The report as plain data: seconds, bytes, FLOPs; ``ratios`` are the second bundle over the first."""
+    """The report as plain data: seconds, bytes, FLOPs; ``ratios`` are the second bundle over the first.
+
+    ``geometry`` is which of the first bundle's is measured; of the second it is the same one, else its first.
+    """
     from secateur.runtime.backends.cores import available_cores
     from secateur.runtime.kv import cache_bytes
+    from secateur.runtime.manifest import read_manifest
     from secateur.runtime.session import Session
     from secateur.tools import measure
 
     # Memory first: afterwards the page cache is warm for every bundle alike.
-    peaks = [measure.measure_memory(path, threads=threads, new_tokens=new_tokens) if memory else None for path in paths]
+    manifests = [read_manifest(path) for path in paths]
+    wanted = manifests[0].variant(geometry).words
+    variants = [geometry, *(_find(manifest, wanted) for manifest in manifests[1:])]
+    peaks = [
+        measure.measure_memory(path, threads=threads, new_tokens=new_tokens, variant=variant) if memory else None
+        for path, variant in zip(paths, variants, strict=True)
+    ]
     with ExitStack() as stack:
         sessions = [stack.enter_context(Session(path, threads=threads)) for path in paths]
-        workloads = [measure.make_workload(session, prompt, images or [], new_tokens) for session in sessions]
+        workloads = [
+            measure.make_workload(session, prompt, images or [], new_tokens, variant)
+            for session, variant in zip(sessions, variants, strict=True)
+        ]
         samples = measure.time_bundles(sessions, workloads, repeat=repeat, warmup=warmup)
         described = []
-        for path, session, sample, peak in zip(paths, sessions, samples, peaks, strict=True):
-            m = session.manifest
+        for path, session, load, sample, peak in zip(paths, sessions, workloads, samples, peaks, strict=True):
+            m = session.geometries[load.variant]
             described.append(
                 {
                     "bundle": path.name,
@@ -114,6 +134,12 @@ def profile_bundles(
     if len(described) == 2:
         report["ratios"] = measure.ratios(*described)
     return report
+
+
+def _find(manifest: Manifest, words: str) -> int:
+    """The geometry of the same sizes, or the first."""
+    described = [one.words for one in manifest.each_variant()]
+    return described.index(words) if words in described else 0
 
 
 def draw(report: dict[str, Any]) -> list[Table]:

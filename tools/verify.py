@@ -18,7 +18,7 @@ def verify(
         str | None,
         typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="FILE.yaml|FILE.py:NAME"),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Random rows to compare.")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="Random rows to compare, of every geometry.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the random rows.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -51,7 +51,7 @@ def verify(
             task = bar.add_task("comparing rows", total=rows)
             facts = check(
                 bundle, model_dir, recipe=recipe, rows=rows, seed=seed, threads=threads,
-                progress=lambda done, total: bar.update(task, completed=done),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             ).as_json()  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts, indent=1))

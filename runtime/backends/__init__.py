@@ -49,8 +49,13 @@ class Backend(Protocol):
     def buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Zeroed memory. ``dtype`` is a port's: fp32, fp16, bf16, int64, int32 or bool."""
 
-    def bind(self, program: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Bound:
-        """Tie every port of ``program`` to a buffer. An input and an output may share one."""
+    def bind(
+        self, program: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, variant: int = 0
+    ) -> Bound:
+        """Tie every port of ``program`` to a buffer. An input and an output may share one.
+
+        ``variant`` is which of the bundle's geometries the program is of.
+        """
 
     def close(self) -> None: ...
 

@@ -1,0 +1,124 @@
+"""Geometries as users write them: ``images=2,text_tokens=128``, or a YAML file with a list of mappings.
+
+    - {images: 1, text_tokens: 64}
+    - {images: 2, text_tokens: 128, image_size: 448x448}
+
+Sizes that are left out are those of the plain options.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.compiler.geometry import Geometry
+from secateur.compiler.yaml_text import parse_yaml
+from secateur.runtime.errors import UserError
+
+FIELDS = {field.name: field for field in fields(Geometry)}
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def list_geometries(given: Geometry | Sequence[Geometry] | None) -> tuple[Geometry, ...]:
+    """What ``compile(geometry=...)`` takes as a tuple: one, several, or None for the usual one."""
+    if given is None or isinstance(given, Geometry):
+        return (given or Geometry(),)
+    if not given:
+        raise UserError("an empty list of geometries", where="geometry", fix="give at least one, or None")
+    for one in given:
+        if not isinstance(one, Geometry):
+            raise UserError(
+                f"a {type(one).__name__} is no Geometry", where="geometry", fix="give secateur.Geometry(...)"
+            )
+    return tuple(given)
+
+
+def read_geometries(texts: Sequence[str], defaults: Geometry) -> tuple[Geometry, ...]:
+    """The geometries that ``--geometry`` options name; ``defaults`` alone if there are none.
+
+    Each text is ``key=value,...`` or the path of a ``.yaml`` file. Raises UserError that names the option or file, the
+    entry and the field.
+    """
+    found: list[Geometry] = []
+    for text in texts:
+        if Path(text).suffix in (".yaml", ".yml"):
+            found += _read_file(Path(text), defaults)
+        else:
+            found.append(_make(_split(text), defaults, f"--geometry {text}"))
+    return tuple(found) or (defaults,)
+
+
+def _split(text: str) -> dict[Any, Any]:
+    where, values = f"--geometry {text}", dict[Any, Any]()
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise UserError(
+                f"{part.strip()!r} is not key=value", where=where, available=FIELDS,
+                fix="write images=2,text_tokens=128, or name a .yaml file",
+            )  # fmt: skip
+        name = key.replace("-", "_")
+        if name in values:
+            raise UserError(f"{name} is given twice", where=where)
+        values[name] = value
+    return values
+
+
+def _read_file(path: Path, defaults: Geometry) -> list[Geometry]:
+    where = f"--geometry {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"cannot be read ({reason})", where=where) from None
+    listed = parse_yaml(text, where)
+    if not isinstance(listed, list) or not listed:
+        raise UserError(
+            "must be a list of mappings", where=where, fix="write one line per geometry: - {images: 1, text_tokens: 64}"
+        )
+    found = []
+    for number, values in enumerate(listed):
+        entry = f"{where}: [{number}]"
+        if not isinstance(values, dict):
+            raise UserError(f"{values!r} is not a mapping", where=entry, available=FIELDS)
+        named = {str(key).replace("-", "_"): value for key, value in values.items()}
+        if len(named) < len(values):
+            raise UserError("a field is given twice", where=entry)
+        found.append(_make(named, defaults, entry))
+    return found
+
+
+def _make(values: dict[Any, Any], defaults: Geometry, where: str) -> Geometry:
+    for name in values:
+        if name not in FIELDS:
+            raise UserError(f"no such field {name!r}", where=where, available=FIELDS)
+    read = {name: _read_value(name, value, f"{where}: {name}") for name, value in values.items()}
+    try:
+        return replace(defaults, **read)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("geometry: "), where=where) from None
+
+
+def _read_value(name: str, value: Any, where: str) -> Any:
+    """A value as its field holds it, from text or from YAML."""
+    text = str(value).strip().lower()
+    if name == "image_size":
+        if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+            return tuple(value)
+        if match := re.fullmatch(r"(\d+)x(\d+)", text):
+            return int(match[1]), int(match[2])
+        raise UserError(f"{value!r} is not height x width", where=where, fix="write 448x448, in pixels")
+    if name == "audio_in_video":
+        if text not in _BOOLEANS:
+            raise UserError(f"no choice {value!r}", where=where, available=("true", "false"))
+        return _BOOLEANS[text]
+    if name == "fps":
+        if not isinstance(value, bool) and re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+            return float(text)
+        raise UserError(f"{value!r} is not a number", where=where, fix="write 2 or 0.5")
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d+", text):
+        raise UserError(f"{value!r} is not a whole number", where=where)
+    return int(text)

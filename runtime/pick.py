@@ -1,0 +1,93 @@
+"""Which of a bundle's geometries a prompt runs in: the smallest that fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from secateur.runtime.errors import MisfitError, UserError
+from secateur.runtime.row_media import KINDS, Prompt, count_kinds, media_in_messages
+from secateur.runtime.schema import Manifest
+
+T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """What a call wants. ``given`` holds, for each of ``KINDS``, every row's; None if messages carry them."""
+
+    prompts: Sequence[Prompt]
+    given: Sequence[Sequence[Sequence[Any]] | None]
+    new_tokens: int | None
+
+    def media(self, kind: str) -> list[list[Any]]:
+        """Every row's of a kind."""
+        given = self.given[KINDS.index(kind)]
+        if given is not None:
+            return [list(row) for row in given]
+        return [media_in_messages(p, kind) if isinstance(p, (list, tuple)) else [] for p in self.prompts]
+
+    def __str__(self) -> str:
+        rows = [[kind for kind, each in zip(KINDS, row, strict=True) for _ in each]
+                for row in zip(*(self.media(kind) for kind in KINDS), strict=False)]  # fmt: skip
+        held = " or ".join(dict.fromkeys(count_kinds(row) for row in rows))
+        text = f"{len(self.prompts)} prompt(s) with {held or 'nothing'}"
+        return text if self.new_tokens is None else f"{text} and {self.new_tokens} new tokens"
+
+
+def pick(geometries: Sequence[Manifest], order: Sequence[int], fit: Callable[[int], T], asked: Asked) -> T:
+    """What ``fit`` makes of the first geometry of ``order`` that it takes; for others it raises UserError.
+
+    Raises an error that is no matter of geometry, or one that lists the geometries with the reason why each does not
+    fit what was ``asked``.
+    """
+    refused: dict[int, UserError] = {}
+    for index in order:
+        try:
+            return fit(index)
+        except UserError as error:
+            refused[index] = error
+    other = next((error for error in refused.values() if not isinstance(error, MisfitError)), None)
+    if other is not None:
+        raise other
+    raise MisfitError(
+        f"no compiled geometry fits {asked}",
+        available=(f"{geometries[index].words}: {refused[index]}" for index in sorted(refused)),
+    )
+
+
+def order_by_size(geometries: Sequence[Manifest], asked: Asked) -> list[int]:
+    """Indices of the geometries, those with the fewest FLOPs up to the first token first.
+
+    Where they differ in the size of images, those come first that lose nothing of any image ``asked`` about, of equals
+    the one nearest to their shape; behind them the others, the largest first.
+    """
+    sizes = [(one.geometry.image_height, one.geometry.image_width) for one in geometries]
+    images = [image for row in asked.media("image") for image in row] if len(set(sizes)) > 1 else []
+    seen = [size for image in images if (size := _size(image)) is not None]
+
+    def key(index: int) -> tuple[bool, int, int, float, int]:
+        height, width = sizes[index]
+        smaller = any(h * w > height * width for h, w in seen)
+        programs = geometries[index].programs
+        flops = programs["vision"].flops + programs["prefill"].flops
+        stretch = sum(abs(math.log(h / w * width / height)) for h, w in seen)
+        return smaller, -height * width if smaller else 0, flops, stretch, index
+
+    return sorted(range(len(geometries)), key=key)
+
+
+def _size(image: Any) -> tuple[int, int] | None:
+    """Height and width without decoding; None for what is no image, which the processor will say."""
+    try:
+        if isinstance(image, Image.Image):
+            return image.height, image.width
+        if isinstance(image, np.ndarray):
+            return int(image.shape[0]), int(image.shape[1])
+        with Image.open(image) as opened:
+            return opened.height, opened.width
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, Image.DecompressionBombError):
+        return None

@@ -356,17 +356,19 @@ def compile(
     tags = [f", geometry {number}" if len(jobs) > 1 else "" for number in range(len(jobs))]
     dumps = [dump_dir / f"geometry{n}" if dump_dir and tag else dump_dir for n, tag in enumerate(tags)]
     traced: list[Traced] = []
-    for tag, one in zip(tags, geometries, strict=True):
+    for tag, sizes in zip(tags, geometries, strict=True):
         if tag:
-            _log.info("%s: %s, %d text tokens, %d new tokens", tag[2:], one.media, one.text_tokens, one.new_tokens)
+            _log.info(
+                "%s: %s, %d text tokens, %d new tokens", tag[2:], sizes.media, sizes.text_tokens, sizes.new_tokens
+            )
         with _phase(f"trace{tag}", progress):
-            traced.append(_trace_again(traced, one) or trace_model(source, one, goal.dtype))
+            traced.append(_trace_again(traced, sizes) or trace_model(source, sizes, goal.dtype))
     if stop_after is None:
         check_weights(*traced, weights=weights)
     pruned: list[Pruned] = []
-    for tag, one, dump in zip(tags, traced, dumps, strict=True):
+    for tag, model, dump in zip(tags, traced, dumps, strict=True):
         with _phase(f"prune{tag}", progress):
-            pruned.append(prune(one, row, keep, dump_dir=dump, stop_after=stop_after))
+            pruned.append(prune(model, row, keep, dump_dir=dump, stop_after=stop_after))
     if stop_after is not None:
         return pruned[0]
     if budget.flops_keep is not None:

@@ -85,7 +85,7 @@ class Oracle:
         greedy: int = 0,
         input_features: Tensor | None = None,
     ) -> RowRun:
-        """One row. ``input_ids`` as prefill receives it (P + E placeholders per image, no padding); pixels
+        """One row. ``input_ids`` as prefill receives it (P + E placeholders per item, no padding); pixels
         ``[n,3,H,W]`` or whatever the tower reads, ``input_features`` what the tower reads that hears.
 
         ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of
@@ -163,7 +163,8 @@ class Oracle:
             self._note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
             return torch.cat([head, thin.tokens], 1)
 
-        if self.family.vision_reference is not None:
+        if facts.projector_merges:
+            assert self.family.vision_reference is not None
             record.calls.clear()
             features = self.family.vision_reference(self.model, pixel_values, facts)
             for index in range(len(stages)):
@@ -194,7 +195,8 @@ class Oracle:
             self.carried = state["carried"].reshape(1, -1)
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
-            behind = added.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
+            features = features.reshape(facts.items, -1, features.shape[-1])
+            behind = added.reshape(-1, features.shape[-1]).expand(facts.items, -1, -1)
             features = torch.cat([features, behind], 1)
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
@@ -291,7 +293,7 @@ class Oracle:
     def _positions_of_patches(self, image: Tensor, row: RowRun) -> Tensor:
         """Position ids of a row's slots, counted one by one."""
         facts = self.job.source.vision
-        per_image, whole = self.job.features_per_image, facts.tokens_per_image + facts.extra_rows
+        per_item, whole = self.job.features_per_item, facts.tokens_per_item + facts.extra_rows
         kept = torch.arange(facts.tokens_per_row)
         for stage in self.job.vision_stages:
             if stage.planned.name in row.kept:
@@ -299,14 +301,14 @@ class Oracle:
         text, seen, positions = 0, 0, []
         for flag in image.tolist():
             if not flag:
-                positions.append(text + seen // per_image * whole)
+                positions.append(text + seen // per_item * whole)
                 text += 1
                 continue
-            number, place = divmod(seen, per_image)
-            if place < self.job.kept_per_image:
-                patch = int(kept[number * self.job.kept_per_image + place]) - number * facts.tokens_per_image
+            number, place = divmod(seen, per_item)
+            if place < self.job.kept_per_item:
+                patch = int(kept[number * self.job.kept_per_item + place]) - number * facts.tokens_per_item
             else:
-                patch = facts.tokens_per_image + place - self.job.kept_per_image
+                patch = facts.tokens_per_item + place - self.job.kept_per_item
             positions.append(text + number * whole + patch)
             seen += 1
         return torch.tensor(positions)
@@ -363,7 +365,7 @@ def mark_prunable(job: Job, image: Tensor) -> Tensor:
     """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows."""
     prunable, extra = image.clone(), job.source.vision.extra_rows
     if extra:
-        slots = image[0].nonzero()[:, 0].reshape(job.source.vision.frames, -1)
+        slots = image[0].nonzero()[:, 0].reshape(job.source.vision.items, -1)
         prunable[0, slots[:, -extra:].flatten()] = False
     return prunable
 

@@ -119,7 +119,7 @@ def _encoders(programs: ProgramSet, job: Job) -> ProgramSet:
 def _extra_rows(programs: ProgramSet, job: Job) -> ProgramSet:
     if not job.source.vision.extra_rows:
         return programs
-    vision = append_rows(programs["vision"], programs["extra_rows"], job.source.vision.frames)
+    vision = append_rows(programs["vision"], programs["extra_rows"], job.source.vision.items)
     return programs.update(vision, drop=["extra_rows"])
 
 
@@ -151,8 +151,8 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
     prefill = join_prefill(
         programs["prefill_decoder"], programs["embedding"], programs["head"],
         features=features, sequence=job.sequence, image_token=config.image_token_id,
-        pad_token=job.source.pad_token, tokens_per_image=job.source.vision.tokens_per_image,
-        kept_per_image=job.kept_per_image, original_positions=job.original_positions,
+        pad_token=job.source.pad_token, tokens_per_item=job.source.vision.tokens_per_item,
+        kept_per_item=job.kept_per_item, original_positions=job.original_positions,
         extra_rows=job.source.vision.extra_rows,
         axes=_axes(job),
     )  # fmt: skip

@@ -42,7 +42,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
             fix="leave --keep out or choose a recipe",
         )
     source = source.at(geometry)
-    if source.vision.packed:
+    if source.vision.projector_merges:
         recipe = _behind_projector(recipe)
     if source.audio is None:
         recipe = _without_sound(recipe)
@@ -82,7 +82,7 @@ def choose_keep(source: Source, geometry: Geometry, recipe: Recipe, budget: Budg
         return budget.keep
     source = source.at(geometry)
     tokens = source.vision.tokens_per_row + source.audio_tokens
-    fixed = geometry.text_tokens + source.vision.extra_rows * source.vision.frames
+    fixed = geometry.text_tokens + source.vision.extra_rows * source.vision.items
     keep = solve_budget(
         budget,
         lambda ratio: plan_for(source, geometry, recipe, ratio if recipe.stages else None),

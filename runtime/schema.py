@@ -137,7 +137,7 @@ class GeometrySizes(_Frozen):
 
     ``tokens_per_image`` is an image's visual tokens, unpruned: its patches, or the squares of patches that the model
     puts together; ``features_per_image`` what the vision-side stages leave of them and behind that ``extra_rows`` rows,
-    which stand for no patch and which no stage removes.
+    which stand for no patch and which no stage removes. A video with extra rows of its own counts as one image here.
     """
 
     batch: Size
@@ -151,7 +151,8 @@ class GeometrySizes(_Frozen):
     extra_rows: Count = 0
     sequence: Size
     frames: Count = 0
-    """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames."""
+    """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames, or is
+    1 where one placeholder and one set of extra rows stand for all of them."""
     fps: float = 0.0
     """Frames of the video in a second."""
     audio_seconds: Count = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.compiler.recipe import NothingLeftError, PlannedRecipe
@@ -18,16 +18,38 @@ _DIGITS = 4
 class Budget:
     """What was asked for; at most one is given, none means the published keep ratio.
 
-    ``keep`` is the fraction of the visual tokens left after the last stage that leaves any, ``mean_keep`` their mean
-    over the decoder's layers, ``flops_keep`` the fraction of the unpruned prefill's FLOPs.
+    ``keep`` is the fraction of the prunable tokens left after the last stage that leaves any, ``mean_keep`` their mean
+    over the decoder's layers, ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``mean_keep`` may be a pair,
+    of what is seen and of what is heard: ``rates`` then holds it, and ``mean_keep`` is None until the tokens of both
+    are counted (:meth:`weigh`).
     """
 
     keep: float | None = None
     mean_keep: float | None = None
     flops_keep: float | None = None
+    rates: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, keep: float | None, mean_keep: float | tuple[float, float] | None, flops_keep: float | None) -> Budget:
+        """From what a user gave: ``mean_keep`` one number or a pair."""
+        if isinstance(mean_keep, tuple):
+            return cls(keep, None, flops_keep, mean_keep)
+        return cls(keep, mean_keep, flops_keep)
+
+    def weigh(self, seen: int, heard: int) -> Budget:
+        """The same with one mean over ``seen`` and ``heard`` tokens in place of the pair."""
+        if self.rates is None:
+            return self
+        mean = (self.rates[0] * seen + self.rates[1] * heard) / (seen + heard)
+        return replace(self, mean_keep=mean, rates=None)
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "rates"}
+        for value in self.rates or ():
+            if not 0.0 < value <= 1.0:
+                raise UserError(f"{value:g} is out of (0, 1]", where="--mean-keep")
+        if self.rates is not None:
+            given["mean_keep"] = self.rates[0]
         if len(given) > 1:
             names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UserError(f"{names} are given together", fix="each of them alone fixes how many tokens are left")
@@ -65,11 +87,13 @@ class PrefillCost:
 
 
 def visual_lengths(plan: PlannedRecipe, tokens: int, layers: int) -> list[int]:
-    """Visual tokens of a row at each decoder layer, of the ``tokens`` it has unpruned."""
+    """Prunable tokens of a row at each decoder layer, of the ``tokens`` it has unpruned."""
     found = [tokens] * layers
     for stage in plan.stages:
-        first = (stage.site.layer or 0) if stage.site.kind == "decoder.layer" else 0
-        found[first:] = [stage.groups * stage.length_out] * (layers - first)
+        if not stage.observes:
+            first = (stage.site.layer or 0) if stage.site.kind == "decoder.layer" else 0
+            removed = stage.groups * (stage.length_in - stage.length_out)
+            found[first:] = [found[first] - removed] * (layers - first)
     return found
 
 

@@ -72,10 +72,15 @@ class Explanation:
     dtype: str
     geometry: Geometry
     tokens_per_image: int
-    """Visual tokens of one image before pruning."""
+    """Visual tokens of one image, or of one grid of a video, before pruning."""
+    grids: int
+    """Images of a row, or grids of its video."""
+    audio_tokens: int
+    """Tokens of a row's sound before pruning."""
     stages: tuple[ExplainedStage, ...]
     visual_tokens: tuple[int, ...]
-    """Visual tokens of one row at each decoder layer; ``geometry.text_tokens`` slots of text come on top."""
+    """Tokens of one row's media, those that are heard counted in, at each decoder layer; ``geometry.text_tokens`` slots
+    of text come on top."""
     cached_tokens: tuple[int, ...]
     """Of those, how many each layer's cache holds when decoding begins."""
     extra_tokens: int
@@ -87,9 +92,25 @@ class Explanation:
 
     @property
     def mean_keep(self) -> float:
-        """Visual tokens averaged over the decoder's layers, as a fraction of the unpruned ones."""
-        whole = self.tokens_per_image * self.geometry.images * len(self.visual_tokens)
-        return sum(self.visual_tokens) / whole
+        """Tokens of the media averaged over the decoder's layers, as a fraction of the unpruned ones."""
+        return sum(self.visual_tokens) / (self.media_tokens * len(self.visual_tokens))
+
+    @property
+    def media_tokens(self) -> int:
+        """Tokens of one row's media before pruning."""
+        return self.tokens_per_image * self.grids + self.audio_tokens
+
+    @property
+    def kind(self) -> str:
+        """What the media's tokens are called."""
+        return "audio-visual" if self.audio_tokens else "visual"
+
+    @property
+    def row(self) -> str:
+        """What a row holds, in tokens."""
+        seen = f"{self.tokens_per_image * self.grids} visual tokens ({self.grids} grids of {self.tokens_per_image})"
+        heard = f", {self.audio_tokens} audio tokens" if self.audio_tokens else ""
+        return f"{seen}{heard}, {self.geometry.text_tokens} text tokens"
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Runs of layers of one length: (first, last inclusive, visual tokens)."""
@@ -120,15 +141,16 @@ class Explanation:
         lines[0] += f" cache {self.cache}" if self.cache != "ragged" else ""
         lines += [f"  {key} {value}" for key, value in self.paper() if value]
         lines.append(
-            f"model {self.model} {self.dtype} batch {g.batch} images {g.images} of {self.tokens_per_image} tokens "
-            f"text tokens {g.text_tokens} new tokens {g.new_tokens}"
+            f"model {self.model} {self.dtype} batch {g.batch} images {self.grids} of {self.tokens_per_image} tokens "
+            + (f"audio tokens {self.audio_tokens} " if self.audio_tokens else "")
+            + f"text tokens {g.text_tokens} new tokens {g.new_tokens}"
         )
         lines += map(str, self.stages)
         extra = f" + {self.extra_tokens} behind the images" if self.extra_tokens else ""
         for first, last, visual in self.segments():
             held = self.cached_tokens[first]
-            told = f"; caches keep {held} visual" if held != visual else ""
-            lines.append(f"layers {first}-{last}: {visual} visual + {g.text_tokens} text{extra}{told}")
+            told = f"; caches keep {held} {self.kind}" if held != visual else ""
+            lines.append(f"layers {first}-{last}: {visual} {self.kind} + {g.text_tokens} text{extra}{told}")
         lines += [f"flops {name} {change}" for name, change in self.flops.items()]
         lines.append(f"kv bytes {self.kv_bytes}")
         return "\n".join(lines)
@@ -152,6 +174,7 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
         model=f"{source.path.resolve().name} ({source.config.model_type}, {source.text.model_type} decoder of "
               f"{source.decoder_layers} layers)",
         dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=source.vision.tokens_per_image,
+        grids=source.vision.frames, audio_tokens=source.audio_tokens,
         stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(s.length - fixed for s in segments),
         cached_tokens=tuple(s.length - s.evicted - fixed for s in segments), extra_tokens=extra,
         flops={

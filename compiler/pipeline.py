@@ -266,7 +266,7 @@ def compile(
     *,
     recipe: Recipe | str = "none",
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     target: str = "onnxruntime",
@@ -280,14 +280,15 @@ def compile(
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
-    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of visual
-    tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over the
-    decoder's layers, or ``flops_keep`` the fraction of the unpruned prefill's FLOPs. ``target`` is one of ``TARGETS``;
-    ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or bf16 for TensorRT, any for plain, fp32 by default, or
-    ``auto`` for the checkpoint's own; ``sm`` the GPU architecture for tensorrt-rtx. ``weights`` says how they come
-    into the bundle: ``stream`` writes one file of them, cast where needed, tensor by tensor; ``reference`` hard-links
-    the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after`` nothing is written and the
-    programs as that pass left them are returned.
+    ``recipe`` is what ``--recipe`` takes (:func:`load_recipe`) or a :class:`Recipe`; ``keep`` the fraction of
+    visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
+    the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
+    prefill's FLOPs. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
+    bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
+    architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
+    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
+    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
+    returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometry = Path(out), geometry or Geometry()
@@ -301,7 +302,9 @@ def compile(
     source = read_source(Path(model_dir))
     if dtype == AUTO:
         goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     job = plan_job(source, geometry, row, keep)
     for note in job.notes:
@@ -331,7 +334,7 @@ def explain(
     model_dir: Path | str,
     *,
     keep: float | None = None,
-    mean_keep: float | None = None,
+    mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
     dtype: str = "fp32",
@@ -346,7 +349,9 @@ def explain(
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
-    budget = Budget(keep, mean_keep, flops_keep)
+    budget = Budget.of(keep, mean_keep, flops_keep)
+    if budget.rates is not None:
+        row = row.with_rates(budget.rates)
     keep = choose_keep(source, geometry, row, budget)
     plan_job(source, geometry, row, keep)
     with _phase("trace", progress):

@@ -44,8 +44,9 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
     source = source.at(geometry)
     if source.vision.projector_merges:
         recipe = _behind_projector(recipe)
-    if source.audio is None:
-        recipe = _without_sound(recipe)
+    if source.audio is not None and keep is None and recipe.rates is not None:
+        # The published setting names a mean of its own for what is seen and for what is heard.
+        keep = choose_keep(source, geometry, recipe, Budget(rates=recipe.rates))
     return plan_recipe(
         recipe,
         keep=keep,
@@ -70,14 +71,9 @@ def _behind_projector(recipe: Recipe) -> Recipe:
     return replace(recipe, stages=stages, parts=parts)
 
 
-def _without_sound(recipe: Recipe) -> Recipe:
-    stages = tuple(stage for stage in recipe.stages if stage.site.kind != "audio.out")
-    parts = tuple(replace(part, recipe=_without_sound(part.recipe)) for part in recipe.parts)
-    return replace(recipe, stages=stages, parts=parts)
-
-
 def choose_keep(source: Source, geometry: Geometry, recipe: Recipe, budget: Budget) -> float | None:
     """The keep ratio that meets a budget; None takes the published one."""
+    budget = budget.weigh(source.at(geometry).vision.tokens_per_row, source.at(geometry).audio_tokens)
     if budget.mean_keep is None and budget.flops_keep is None:
         return budget.keep
     source = source.at(geometry)

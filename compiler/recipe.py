@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from secateur.compiler.layout import Grid as Grid
@@ -155,6 +155,50 @@ class Recipe:
         return shares[-1] if shares else 1.0
 
     @property
+    def rates(self) -> tuple[float, float] | None:
+        """The means over layers that the published setting aims at, of what is seen and of what is heard; None for a
+        recipe that does not tell them apart."""
+        told = [term.options["rates"] for term in self._terms() if "rates" in term.options]
+        return tuple(told[0]) if told else None
+
+    def with_rates(self, rates: tuple[float, float]) -> Recipe:
+        """The recipe with other means for what is seen and heard. Raises UserError where it does not tell them
+        apart."""
+        if self.rates is None:
+            raise UserError(
+                "the recipe does not tell what is seen from what is heard", where=f"recipe {self.name}",
+                fix="give --mean-keep one number, or choose a recipe with rates, such as seats",
+            )  # fmt: skip
+
+        def change(term: Term | None) -> Term | None:
+            if term is None:
+                return None
+            options = {**term.options, "rates": rates} if "rates" in term.options else term.options
+            return Term(term.name, options, tuple(t for t in map(change, term.of) if t is not None))
+
+        stages = tuple(
+            replace(s, score=change(s.score), select=change(s.select), merge=change(s.merge)) for s in self.stages
+        )
+        parts = tuple(
+            replace(p, recipe=p.recipe.with_rates(rates)) if p.recipe.rates is not None else p for p in self.parts
+        )
+        return replace(self, stages=stages, parts=parts)
+
+    def without_sound(self) -> Recipe:
+        """The recipe without the stages that stand behind a tower for sound."""
+        stages = tuple(stage for stage in self.stages if stage.site.kind != "audio.out")
+        parts = tuple(replace(part, recipe=part.recipe.without_sound()) for part in self.parts)
+        return replace(self, stages=stages, parts=parts)
+
+    def _terms(self) -> list[Term]:
+        found: list[Term] = []
+        waiting = [t for s in self.stages for t in (s.score, s.select, s.merge) if t is not None]
+        while waiting:
+            found.append(waiting.pop(0))
+            waiting += found[-1].of
+        return found
+
+    @property
     def prunes(self) -> bool:
         """Whether any stage does."""
         return any(stage.prunes for stage in self.stages)
@@ -278,6 +322,8 @@ def plan_recipe(
     what the stages before it leave of what is seen.
     """
     keep = recipe.default_keep if keep is None else keep
+    if audio is None:
+        recipe = recipe.without_sound()
     if not 0.0 < keep <= 1.0:
         raise UserError(
             f"keep ratio {keep:g} is out of (0, 1]",

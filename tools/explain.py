@@ -87,9 +87,9 @@ def draw(found: Explanation) -> list[Table]:
         ("positions", found.positions),
         ("cache", found.cache),
         ("model", f"{found.model}, {found.dtype}"),
-        ("geometry", f"batch {g.batch}, {g.images} image(s) of {found.tokens_per_image} tokens per row, "
-                     f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
-        ("mean keep", f"{found.mean_keep:.3g} of the visual tokens, averaged over the decoder's layers"),
+        ("geometry", f"batch {g.batch}, {g.media}, {g.new_tokens} new tokens"),
+        ("a row", found.row),
+        ("mean keep", f"{found.mean_keep:.3g} of the {found.kind} tokens, averaged over the decoder's layers"),
     ]  # fmt: skip
     for what, value in rows:
         if value:
@@ -108,7 +108,7 @@ def draw(found: Explanation) -> list[Table]:
             if text is not None:
                 name, site = heads.pop() if heads else ("", "")
                 stages.add_row(name, site, role, Text(text))
-    layers = make_table("layers", "visual", "text", "length", "cached", title="Tokens per row")
+    layers = make_table("layers", found.kind, "text", "length", "cached", title="Tokens per row")
     for first, last, visual in found.segments():
         slots = g.text_tokens + found.extra_tokens
         held = found.cached_tokens[first] + slots

@@ -12,18 +12,19 @@ _NOTES = (
     "any layer. Images of a prompt are frames. The rounded budgets that the authors repair in loops are shared out "
     "with bounds and by largest remainder here, so that exactly the planned number stays. The encoder attention runs "
     "over one image and is that of the layer the projector reads; theirs is the last layer's, taken anew inside the "
-    "window. keep is what is left before the last stage; the authors name the average over all layers. One kind of "
-    "token takes the whole budget: the published pairs, in which audio has a rate of its own, wait for a family that "
-    "hears (option rates of windowed_max_min and window_modality_quotas). In a shallow model steps that fall on one "
-    "layer become one."
+    "window. keep is what is left before the last stage; the authors name the average over all layers, of what is seen "
+    "and of what is heard: --mean-keep takes such a pair, and where there is sound the default is the pair of the row. "
+    "In a shallow model steps that fall on one layer become one."
 )
 
 
 def _row(
     name: str, depth: int, steps: tuple[int, ...], leaves: int, drop: tuple[float, ...], temperature: float,
-    model: str, pairs: tuple[tuple[float, float], ...], default: float,
+    model: str, pairs: tuple[tuple[float, float], ...], rates: tuple[float, float],
 ) -> Recipe:  # fmt: skip
-    """``drop`` is the part of the entering tokens that is gone after each step, ``default`` the average aimed at."""
+    """``drop`` is the part of the entering tokens that is gone after each step, ``rates`` the averages aimed at: of
+    what is seen and of what is heard."""
+    default = rates[0]
     attention = Term("last_query_attention_mean", {"heads": "mean"})
     enter = 1.4 * default
     return Recipe(
@@ -32,17 +33,22 @@ def _row(
         link="https://arxiv.org/abs/2605.20035",
         stages=(
             Stage(Site("projector.out"), None, score=Term("received_attention_mean")),
+            Stage(Site("audio.out"), None, score=Term("received_attention_mean")),
             Stage(
                 Site("decoder.layer", 0),
                 score=Term("carried_score"),
-                select=Term("windowed_max_min", {"frames": 2}),
+                select=Term("windowed_max_min", {"frames": 2, "rates": rates}),
                 share=round(enter, 4),
                 scope="whole",
             ),
             *(
                 Stage(
                     Site("decoder.layer", layer, depth),
-                    score=Term("window_modality_quotas", {"temperature": temperature, "frames": 2}, of=(attention,)),
+                    score=Term(
+                        "window_modality_quotas",
+                        {"temperature": temperature, "frames": 2, "rates": rates},
+                        of=(attention,),
+                    ),
                     select=Term("top_k"),
                     share=round(enter * (1.0 - gone), 4),
                     scope="whole",
@@ -67,10 +73,10 @@ def _row(
 ROWS = (
     _row(
         "seats", 28, (16, 18, 20), 23, (0.0702, 0.2609, 0.7793), 0.1, "Qwen2.5-Omni-7B",
-        ((0.3, 0.65), (0.2, 0.55), (0.1, 0.45), (0.06, 0.35)), 0.1,
+        ((0.3, 0.65), (0.2, 0.55), (0.1, 0.45), (0.06, 0.35)), (0.1, 0.45),
     ),
     _row(
         "seats_qwen3_omni", 48, (27, 31, 35), 39, (0.0745, 0.2769, 0.8272), 0.3, "Qwen3-Omni-30B-A3B",
-        ((0.32, 0.7), (0.22, 0.6), (0.12, 0.5), (0.07, 0.45)), 0.12,
+        ((0.32, 0.7), (0.22, 0.6), (0.12, 0.5), (0.07, 0.45)), (0.12, 0.5),
     ),
 )  # fmt: skip

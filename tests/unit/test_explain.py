@@ -158,7 +158,9 @@ def test_its_json_says_the_same(explained: Callable[..., Explanation]) -> None:
     assert found["kv_bytes"] == {"before": 49152, "after": 43008, "ratio": 0.875}
     assert found["flops"]["vision"]["ratio"] == 1.0
     assert found["stages"][0]["signals"] == {"last_query_attention": {"projections": "previous"}}
-    assert found["geometry"] == {"batch": 1, "images": 1, "text_tokens": 24, "new_tokens": 8}
+    sizes = {"batch": 1, "images": 1, "text_tokens": 24, "new_tokens": 8, "image_size": None}
+    media = {"frames": 0, "fps": 2.0, "audio_seconds": 0, "audio_in_video": True}
+    assert found["geometry"] == sizes | media
 
 
 def secateur_verb(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -231,7 +231,7 @@ def test_shares_that_make_no_sense_are_refused(shares: list[float], message: str
     assert str(caught.value) == message
 
 
-FORMS = "(available: vision.layer[i], vision.out, projector.out, decoder.layer[k])"
+FORMS = "(available: vision.layer[i], vision.out, projector.out, audio.out, decoder.layer[k])"
 
 
 @pytest.mark.parametrize(

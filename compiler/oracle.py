@@ -198,6 +198,8 @@ class Oracle:
             features = features.reshape(facts.items, -1, features.shape[-1])
             behind = added.reshape(-1, features.shape[-1]).expand(facts.items, -1, -1)
             features = torch.cat([features, behind], 1)
+            if facts.tiles is not None:  # the row that was put last has the index -1
+                features = features[:, list(facts.tiles.order)]
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
     def _hear(self, input_features: Tensor, row: RowRun, record: _Record) -> Tensor:
@@ -366,7 +368,9 @@ def mark_prunable(job: Job, image: Tensor) -> Tensor:
     prunable, extra = image.clone(), job.source.vision.extra_rows
     if extra:
         slots = image[0].nonzero()[:, 0].reshape(job.source.vision.items, -1)
-        prunable[0, slots[:, -extra:].flatten()] = False
+        tiles = job.source.vision.tiles
+        added = slots[:, -extra:] if tiles is None else slots[:, torch.tensor(tiles.order) < 0]
+        prunable[0, added.flatten()] = False
     return prunable
 
 
@@ -430,7 +434,15 @@ class _Walk:
         columns, texts = locate(self.prunable, int(self.prunable.sum()))
         raw, scale = self._raw(stage, hidden, tables, {"last": last[:, None], "text": texts, "visual": columns})
         seen = SequenceView(
-            hidden, last, columns, texts, raw, scale, self.state, self.entered, self.oracle.job.source.vision.extra_rows
+            hidden,
+            last,
+            columns,
+            texts,
+            raw,
+            scale,
+            self.state,
+            self.entered,
+            self.oracle.job.source.vision.rows_behind,
         )
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None

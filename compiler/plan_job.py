@@ -51,6 +51,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         recipe,
         keep=keep,
         images=source.vision.frames,
+        tiles=None if source.vision.tiles is None else (source.vision.items, source.vision.tokens_per_item),
         tokens_per_image=source.vision.tokens_per_image,
         media=source.media,
         audio=source.audio,

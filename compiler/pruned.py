@@ -44,6 +44,8 @@ class Job:
     @property
     def kept_per_item(self) -> int:
         """Visual tokens of one item (an image, or a video with extra rows of its own) that reach the decoder."""
+        if not self.removes_before_decoder:
+            return self.source.vision.tokens_per_item
         return self.kept_per_image * self.source.vision.grids_per_item
 
     @property

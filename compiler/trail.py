@@ -201,6 +201,8 @@ class _Walk:
         if "extra_rows" in self.programs.programs:
             extra = self._call("extra_rows", {})["rows"]
             features = torch.cat([features, extra.expand(len(features), -1, -1)], 1)
+            if (tiles := self.job.source.vision.tiles) is not None:
+                features = features[:, list(tiles.order)]
         self.row.features = features.reshape(self.batch, -1, features.shape[-1])[0]
         self._note_kept(vision)
         if "prefill" in self.programs.programs:

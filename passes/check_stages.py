@@ -32,6 +32,20 @@ def check_stages(stages: Sequence[StageFunction], facts: VisionFacts, audio: Vis
             _check_tower_stage(stage, [s for s in stages[:index] if s.planned.site.kind == "audio.out"], audio)
         elif not planned.site.kind.startswith("decoder"):
             _check_tower_stage(stage, stages[:index], facts)
+        elif facts.tiles is not None and any(not s.planned.observes for s in stages[:index]):
+            _check_question(stage)
+
+
+def _check_question(stage: StageFunction) -> None:
+    """Rows between the tokens of an image stay where the tokens around them went: how many of them stand behind the
+    last token that is left, and before the question, is then not known."""
+    if "text_rows" in stage.signals and stage.signal_options["text_rows"]["which"] == "question":
+        raise UserError(
+            "signal 'text_rows' cannot tell the question from the rows between an image's tokens, of which earlier "
+            "stages removed some",
+            where=stage.planned.name,
+            fix="let the first stage that prunes use it, or give it which: all",
+        )
 
 
 def _check_exit(stage: StageFunction) -> None:
@@ -115,6 +129,14 @@ def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], fa
             "become one visual token, so its layers need them all",
             where=planned.name,
             available=["vision.out", "projector.out", "decoder.layer[k]"],
+        )
+    if facts.tiles is not None and not planned.observes:
+        raise UserError(
+            f"no stage can choose at {planned.site}: the tokens of an image's tiles are put together behind it, without "
+            "those of the padding, and which of them a stage leaves is not known before it runs",
+            where=planned.name,
+            available=["decoder.layer[k]"],
+            fix="use a recipe whose stages choose in the decoder, such as fastv",
         )
     if facts.projector_merges and (told := [s for s in stage.signals if s in ("projector_inputs", "probe_slopes")]):
         raise UserError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.compiler import ops
+from secateur.compiler.families.family import Tiles
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
@@ -39,6 +40,7 @@ def join_prefill(
     kept_per_item: int,
     original_positions: bool,
     extra_rows: int = 0,
+    tiles: Tiles | None = None,
     axes: Axes | None = None,
 ) -> Program:
     """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
@@ -48,6 +50,7 @@ def join_prefill(
     those of item j start after ``j * (tokens_per_item + extra_rows)`` media tokens, survivor p of it at ``kept``'s
     index, its extra rows behind all its tokens, and text counts all of them. The decoder may read ``carried [B,V]``,
     which becomes an input here.
+    Without ``tiles`` the extra rows stand behind an item's tokens, with them where those say.
     With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
     their item.
     """
@@ -61,6 +64,9 @@ def join_prefill(
         entered = torch.where(image, pad_token, input_ids), image, rank, lengths - 1
         if not extra_rows:
             return entered
+        if tiles is not None:
+            tokens = torch.tensor([place >= 0 for place in tiles.order] * items)
+            return *entered, image & tokens[rank]
         return *entered, image & (rank - rank // per_item * per_item < kept_per_item)
 
     def mix(image: Tensor, rank: Tensor, features: Tensor, embedded: Tensor) -> Tensor:

@@ -149,6 +149,9 @@ class GeometrySizes(_Frozen):
     tokens_per_image: Size
     features_per_image: Size
     extra_rows: Count = 0
+    tiles: Count = 0
+    """Grids the tower reads of one image that is cut into tiles, the whole in small among them; 0 where an image is
+    one grid. The extra rows then stand between its tokens, each behind a row of the image."""
     sequence: Size
     frames: Count = 0
     """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames, or is

@@ -23,8 +23,9 @@ def find_family(model_type: str | None, where: str) -> Family:
 def _families() -> list[Family]:
     from secateur.compiler.families.internvl import INTERNVL
     from secateur.compiler.families.llava import LLAVA
+    from secateur.compiler.families.llava_next import LLAVA_NEXT
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
 
-    return [INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL]
+    return [INTERNVL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL]

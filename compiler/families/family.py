@@ -13,6 +13,26 @@ from secateur.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """An image cut into tiles. ``order`` has, for every feature of it in the order of the prompt, its place among the
+    tokens of its grids, grid by grid, or -1 where the row stands that no stage may remove."""
+
+    image_size: tuple[int, int]
+    """Height and width of the image, in pixels."""
+    order: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Features that are tokens of a grid; padding at the edges of the tiles is none."""
+        return sum(place >= 0 for place in self.order)
+
+    @property
+    def rows_behind(self) -> int:
+        """Rows behind the last token."""
+        return next(i for i, place in enumerate(reversed(self.order)) if place >= 0)
+
+
+@dataclass(frozen=True)
 class VisionFacts:
     """Static facts of the image side, read off a configuration."""
 
@@ -45,7 +65,10 @@ class VisionFacts:
     extra_rows: int = 0
     """Rows that follow each item's tokens in the prompt and that no stage may remove."""
     grids_per_item: int = 1
-    """Grids one after the other that are an item: what has its own extra rows. An image, or all frames of a video."""
+    """Grids one after the other that are an item: what has its own extra rows. An image, its tiles, or all frames of a
+    video."""
+    tiles: Tiles | None = None
+    """How the tokens of an image that is cut into tiles are put together; None where a grid stays a grid."""
     single_image: str = ""
     """What a bundle for one image per prompt does otherwise than transformers; empty if it does the same."""
 
@@ -58,6 +81,11 @@ class VisionFacts:
         return self.grid[0] * self.grid[1]
 
     @property
+    def rows_behind(self) -> int:
+        """Extra rows that stand behind the last token of an item."""
+        return self.extra_rows if self.tiles is None else self.tiles.rows_behind
+
+    @property
     def items(self) -> int:
         """Items of a row."""
         return self.frames // self.grids_per_item
@@ -65,7 +93,7 @@ class VisionFacts:
     @property
     def tokens_per_item(self) -> int:
         """Visual tokens of an item, extra rows left out, before any stage."""
-        return self.tokens_per_image * self.grids_per_item
+        return self.tokens_per_image * self.grids_per_item if self.tiles is None else self.tiles.tokens
 
     @property
     def projector_merges(self) -> bool:
@@ -74,8 +102,8 @@ class VisionFacts:
 
     @property
     def tokens_per_row(self) -> int:
-        """Tokens of all grids of a row."""
-        return self.frames * self.tokens_per_image
+        """Tokens of all items of a row."""
+        return self.items * self.tokens_per_item
 
     def input_of(self, batch: int) -> tuple[int, ...]:
         """Shape of what the tower reads for ``batch`` rows."""

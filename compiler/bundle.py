@@ -33,6 +33,7 @@ _PROCESSOR_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
 )

@@ -81,13 +81,14 @@ def calibrate_model(
     tau: float = TAU,
     mass: float = MASS,
     curve: bool = True,
+    image_size: tuple[int, int] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Calibration:
     """Run a recipe's stages on the first ``questions`` of ``data`` in the eager oracle and measure their scores.
 
     A recipe's own position weights are put aside while it is measured. ``curve`` draws a smooth curve through the mean
     scores, as few questions leave what they show in the means; see :class:`StageCalibration` for ``tau`` and
-    ``mass``. ``plan`` is the pipeline's ``plan_job``. The
+    ``mass``, and :class:`Geometry` for ``image_size``. ``plan`` is the pipeline's ``plan_job``. The
     answers to the questions are not read. Raises UserError for a recipe without a score.
     """
     for name, value, low, high in (("tau", tau, 0.0, float("inf")), ("mass", mass, 0.0, 1.0)):
@@ -95,7 +96,7 @@ def calibrate_model(
             raise UserError(f"{name} is {value:g}", where=f"--{name}", fix="give a number above 0, for mass below 1")
     source = read_source(model_dir)
     asked = read_questions(data, questions) if isinstance(data, Path) else data[:questions]
-    geometry = Geometry(batch=1, images=len(asked[0].images), text_tokens=_ROOM, new_tokens=1)
+    geometry = Geometry(1, len(asked[0].images), text_tokens=_ROOM, new_tokens=1, image_size=image_size)
     row = load_recipe(recipe) if isinstance(recipe, str) else recipe
     job = plan(source, geometry, _map_terms(row, _put_weights_aside), keep if row.stages else None)
     scored = [stage for stage in job.stages if stage.bound.score is not None]

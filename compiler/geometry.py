@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secateur.runtime.errors import UserError
-from secateur.runtime.manifest import Manifest
+from secateur.runtime.manifest import Manifest, describe_media
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,7 @@ class Geometry:
     @property
     def media(self) -> str:
         """What a row holds, in words."""
-        shown = f"a video of {self.frames} frames" if self.frames else f"{self.images} image(s)"
-        if self.image_size is not None:
-            shown += f" of {self.image_size[0]}x{self.image_size[1]}"
-        if self.audio_seconds:
-            shown += f" {'with' if self.interleaves else 'and'} {self.audio_seconds} s of sound"
-        return shown
+        return describe_media(self.images, self.image_size, self.frames, self.fps, self.audio_seconds, self.interleaves)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

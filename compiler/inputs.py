@@ -10,7 +10,7 @@ import numpy as np
 
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest
-from secateur.runtime.processing import Processor
+from secateur.runtime.processing import Processor, RowMedia
 
 
 class Asked(Protocol):
@@ -89,7 +89,7 @@ def question_rows(processor: Processor, images: int, questions: Sequence[Asked])
                 fix=f"give --images {len(question.images)} if every question has as many",
             )
         try:
-            pixels = np.stack([processor.pixel_values(image) for image in question.images])
+            pixels, _ = processor.tower_input(RowMedia(question.images))
             items.append(RowInput(processor.encode(question.text), pixels))
         except UserError as error:
             raise UserError(str(error), where=question.where) from None

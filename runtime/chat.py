@@ -17,7 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from secateur.runtime.errors import BundleError, UserError
 
 Message: TypeAlias = Mapping[str, Any]
-"""``{"role": …, "content": text}``, or content a list of ``{"type": "image"}`` and ``{"type": "text", "text": …}``."""
+"""``{"role": …, "content": text}``, or content a list of ``{"type": "image"}`` (or ``"video"``, ``"audio"``) and
+``{"type": "text", "text": …}``."""
 
 _WHERE = "chat_template.jinja"
 

@@ -153,7 +153,7 @@ class TextStream(Iterator[Piece]):
         begin = perf_counter()
         if limits.cancelled:
             return
-        request.encode(self._inputs.pixel_values)
+        request.encode(self._inputs.pixel_values, self._inputs.input_features)
         encoded = perf_counter()
         metrics.vision_s = encoded - begin
         if limits.cancelled:

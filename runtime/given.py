@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,12 +14,23 @@ from secateur.runtime.schema import Manifest
 Ints = NDArray[np.int64]
 
 
+def check_array(name: str, values: object, shape: Sequence[int], where: str) -> NDArray[Any]:
+    """``values`` as an array of numbers; raises UserError for another shape than the program's input has."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{name} is {array.dtype}, not numbers", where=where, fix=f"give an array {list(shape)}")
+    if array.shape != tuple(shape):
+        raise UserError(f"{name} has shape {list(array.shape)}", where=where, fix=f"give {list(shape)}")
+    return array
+
+
 def check_placeholders(manifest: Manifest, ids: Ints, lengths: Ints) -> None:
     """Ids [B, N], lengths [B]: each row has one placeholder per feature, none last and none in its padding.
 
     The programs would gather features by the placeholders' rank without a word when there are too many.
     """
     want, token = manifest.geometry.features, manifest.model.image_token_id
+    media = None if manifest.media is None else manifest.media.items
     marks = ids == token
     for row, length in enumerate(lengths):
         count, padding = int(marks[row, :length].sum()), int(marks[row, length:].sum())
@@ -24,12 +38,28 @@ def check_placeholders(manifest: Manifest, ids: Ints, lengths: Ints) -> None:
             raise UserError(
                 f"row {row} has {count} placeholders (token {token}) and {padding} in its padding",
                 where="prefill",
-                fix=f"a row needs {want}, one for each visual token of its images, all before its end",
+                fix=f"a row needs {want}, one for each token of {manifest.shown} that is left, all before its end",
             )
-        if marks[row, length - 1]:
+        if media is not None and not _are_whole([item.tokens for item in media], runs := _runs(marks[row])):
+            needs = ", ".join(f"{item.tokens} ({item.kind})" for item in media)
             raise UserError(
-                f"row {row} ends with its image", where="prefill", fix="put text (a question) behind the image"
-            )
+                f"row {row} has runs of {', '.join(map(str, runs))} placeholders", where="prefill",
+                fix=f"give runs of {needs}: what one item becomes stays together",
+            )  # fmt: skip
+        if marks[row, length - 1]:
+            raise UserError(f"row {row} ends with its media", where="prefill", fix="put text (a question) behind them")
+
+
+def _runs(marks: NDArray[np.bool_]) -> list[int]:
+    """Lengths of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marks, [False]]).astype(np.int8)))
+    return [int(end - start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _are_whole(items: Sequence[int], runs: Sequence[int]) -> bool:
+    """Whether each run ends where an item does; ``items`` are as many tokens as ``runs``."""
+    ends = set(np.cumsum(items).tolist())
+    return ends.issuperset(np.cumsum(runs).tolist())
 
 
 def check_kept(manifest: Manifest, kept: Ints) -> Ints:

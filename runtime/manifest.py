@@ -29,6 +29,7 @@ from secateur.runtime.schema import (
     Recipe,
     Segment,
     Stage,
+    describe_media,
 )
 from secateur.runtime.weight_file import TensorEntry, WeightHeader, hash_header, read_header
 
@@ -52,6 +53,7 @@ __all__ = [
     "WeightHeader",
     "canonical_json",
     "check_files",
+    "describe_media",
     "file_entry",
     "hash_file",
     "read_header",

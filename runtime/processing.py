@@ -1,56 +1,63 @@
-"""Prompts and images of a batch to the arrays that the programs take."""
+"""Prompts and media of a batch to the arrays that the programs take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.chat import Message
-from secateur.runtime.errors import BundleError, UserError
-from secateur.runtime.images import ImageLike, ImagePipeline
-from secateur.runtime.prompts import Prompts, read_json
+from secateur.runtime.errors import UserError
+from secateur.runtime.images import ImageLike
+from secateur.runtime.prompts import Prompts
+from secateur.runtime.row_media import KINDS, PARTS, Prompt, RowMedia, count_kinds, media_in_messages
 from secateur.runtime.schema import Manifest
+from secateur.runtime.tower_inputs import open_tower_inputs
+from secateur.runtime.video import VideoLike
+from secateur.runtime.waveform import AudioLike
 
-Prompt: TypeAlias = "str | Sequence[Message]"
-"""A plain prompt, or a conversation."""
+__all__ = ["Inputs", "Processor", "Prompt", "RowMedia"]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A processed batch. ``input_ids`` int64 [B, N], right padded; ``lengths`` int64 [B];
-    ``pixel_values`` float32 [B*n, 3, H, W], row by row."""
+    """A processed batch. ``input_ids`` int64 [B, N], right padded; ``lengths`` int64 [B]; ``pixel_values`` float32
+    [B*n, 3, H, W], or [B*patches, values] where the tower takes patches, row by row; ``input_features`` float32
+    [B, mel bins, frames] where it hears."""
 
     input_ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
     pixel_values: NDArray[np.float32]
+    input_features: NDArray[np.float32] | None = None
 
     def prompt_ids(self, row: int) -> list[int]:
         return [int(token) for token in self.input_ids[row, : self.lengths[row]]]
 
 
 class Processor:
-    """Tokenizer, chat template and image processor of a bundle, held to its geometry."""
+    """Tokenizer, chat template and processors of images, videos and sound of a bundle, held to its geometry."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self.prompts = Prompts(directory, manifest.model.image_token, manifest.model.image_token_id)
-        config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
-        self.images = ImagePipeline.from_config(config)
-        compiled_for = (manifest.geometry.image_height, manifest.geometry.image_width)
-        if self.images.output_size not in (None, compiled_for):
-            raise BundleError(
-                f"the image processor makes {self.images.output_size}, the bundle was compiled for {compiled_for}",
-                where=f"{directory}: preprocessor_config.json",
-                fix="compile the bundle again",
-            )
+        self._manifest, model = manifest, manifest.model
+        others = {"video": model.video_token_id, "audio": model.audio_token_id}
+        self.prompts = Prompts(directory, model.image_token, model.image_token_id, others)
+        self.tower_inputs = open_tower_inputs(directory, manifest)
 
-    def __call__(self, prompts: Sequence[Prompt], images: Sequence[Sequence[ImageLike]] | None = None) -> Inputs:
-        """One entry of ``prompts`` per row; ``images`` holds each row's, or None if the messages carry them."""
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Sequence[ImageLike]] | None = None,
+        videos: Sequence[Sequence[VideoLike]] | None = None,
+        audio: Sequence[Sequence[AudioLike]] | None = None,
+        *,
+        video_fps: float | None = None,
+        audio_rate: int | None = None,
+    ) -> Inputs:
+        """One entry of ``prompts`` per row; ``images``, ``videos`` and ``audio`` hold each row's, or are None if the
+        messages carry them. ``video_fps`` and ``audio_rate`` as in :class:`RowMedia`."""
         geometry = self._manifest.geometry
         if len(prompts) != geometry.batch:
             raise UserError(
@@ -64,76 +71,151 @@ class Processor:
                     where=f"row {row}",
                     fix="give text, or a list of messages",
                 )
-        per_row = [images_in_messages(prompt) for prompt in prompts] if images is None else [list(i) for i in images]
-        if len(per_row) != geometry.batch:
-            raise UserError(f"images for {len(per_row)} row(s), prompts for {geometry.batch}", fix="give both per row")
-        for row, given in enumerate(per_row):
-            self._expect_images(len(given), f"row {row}")
+        given: dict[str, Sequence[Sequence[Any]]] = {}
+        for kind, rows in zip(KINDS, (images, videos, audio), strict=True):
+            given[kind] = [media_in_messages(prompt, kind) for prompt in prompts] if rows is None else rows
+            if len(given[kind]) != geometry.batch:
+                what = {"image": "images", "video": "videos", "audio": "audio"}[kind]
+                raise UserError(
+                    f"{what} for {len(given[kind])} row(s), prompts for {geometry.batch}", fix="give both per row"
+                )
+        media = [
+            RowMedia(list(i), list(v), list(a), video_fps, audio_rate)
+            for i, v, a in zip(*(given[kind] for kind in KINDS), strict=True)
+        ]
+        for row, each in enumerate(media):
+            self.expect(each.kinds, f"row {row}")
         ids = [self.encode(prompt, f"row {row}") for row, prompt in enumerate(prompts)]
         input_ids = np.full((geometry.batch, geometry.sequence), self._manifest.model.pad_token_id, dtype=np.int64)
         for row, tokens in enumerate(ids):
             input_ids[row, : len(tokens)] = tokens
-        pixels = np.stack([self.pixel_values(image) for given in per_row for image in given])
-        return Inputs(input_ids, np.array([len(tokens) for tokens in ids], dtype=np.int64), pixels)
+        read = [self.tower_inputs(each) for each in media]
+        heard = [features for _, features in read if features is not None]
+        return Inputs(
+            input_ids,
+            np.array([len(tokens) for tokens in ids], dtype=np.int64),
+            np.concatenate([pixels for pixels, _ in read]),
+            np.concatenate(heard) if heard else None,
+        )
 
     def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
-        """Token ids with each image's placeholder repeated for every token the image has in the decoder, between the
-        tokens the model wants around it."""
-        geometry, model = self._manifest.geometry, self._manifest.model
-        text, add_special_tokens = self.prompts.render(prompt, geometry.images)
+        """Token ids with each placeholder repeated for every token that its image, video or sound has in the decoder,
+        all of them the image's, between the tokens the model wants around it."""
+        manifest, items = self._manifest, self._manifest.items
+        text, add_special_tokens = self.prompts.render(prompt, items)
         ids = self.prompts.encode(text, add_special_tokens)
-        if model.video_token_id in ids:
+        kinds = self.prompts.kinds
+        self._expect_placeholders([kinds[token] for token in ids if token in kinds], where)
+        expanded = self._expand()
+        words = len(ids) - len(items) + sum(len(before) + len(behind) for before, _, behind in expanded)
+        if words > manifest.geometry.text_tokens:
             raise UserError(
-                "the prompt holds a video", where=where, fix="this version takes images; give frames as such"
-            )
-        self._expect_images(ids.count(self.prompts.placeholder_id), f"{where}, placeholders in the prompt")
-        words = len(ids) + geometry.images * (len(model.image_before) + len(model.image_behind) - 1)
-        if words > geometry.text_tokens:
-            raise UserError(
-                f"the prompt has {words} text tokens, the bundle was compiled for at most {geometry.text_tokens}",
+                f"the prompt has {words} text tokens, the bundle was compiled for at most "
+                f"{manifest.geometry.text_tokens}",
                 where=where,
                 fix=f"shorten it, or compile with --text-tokens {words}",
             )
-        if ids[-1] == self.prompts.placeholder_id and not model.image_behind:
+        if ids[-1] in kinds and not expanded[-1][2]:
             # Its token would be a patch: a stage may drop it, and its logits would be another token's.
-            raise UserError("the prompt ends with its image", where=where, fix="put text (a question) behind the image")
-        placeholders = [self.prompts.placeholder_id] * geometry.features_per_image
-        image = [*model.image_before, *placeholders, *model.image_behind]
-        return [token for given in ids for token in (image if given == self.prompts.placeholder_id else [given])]
-
-    def pixel_values(self, image: ImageLike) -> NDArray[np.float32]:
-        """float32 [3, H, W]."""
-        geometry, pixels = self._manifest.geometry, self.images(image)
-        if pixels.shape != (3, geometry.image_height, geometry.image_width):
+            kind = kinds[ids[-1]]
             raise UserError(
-                f"the image is {pixels.shape[1]}x{pixels.shape[2]} after processing, "
-                f"the bundle was compiled for {geometry.image_height}x{geometry.image_width}",
-                fix="check size and crop_size in preprocessor_config.json",
+                f"the prompt ends with its {kind}", where=where, fix=f"put text (a question) behind the {kind}"
             )
-        return pixels
+        self._expect_marks(ids, where)
+        rest, found = iter(expanded), []
+        for token in ids:
+            if token in kinds:
+                before, count, behind = next(rest)
+                found += [*before, *[self.prompts.placeholder_id] * count, *behind]
+            else:
+                found.append(token)
+        return found
 
-    def _expect_images(self, count: int, where: str) -> None:
-        geometry = self._manifest.geometry
-        if count != geometry.images:
+    def tower_input(self, media: RowMedia, where: str = "row") -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """``pixel_values`` and ``input_features`` of one row. Raises UserError for media the bundle does not take."""
+        self.expect(media.kinds, where)
+        return self.tower_inputs(media)
+
+    def expect(self, given: Sequence[str], where: str) -> None:
+        """Raises UserError unless a row's media, ``given`` by kind, are those that the bundle was compiled for."""
+        manifest = self._manifest
+        wanted = [part for item in manifest.items for part in PARTS[item]]
+        if sorted(given) == sorted(wanted):
+            return
+        if {*given, *wanted} <= {"image"}:
+            sizes = manifest.geometry
             raise UserError(
-                f"{count} image(s), the bundle was compiled for {geometry.images} per row "
-                f"({geometry.image_height}x{geometry.image_width})",
+                f"{len(given)} image(s), the bundle was compiled for {sizes.images} per row "
+                f"({sizes.image_height}x{sizes.image_width})",
                 where=where,
-                fix=f"give {geometry.images}" + (f", or compile with --images {count}" if count else ""),
+                fix=f"give {sizes.images}" + (f", or compile with --images {len(given)}" if given else ""),
             )
+        seen = [[kind for kind in kinds if kind != "audio"] for kinds in (given, wanted)]
+        if sorted(seen[0]) == sorted(seen[1]):
+            raise self._blame_sound(given.count("audio"), wanted.count("audio"), where)
+        flags = [f"--images {given.count('image')}"] if "image" in given else []
+        flags += ["--frames N"] if "video" in given else []
+        raise UserError(
+            f"{count_kinds(given)}, the bundle was compiled for {manifest.shown} per row",
+            where=where,
+            fix=f"give {count_kinds(wanted)}" + (f", or compile with {' or '.join(flags)}" if flags else ""),
+        )
 
+    def _blame_sound(self, given: int, wanted: int, where: str) -> UserError:
+        manifest = self._manifest
+        told = f"the bundle was compiled for {manifest.shown}"
+        if given < wanted:
+            lacks = "the sound of the video is missing" if "video with sound" in manifest.items else "sound is missing"
+            return UserError(f"{lacks}, {told}", where=where, fix="give audio, or compile without --audio-seconds")
+        if wanted:
+            return UserError(f"{given} audio clips, {told}", where=where, fix="give one clip a row")
+        if manifest.model.audio_token_id is None:
+            what = f"a {manifest.model.model_type} model does not hear"
+            return UserError(what, where=where, fix="leave the audio out")
+        return UserError(
+            f"audio is given, {told}", where=where, fix="leave it out, or compile with --audio-seconds SECONDS"
+        )
 
-def images_in_messages(prompt: Prompt) -> list[ImageLike]:
-    """The images a conversation carries in its parts, under ``image``, ``path`` or ``url`` (a local file)."""
-    found: list[ImageLike] = []
-    for message in [] if isinstance(prompt, str) else prompt:
-        content: Any = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, (list, tuple)) else []:
-            if not isinstance(part, dict) or part.get("type") != "image":
-                continue
-            image = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
-            if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-                raise UserError(f"{image[:40]} is not a local file", fix="download the image and give its path")
-            if image is not None:
-                found.append(image)
-    return found
+    def _expect_placeholders(self, found: list[str], where: str) -> None:
+        """Those in the prompt, one for each item in the order of the media."""
+        items = self._manifest.items
+        wanted = [PARTS[item][0] for item in items]
+        if found == wanted:
+            return
+        where = f"{where}, placeholders in the prompt"
+        if {*found, *wanted} <= {"image"}:
+            self.expect(found, where)
+        fix = f"name {count_kinds(wanted)}" + (", in this order" if len({*wanted}) > 1 else "")
+        if "video with sound" in items and "audio" in found:
+            fix += "; the sound lies between the frames of the video, not beside it"
+        raise UserError(
+            f"{count_kinds(found)}, the bundle was compiled for {self._manifest.shown}", where=where, fix=fix
+        )
+
+    def _expect_marks(self, ids: Sequence[int], where: str) -> None:
+        """Each placeholder stands between the tokens that the model numbers positions by."""
+        media = self._manifest.media
+        if media is None:
+            return
+        at = [slot for slot, token in enumerate(ids) if token in self.prompts.kinds]
+        for slot, item in zip(at, media.items, strict=True):
+            before, behind = media.around.get(item.kind, ([], []))
+            start = slot - len(before)
+            if start < 0 or [*ids[start:slot]] != before or [*ids[slot + 1 : slot + 1 + len(behind)]] != behind:
+                written = [self.prompts.spell(tokens) for tokens in (before, [ids[slot]], behind)]
+                raise UserError(
+                    f"the marks around its {PARTS[item.kind][0]} are missing", where=where,
+                    fix=f"write {''.join(written)}, or leave the placeholder to the chat template",
+                )  # fmt: skip
+
+    def _expand(self) -> list[tuple[list[int], int, list[int]]]:
+        """Of each item: tokens put before it, its own number of tokens, tokens put behind it."""
+        media, model, sizes = self._manifest.media, self._manifest.model, self._manifest.geometry
+        if media is None:
+            return [(model.image_before, sizes.features_per_image, model.image_behind)] * sizes.images
+        found: list[tuple[list[int], int, list[int]]] = []
+        for item in media.items:
+            brings = item.kind == "video with sound"
+            marks = (media.sound_before, media.sound_behind) if brings else ([], [])
+            found.append((marks[0], item.tokens, marks[1]))
+        return found

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from secateur.runtime.backends import Backend, Buffer
 from secateur.runtime.errors import BundleError, SecateurError, UserError
-from secateur.runtime.given import check_kept, check_placeholders
+from secateur.runtime.given import check_array, check_kept, check_placeholders
 from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, present_port
 from secateur.runtime.media import media_positions
 from secateur.runtime.schema import Manifest
@@ -54,11 +54,14 @@ class Request:
         """
         ports = self._ports["vision"]
         if ("input_features" in ports) != (input_features is not None):
-            lacks = "sound is missing" if input_features is None else "the bundle does not hear"
-            raise UserError(lacks, where="encode", fix="see geometry.audio_seconds of the manifest")
-        ports["pixel_values"].write(pixel_values)
-        if input_features is not None:
-            ports["input_features"].write(input_features)
+            lacks = "input_features are missing" if input_features is None else "input_features, but no sound"
+            raise UserError(
+                f"{lacks}; a row of this bundle holds {self.manifest.shown}", where="encode",
+                fix="give input_features" if input_features is None else "leave them out",
+            )  # fmt: skip
+        for name, values in (("pixel_values", pixel_values), ("input_features", input_features)):
+            if values is not None:
+                ports[name].write(check_array(name, values, ports[name].shape, "encode"))
         self._kept, self._patches = {}, None
         self._bound["vision"].run()
         self._patches = self._follow("vision", self._all_patches())
@@ -87,7 +90,7 @@ class Request:
                 where="prefill",
                 fix="shorten the prompt, or compile with a larger --text-tokens",
             )
-        ports["input_ids"].write(ids)
+        ports["input_ids"].write(check_array("input_ids", ids, ports["input_ids"].shape, "prefill"))
         ports["lengths"].write(lengths)
         check_placeholders(self.manifest, ids, lengths)
         if features is not None:
@@ -192,7 +195,7 @@ class Request:
                 where="prefill",
                 fix=f"give kept, int64 {list(ports['kept'].shape)}, with features",
             )
-        ports["features"].write(np.asarray(features))
+        ports["features"].write(check_array("features", features, ports["features"].shape, "prefill"))
         self._kept = {stages[-1]: kept} if stages and kept is not None else {}
         self._patches = self._all_patches() if kept is None and not stages else kept
 

@@ -59,9 +59,10 @@ class Model(_Frozen):
     pad_token_id: Count
     video_token_id: Count | None = None
     """What the checkpoint marks a video with."""
+    audio_token_id: Count | None = None
+    """What it marks sound with; None for models that do not hear."""
     image_before: list[Count] = []
     image_behind: list[Count] = []
-    audio_token_id: Count | None = None
     """The tokens that stand before and behind every image's placeholders; they are text, not image tokens."""
 
 
@@ -86,6 +87,17 @@ class Media(_Frozen):
     sound_behind: list[Count] = []
     """The tokens put around a video that brings its sound along; each has the position id of the mark of the video
     beside it."""
+
+
+def describe_media(
+    images: int, size: tuple[int, int] | None, frames: int, fps: float, audio_seconds: int, together: bool
+) -> str:
+    """What a row holds, in words. ``together``: sound lies between the frames of the video."""
+    shown = f"a video of {frames} frames, {fps:g} a second," if frames else f"{images} image(s)"
+    shown = shown.removesuffix(",") if size is None else f"{shown} of {size[0]}x{size[1]}"
+    if audio_seconds:
+        shown += f" {'with' if together else 'and'} {audio_seconds} s of sound"
+    return shown
 
 
 class Stage(_Frozen):
@@ -277,6 +289,18 @@ class Manifest(_Frozen):
             if segment.capacity < segment.length - segment.evicted:
                 raise ValueError(f"segment {segment.name}: capacity is below the rows it holds")
         return self
+
+    @property
+    def items(self) -> list[str]:
+        """Kinds of a row's media in the order of its prompt, one for each placeholder."""
+        return ["image"] * self.geometry.images if self.media is None else [item.kind for item in self.media.items]
+
+    @property
+    def shown(self) -> str:
+        """What a row holds, in words."""
+        g = self.geometry
+        size, together = (g.image_height, g.image_width), "video with sound" in self.items
+        return describe_media(g.images, size, g.frames, g.fps, g.audio_seconds, together)
 
     def program_files(self) -> set[str]:
         """Graphs and engines."""

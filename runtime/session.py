@@ -14,18 +14,23 @@ from secateur.runtime.backends import Backend, open_backend
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.generate import Limits, TextStream
-from secateur.runtime.images import ACCEPTED, ImageLike, is_image
+from secateur.runtime.images import ImageLike
 from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.processing import Processor, Prompt
 from secateur.runtime.prompts import read_json
 from secateur.runtime.request import Floats, Ints, Request
 from secateur.runtime.results import Generation
+from secateur.runtime.row_media import KINDS, list_rows
 from secateur.runtime.sampling import Sampling
 from secateur.runtime.schema import Manifest
+from secateur.runtime.video import VideoLike
+from secateur.runtime.waveform import AudioLike
 
 _log = logging.getLogger(__name__)
 
 Images: TypeAlias = "ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]]"
+Videos: TypeAlias = "VideoLike | Sequence[VideoLike] | Sequence[Sequence[VideoLike]]"
+Audio: TypeAlias = "AudioLike | Sequence[AudioLike] | Sequence[Sequence[AudioLike]]"
 
 # Requests kept for the next call, so that calls one after another reuse their caches.
 _IDLE_REQUESTS = 1
@@ -88,19 +93,23 @@ class Session:
         lengths: Ints,
         *,
         pixel_values: Floats | None = None,
+        input_features: Floats | None = None,
         features: Floats | None = None,
         kept: Ints | None = None,
     ) -> Floats:
         """Logits [B, vocab] float32 of each row's last real token; fills the request's caches.
 
         ``input_ids`` int64 [B, N], right padded, placeholders expanded; ``lengths`` int64 [B]. Give either
-        ``pixel_values`` [B*n, 3, H, W] (vision runs first) or ``features`` [B, F, D]. Where the
-        vision side prunes, features come with ``kept`` [B, V], their patches (see :meth:`Request.prefill`).
+        ``pixel_values`` [B*n, 3, H, W] or patches, with ``input_features`` where the bundle hears (vision runs
+        first), or ``features`` [B, F, D]. Where the vision side prunes, features come with ``kept`` [B, V], their
+        patches (see :meth:`Request.prefill`).
         """
         if (pixel_values is None) == (features is None):
             raise UserError("prefill takes either pixel_values or features", where="prefill")
         if pixel_values is not None:
-            request.encode(pixel_values)
+            request.encode(pixel_values, input_features)
+        elif input_features is not None:
+            raise UserError("input_features beside features", where="prefill", fix="features hold the sound already")
         return request.prefill(input_ids, lengths, features, kept)
 
     def decode(self, request: Request, tokens: Ints) -> Floats:
@@ -130,7 +139,8 @@ class Session:
         """Answer a prompt (text, or a list of messages), or a list of prompts as long as the batch.
 
         ``images``: one image or a list for a single prompt, per row for a list of prompts; None if the
-        messages carry them. Other arguments are those of :meth:`stream`, which ``stream=True`` returns.
+        messages carry them. Other arguments, among them ``videos`` and ``audio``, are those of :meth:`stream`, which
+        ``stream=True`` returns.
         """
         pieces = self.stream(prompt, images, **how)
         if stream:
@@ -143,7 +153,11 @@ class Session:
         self,
         prompt: Prompt | Sequence[Prompt],
         images: Images | None = None,
+        videos: Videos | None = None,
+        audio: Audio | None = None,
         *,
+        video_fps: float | None = None,
+        audio_rate: int | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -156,13 +170,23 @@ class Session:
     ) -> TextStream:
         """An iterator of text pieces, each with the ``row`` it belongs to.
 
+        ``videos`` and ``audio`` are given as ``images`` are (:meth:`generate`), one a row: a video as a file, a
+        directory of frames, a list of them or an array; sound as a WAV file or an array of samples. A video that does
+        not say its rate has ``video_fps`` frames a second, an array of sound ``audio_rate`` samples.
+
         Input is processed and checked now, programs run on the first ``next``. None takes what the
         checkpoint's generation_config.json says, else: all the capacity, no filter, no penalty. Greedy
         unless ``temperature`` is above 0. Setting ``cancel`` ends the stream after the running step.
         """
         start = perf_counter()
         single = _is_single(prompt)
-        inputs = self.processor([prompt] if single else prompt, _per_row(images, single))  # type: ignore[list-item, arg-type]
+        rows = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
+        inputs = self.processor(
+            [prompt] if single else prompt,  # type: ignore[list-item, arg-type]
+            *rows,
+            video_fps=video_fps,
+            audio_rate=audio_rate,
+        )
         sampling = Sampling(
             temperature=temperature,
             top_k=int(self._default("top_k", top_k, 0)) if temperature else 0,
@@ -229,21 +253,3 @@ def _is_single(prompt: Any) -> bool:
             f"a {type(prompt).__name__} is not a prompt", fix="give text, a list of messages, or a list of those"
         )
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
-
-
-def _per_row(images: Any, single: bool) -> list[list[ImageLike]] | None:
-    if images is None:
-        return None
-    if single:
-        return [_as_list(images)]
-    if is_image(images):
-        raise UserError("one image for a list of prompts", fix="give a list: an image, or a list of images, per prompt")
-    return [_as_list(given) for given in _as_list(images)]
-
-
-def _as_list(images: Any) -> list[ImageLike]:
-    if is_image(images):
-        return [images]
-    if not isinstance(images, (list, tuple)):
-        raise UserError(f"a {type(images).__name__} is not an image", fix=f"give {ACCEPTED}, or a list of those")
-    return list(images)

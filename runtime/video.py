@@ -27,7 +27,10 @@ _log = logging.getLogger(__name__)
 
 VideoLike: TypeAlias = "str | PathLike[str] | Sequence[ImageLike] | NDArray[np.uint8]"
 
-ACCEPTED = "a list of images, a uint8 array [frames, height, width, 3], a directory of frames, or a video file"
+ACCEPTED = (
+    "a list of images, a uint8 array [frames, height, width, 3] or a .npy file of one, a directory of frames, or a "
+    "video file"
+)
 _ENDS = ("Qwen3VLVideoProcessor",)
 """Types whose choice holds the first and the last frame; the others take the first frame of equal parts."""
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -61,6 +64,8 @@ class FrameSampler:
         """
         if fps is not None and not 0 < fps < math.inf:
             raise UserError(f"a video of {fps:g} frames a second", fix="give the rate at which it was taken")
+        if isinstance(video, (str, PathLike)) and Path(video).suffix.lower() == ".npy":
+            video = _read_array(Path(video))
         if isinstance(video, (str, PathLike)) and not Path(video).is_dir():
             return self._read_file(Path(video), fps)
         frames, where = _list_frames(video)
@@ -143,6 +148,19 @@ class FrameSampler:
 def is_video(value: object) -> bool:
     """Whether the type is one that a :class:`FrameSampler` takes."""
     return isinstance(value, (str, PathLike, np.ndarray, list, tuple))
+
+
+def _read_array(path: Path) -> NDArray[np.uint8]:
+    """An array that NumPy saved; its frames are read when they are looked at."""
+    if not path.is_file():
+        raise UserError("no such video file or directory", where=str(path))
+    try:
+        array: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"not an array that NumPy saved ({error})", where=str(path), fix="write it with numpy.save"
+        ) from None
+    return array
 
 
 def _list_frames(video: VideoLike) -> tuple[Sequence[ImageLike], str | None]:

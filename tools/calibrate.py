@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.runtime.errors import UserError
+from secateur.tools.geometry import ImageSize, read_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,7 @@ def calibrate(
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
     ] = None,
+    image_size: ImageSize = None,
     questions: Annotated[int | None, typer.Option(min=1, help="How many; all of a file, 100 of demo.")] = None,
     curve: Annotated[
         bool, typer.Option(help="Weights from a smooth curve through the mean scores, not place by place.")
@@ -58,7 +60,7 @@ def calibrate(
     with show_progress() as tell:
         found = pipeline.calibrate(
             model_dir, _read_data(data, questions), recipe=recipe, keep=keep, questions=questions, tau=tau, mass=mass,
-            curve=curve, progress=tell,
+            curve=curve, image_size=read_size(image_size), progress=tell,
         )  # fmt: skip
     out.write_bytes(found.to_bytes())
     if write_recipe is not None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.tools.geometry import read_size
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -31,6 +33,13 @@ def compare(
     text_tokens: Annotated[int | None, typer.Option(help="As in compile; a bundle's own, or 64.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="As in compile; a bundle's own, or 64.")] = None,
     images: Annotated[int | None, typer.Option(help="As in compile; a bundle's own, or 1.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="As in compile; a bundle's own, or 448x448.", metavar="HxW")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="As in compile; a bundle's own, or 0.")] = None,
+    fps: Annotated[float | None, typer.Option(help="As in compile; a bundle's own, or 2.")] = None,
+    audio_seconds: Annotated[int | None, typer.Option(help="As in compile; a bundle's own, or 0.")] = None,
+    audio_in_video: Annotated[bool | None, typer.Option(help="As in compile; a bundle's own, or yes.")] = None,
     batch: Annotated[int | None, typer.Option(help="As in compile; a bundle's own, or 1.")] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="How many rows; all of DATA, or 8 random ones.")] = None,
     data: Annotated[
@@ -64,7 +73,10 @@ def compare(
     with show_progress() as tell:
         found = pipeline.compare(
             a, b, model_dir=model, recipe=recipe, keep=keep,
-            geometry=_read_geometry([a, b], batch, images, text_tokens, new_tokens),
+            geometry=_read_geometry(
+                [a, b], batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens, frames=frames,
+                image_size=read_size(image_size), fps=fps, audio_seconds=audio_seconds, audio_in_video=audio_in_video,
+            ),
             questions=questions, data=_read_data(data, questions), seed=seed, new_tokens=answer_tokens,
             force_keep=force_keep, passes=passes, out=out, threads=threads, progress=tell,
         )  # fmt: skip
@@ -85,14 +97,11 @@ def _read_data(data: str | None, count: int | None) -> Any:
     return read_demo(count or 32).asked
 
 
-def _read_geometry(
-    runs: list[str], batch: int | None, images: int | None, text_tokens: int | None, new_tokens: int | None
-) -> Any:
+def _read_geometry(runs: list[str], **named: Any) -> Any:
     """None if no option was given; what was not is a bundle's own, else the default."""
     from secateur.compiler.pipeline import Geometry
     from secateur.runtime.manifest import read_manifest
 
-    named = {"batch": batch, "images": images, "text_tokens": text_tokens, "new_tokens": new_tokens}
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if not given:
         return None

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.row_media import PARTS
 from secateur.runtime.schema import PROGRAMS
+from secateur.tools.geometry import AudioInVideo, AudioSeconds, Fps, Frames, ImageSize, read_geometry
 
 if TYPE_CHECKING:
     from secateur.runtime.schema import Manifest
@@ -33,9 +35,16 @@ def compile_model(
     flops_keep: Annotated[
         float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(help="Room for every token of the prompt that stands for no image, video or sound.")
+    ] = 64,
     new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
     images: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    image_size: ImageSize = None,
+    frames: Frames = 0,
+    fps: Fps = 2.0,
+    audio_seconds: AudioSeconds = 0,
+    audio_in_video: AudioInVideo = True,
     batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
     target: Annotated[
         str, typer.Option(help="onnxruntime, plain (standard ONNX), tensorrt or tensorrt-rtx.")
@@ -66,6 +75,8 @@ def compile_model(
     \b
       secateur compile MODEL_DIR -o BUNDLE --recipe fastv --keep 0.25
       secateur compile MODEL_DIR -o BUNDLE --recipe my_recipe.yaml --text-tokens 128
+      secateur compile QWEN_VL -o BUNDLE --recipe divprune --images 2 --image-size 448x672
+      secateur compile QWEN_OMNI -o BUNDLE --frames 16 --fps 2 --image-size 336x448 --audio-seconds 8
       secateur compile MODEL_DIR -o ENGINES --recipe divprune --target tensorrt-rtx --sm 89
       secateur compile MODEL_DIR -o BUNDLE --target plain --dtype auto --weights reference
       secateur compile MODEL_DIR --recipe fastv --stop-after insert_decoder_stages
@@ -75,7 +86,10 @@ def compile_model(
     from secateur.compiler import pipeline
     from secateur.tools.progress import show_progress
 
-    geometry = pipeline.Geometry(batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens)
+    geometry = read_geometry(
+        image_size, batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens, frames=frames, fps=fps,
+        audio_seconds=audio_seconds, audio_in_video=audio_in_video,
+    )  # fmt: skip
     with show_progress() as tell:
         made = pipeline.compile(
             model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=mean_keep, flops_keep=flops_keep,
@@ -105,6 +119,7 @@ def summarize(bundle: Path) -> dict[str, Any]:
         "bytes": sum(entry.bytes for entry in m.files.values()),
         "recipe": m.recipe.name,
         "keep": m.recipe.keep,
+        "media": m.shown,
         "target": m.target,
         "dtype": m.dtype,
         "segments": [
@@ -121,9 +136,13 @@ def summarize(bundle: Path) -> dict[str, Any]:
 def _next_command(bundle: Path, m: Manifest) -> str:
     if m.target in ("tensorrt", "tensorrt-rtx") or m.dtype != "fp32":
         return f"secateur inspect {shlex.quote(str(bundle))}"
-    count = m.geometry.images * m.geometry.batch
-    shown = "".join(f" --image photo{i + 1 if count > 1 else ''}.png" for i in range(count))
-    asked = ' --prompt "What is in the picture?"' * m.geometry.batch
+    items, batch = m.items, m.geometry.batch
+    files = {"image": "photo{}.png", "video": "video{}.gif", "audio": "sound{}.wav"}
+    shown = ""
+    for kind, file in files.items():
+        count = batch * sum(kind in PARTS[item] for item in items)
+        shown += "".join(f" --{kind} {file.format(i + 1 if count > 1 else '')}" for i in range(count))
+    asked = f' --prompt "What is in the {"video" if m.geometry.frames else "picture"}?"' * batch
     return f"secateur run {shlex.quote(str(bundle))}{shown}{asked}"
 
 
@@ -139,6 +158,6 @@ def _print_summary(bundle: Path, summary: dict[str, Any]) -> None:
     results.print()
     results.print(draw_programs(m))
     results.print()
-    kind = f"{m.recipe.name}, keep {m.recipe.keep:g}, {m.target}, {m.dtype}"
+    kind = f"{m.recipe.name}, keep {m.recipe.keep:g}, {m.target}, {m.dtype}; a row holds {m.shown}"
     results.print(Text(f"{bundle}: {kind}, {size_text(summary['bytes'])}"), soft_wrap=True)
     results.print(Text(f"Next: {summary['next']}"), soft_wrap=True)

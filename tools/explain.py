@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.tools.geometry import AudioInVideo, AudioSeconds, Fps, Frames, ImageSize, read_geometry
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -29,9 +31,16 @@ def explain(
     flops_keep: Annotated[
         float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(help="Room for every token of the prompt that stands for no image, video or sound.")
+    ] = 64,
     new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
     images: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    image_size: ImageSize = None,
+    frames: Frames = 0,
+    fps: Fps = 2.0,
+    audio_seconds: AudioSeconds = 0,
+    audio_in_video: AudioInVideo = True,
     batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; decides the bytes of the caches.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -45,12 +54,15 @@ def explain(
       secateur explain my_recipe.yaml MODEL_DIR --images 2 --json
       secateur explain divprune:keep=0.5+fastv:keep=0.5 MODEL_DIR
       secateur explain pyramiddrop MODEL_DIR --mean-keep 0.4
+      secateur explain seats QWEN_OMNI --frames 16 --image-size 336x448 --audio-seconds 8
     """
-    from secateur.compiler.pipeline import Geometry
     from secateur.compiler.pipeline import explain as explain_recipe
     from secateur.tools.progress import show_progress
 
-    geometry = Geometry(batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens)
+    geometry = read_geometry(
+        image_size, batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens, frames=frames, fps=fps,
+        audio_seconds=audio_seconds, audio_in_video=audio_in_video,
+    )  # fmt: skip
     with show_progress() as tell:
         found = explain_recipe(
             recipe,

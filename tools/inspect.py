@@ -14,7 +14,7 @@ from secateur.runtime.schema import PROGRAMS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from secateur.runtime.schema import Manifest, Port
+    from secateur.runtime.schema import GeometrySizes, Manifest, Port
 
 
 def inspect(
@@ -101,10 +101,12 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
                     f"{m.model.kv_heads} KV heads of {m.model.head_dim}"),
         ("recipe", f"{m.recipe.name}, keep {m.recipe.keep:g}, positions {m.recipe.positions}, cache {m.recipe.cache}"),
         ("paper", f"{m.recipe.title} {m.recipe.link}".strip()),
-        ("geometry", f"batch {g.batch}, {g.images} image(s) of {g.image_height}x{g.image_width} per row, "
+        ("geometry", f"batch {g.batch}, {m.shown} per row, "
                      f"{g.text_tokens} text tokens, {g.new_tokens} new tokens"),
-        ("visual tokens", f"{g.tokens_per_image} per image, {g.features_per_image - g.extra_rows} enter the decoder"
+        ("visual tokens", f"{g.tokens_per_image} per {_grid_text(g)}, "
+                          f"{g.features_per_image - g.extra_rows} enter the decoder"
                           + (f", with {g.extra_rows} row(s) behind each image" if g.extra_rows else "")),
+        *([("tokens of sound", f"{g.audio_tokens}")] if g.audio_tokens else []),
         ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
         *(("note", note) for note in m.notes),
@@ -114,6 +116,10 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
     ):  # fmt: skip
         table.add_row(what, Text(value))
     return table
+
+
+def _grid_text(g: GeometrySizes) -> str:
+    return f"grid of {g.frames // g.images} frames, of which there are {g.images}" if g.frames else "image"
 
 
 def _stages(m: Manifest) -> Table:

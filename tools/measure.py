@@ -18,9 +18,13 @@ from secateur.runtime.errors import SecateurError, UserError
 from secateur.runtime.images import ImageLike
 from secateur.runtime.results import Metrics
 from secateur.runtime.session import Session
+from secateur.runtime.video import VideoLike
+from secateur.runtime.waveform import AudioLike
 
 _log = logging.getLogger(__name__)
 
+_RATE = 16000
+"""Hz of the noise; what Whisper's extractor takes."""
 TIMES = ("preprocess", "vision", "prefill", "ttft", "tpot")
 """What is timed. TTFT includes preprocessing; TPOT is per decode step, all steps of all runs together."""
 
@@ -32,6 +36,8 @@ class Workload:
     prompts: list[str]
     images: list[list[ImageLike]]
     new_tokens: int
+    videos: list[list[VideoLike]] | None = None
+    audio: list[list[AudioLike]] | None = None
 
 
 @dataclass
@@ -57,18 +63,26 @@ class Samples:
 def make_workload(
     session: Session, prompt: str | None = None, images: Sequence[Path] = (), new_tokens: int | None = None
 ) -> Workload:
-    """The given prompt and images for every row; where absent, random pixels and text that fills the bucket."""
+    """The given prompt and images for every row; where absent, random pixels and text that fills the bucket. Sound is
+    always noise."""
     geometry = session.manifest.geometry
     count = geometry.new_tokens if new_tokens is None else new_tokens
     if not 1 <= count <= geometry.new_tokens:
         raise UserError(f"{count} new tokens, the bundle's caches hold {geometry.new_tokens}", where="--new-tokens")
     chosen: list[ImageLike] = list(images)
-    if not chosen:
-        random = np.random.default_rng(0)
-        shape = (geometry.image_height, geometry.image_width, 3)
+    videos: list[VideoLike] = []
+    sounds: list[AudioLike] = []
+    random = np.random.default_rng(0)
+    shape = (geometry.image_height, geometry.image_width, 3)
+    if geometry.frames:
+        videos = [random.integers(0, 256, (geometry.frames, *shape), dtype=np.uint8)]
+    elif not chosen:
         chosen = [random.integers(0, 256, shape, dtype=np.uint8) for _ in range(geometry.images)]
+    if geometry.audio_seconds:
+        sounds = [random.uniform(-0.5, 0.5, geometry.audio_seconds * _RATE)]
     text = _fill_bucket(session) if prompt is None else prompt
-    return Workload([text] * geometry.batch, [chosen] * geometry.batch, count)
+    rows = geometry.batch
+    return Workload([text] * rows, [chosen] * rows, count, [videos] * rows, [sounds] * rows)
 
 
 def _fill_bucket(session: Session) -> str:
@@ -101,7 +115,13 @@ def time_bundles(
 def run_once(session: Session, workload: Workload) -> Metrics:
     """One whole generation, greedy, not stopped by an end-of-sequence token."""
     answers = session.generate(
-        workload.prompts, workload.images, max_new_tokens=workload.new_tokens, ignore_eos=True
+        workload.prompts,
+        workload.images,
+        videos=workload.videos,
+        audio=workload.audio,
+        audio_rate=_RATE,
+        max_new_tokens=workload.new_tokens,
+        ignore_eos=True,
     )  # a list of prompts gives a list
     return answers[0].metrics
 

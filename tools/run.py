@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.runtime.errors import UserError
+
 if TYPE_CHECKING:
     from secateur.runtime.results import Generation
 
@@ -18,6 +20,14 @@ def run(
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="An image file; repeat for more, row by row.")
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="A directory of frames, a GIF, .npy [frames, height, width, 3], or, with PyAV, any file."),
+    ] = None,
+    video_fps: Annotated[
+        float | None, typer.Option(help="Frames a second of videos that do not say it, such as directories.")
+    ] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A WAV file; of a video, its sound.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, tokens and metrics as JSON.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
@@ -30,20 +40,25 @@ def run(
     threads: Annotated[int | None, typer.Option(help="Threads per operator; all cores if not given.")] = None,
     full_check: Annotated[bool, typer.Option("--full-check", help="Also hash the weights before running.")] = False,
 ) -> list[Any]:
-    """Answer a prompt about an image.
+    """Answer a prompt about images, a video or sound.
 
-    A prompt that does not name its images is put into the checkpoint's chat template behind them.
+    `secateur inspect` says what a bundle takes. A prompt that does not name its media is put into the checkpoint's chat
+    template behind them. Images and frames are resized to the compiled size, frames chosen evenly, sound resampled.
     With --stream and --json every piece is a line of JSON, and the last line is the result.
 
     \b
       secateur run BUNDLE --image photo.png --prompt "What is in the picture?" --stream
+      secateur run BUNDLE --video frames/ --video-fps 25 --audio sound.wav --prompt "What happens?"
     """
     from secateur.runtime.session import Session
 
     with Session(bundle, threads=threads, verify="full" if full_check else "graphs") as session:
         pieces = session.stream(
             list(prompt),
-            _images_per_row(list(image or []), len(prompt)),
+            _per_row("image", list(image or []), prompt),
+            _per_row("video", list(video or []), prompt),
+            _per_row("audio", list(audio or []), prompt),
+            video_fps=video_fps,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -81,10 +96,14 @@ def describe(answer: Generation) -> dict[str, Any]:
     }
 
 
-def _images_per_row(images: list[Path], rows: int) -> list[list[Path]]:
-    """Deal images out in order; a number that does not divide is left to the session's own message."""
-    each = -(-len(images) // rows)
-    return [images[row * each : (row + 1) * each] for row in range(rows)]
+def _per_row(kind: str, files: list[Path], prompts: list[str]) -> list[list[Path]]:
+    """Deal files out in order; images of a number that does not divide are left to the session's own message."""
+    if kind != "image" and len(files) > len(prompts):
+        raise UserError(
+            f"{len(files)} files for {len(prompts)} prompt(s)", where=f"--{kind}", fix="a prompt takes one at most"
+        )
+    each = -(-len(files) // len(prompts))
+    return [files[row * each : (row + 1) * each] for row in range(len(prompts))]
 
 
 def _summarize(answers: list[Generation]) -> None:

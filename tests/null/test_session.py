@@ -144,7 +144,7 @@ def test_placeholders_are_counted(session: Session, image: Image.Image) -> None:
     inputs = session.processor(["<image>what"], [[image]])
     request, ids, length = session.request(), inputs.input_ids, int(inputs.lengths[0])
     request.encode(inputs.pixel_values)
-    needs = "a row needs 3, one for each visual token"
+    needs = "a row needs 3, one for each token of 1 image.s. of 8x8 that is left, all before its end"
     for place, token, says in (
         (1, 50, f"row 0 has 2 placeholders .token 3. and 0 in its padding; {needs}"),
         (length - 2, 3, f"row 0 has 4 placeholders .token 3. and 0 in its padding; {needs}"),
@@ -156,7 +156,7 @@ def test_placeholders_are_counted(session: Session, image: Image.Image) -> None:
             request.prefill(wrong, inputs.lengths)
     wrong = ids.copy()
     wrong[0, [1, length - 1]] = (50, 3)
-    with pytest.raises(UserError, match="row 0 ends with its image; put text"):
+    with pytest.raises(UserError, match="row 0 ends with its media; put text"):
         request.prefill(wrong, inputs.lengths)
 
 
@@ -165,14 +165,18 @@ def test_decode_before_prefill_and_wrong_arrays(session: Session, image: Image.I
     with pytest.raises(UserError, match="decode before prefill"):
         session.decode(request, np.array([1]))
     inputs = session.processor(["<image>what"], [[image]])
-    with pytest.raises(UserError, match=r"shape \[1, 3, 4, 4\] for an input of \[1, 3, 8, 8\]"):
+    with pytest.raises(UserError, match=r"encode: pixel_values has shape \[1, 3, 4, 4\]; give \[1, 3, 8, 8\]"):
         request.encode(inputs.pixel_values[:, :, :4, :4])
+    with pytest.raises(UserError, match="pixel_values is <U4, not numbers"):
+        request.encode(np.array(["what"]))
+    with pytest.raises(UserError, match="input_features, but no sound; a row of this bundle holds 1 image"):
+        request.encode(inputs.pixel_values, inputs.pixel_values)
     request.encode(inputs.pixel_values)
     with pytest.raises(UserError, match="a row of 28 tokens, the bundle was compiled for 27"):
         request.prefill(inputs.input_ids, np.array([28]))
     with pytest.raises(UserError, match="do not fit the geometry"):
         request.prefill(inputs.input_ids, np.array([3, 3]))
-    with pytest.raises(UserError, match="an array of shape"):
+    with pytest.raises(UserError, match=r"prefill: input_ids has shape \[1, 5\]; give \[1, 27\]"):
         request.prefill(inputs.input_ids[:, :5], inputs.lengths)
 
 

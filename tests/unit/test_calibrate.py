@@ -22,7 +22,7 @@ from secateur.passes.recipe_file import load_recipe, recipe_from_yaml, recipe_to
 from secateur.passes.vocabulary import bind_stage
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import read_manifest
-from secateur.runtime.processing import Processor
+from secateur.runtime.processing import Processor, RowMedia
 from secateur.tools import cli
 
 from . import tiny_model
@@ -69,7 +69,7 @@ def scores(model_dir: Callable[..., Path], data: Path) -> Iterator[list[tuple[to
         hook = oracle.layers[site].register_forward_pre_hook(take)
         processor = Processor(model_dir(), outline(job))
         ids = processor.encode(question.text)
-        pixels = torch.from_numpy(np.stack([processor.pixel_values(question.images[0])]))
+        pixels = torch.from_numpy(processor.tower_input(RowMedia(question.images[:1]))[0])
         run = oracle.run(ids, pixels)
         hook.remove()
         rows.append((run.score["stage0"][0], found[0]))

@@ -136,7 +136,7 @@ def test_conversations_encode_as_the_processor_encodes_them(demo_processor: Any,
         given, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
     )
     prompts = Prompts(DEMO, demo_processor.image_token, demo_processor.image_token_id)
-    text, special = prompts.render(messages, images=1)
+    text, special = prompts.render(messages, ["image"])
     ids = prompts.encode(text, special)
     patches = int((want["input_ids"][0] == demo_processor.image_token_id).sum())
     expanded = [t for i in ids for t in [i] * (patches if i == demo_processor.image_token_id else 1)]
@@ -152,7 +152,7 @@ def test_plain_prompts_encode_as_the_processor_encodes_them(demo_processor: Any)
     image = Image.new("RGB", (112, 112))
     want = demo_processor(text=text, images=image, return_tensors="np")["input_ids"][0].tolist()
     prompts = Prompts(DEMO, demo_processor.image_token, demo_processor.image_token_id)
-    ids = prompts.encode(*prompts.render(text, images=1))
+    ids = prompts.encode(*prompts.render(text, ["image"]))
     patches = want.count(demo_processor.image_token_id)
     assert [t for i in ids for t in [i] * (patches if i == demo_processor.image_token_id else 1)] == want
     assert prompts.decode(want) == demo_processor.decode(want, skip_special_tokens=True)

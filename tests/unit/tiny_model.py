@@ -75,8 +75,13 @@ def make_model(directory: Path, seed: int) -> Any:
     """The Hugging Face model of a configuration, in float32, every parameter drawn at random."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    source = torch.Generator().manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32).eval()
+    return draw_weights(model, seed)
+
+
+def draw_weights(model: Any, seed: int) -> Any:
+    """The model with every parameter drawn at random."""
+    source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -99,15 +104,15 @@ def write_processor(directory: Path) -> None:
     tokenizer.add_special_tokens(list(NAMES))
     tokenizer.save(str(directory / "tokenizer.json"))
     words = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}
-    _write_json(directory, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **words})
-    _write_json(directory, "preprocessor_config.json", _PIXELS)
+    write_json(directory, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **words})
+    write_json(directory, "preprocessor_config.json", _PIXELS)
     layout = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    _write_json(
+    write_json(
         directory, "processor_config.json", {"processor_class": "LlavaProcessor", "image_token": "<image>", **layout}
     )
-    _write_json(directory, "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
+    write_json(directory, "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
     (directory / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def _write_json(directory: Path, name: str, content: dict[str, Any]) -> None:
+def write_json(directory: Path, name: str, content: dict[str, Any]) -> None:
     (directory / name).write_text(json.dumps(content, indent=1))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import SecateurError, UserError
+from secateur.runtime.processing import RowMedia
 from secateur.runtime.request import Request
 from secateur.runtime.session import Session
 from secateur.tools.sweep.data import Question
@@ -95,9 +96,9 @@ def choose_patches(ranking: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def read_pixels(session: Session, question: Question) -> NDArray[np.float32]:
-    """The question's images for the vision program, float32 [n, 3, H, W]."""
+    """The question's images for the vision program, float32 [n, 3, H, W] or patches."""
     try:
-        return np.stack([session.processor.pixel_values(image) for image in question.images])
+        return session.processor.tower_input(RowMedia(question.images))[0]
     except SecateurError as error:
         raise UserError(str(error), where=f"{question.where}: image") from error
 

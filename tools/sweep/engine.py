@@ -159,7 +159,7 @@ class Engine:
     def _time(self, session: Session, unpruned: Session) -> dict[str, Any]:
         """Median seconds of vision and prefill, and how many times less than the unpruned model's, run in turn."""
         question = self.questions.asked[0]
-        workload = Workload([question.text], [list(question.images)], 1)
+        workload = Workload([question.text], [list(question.images)], new_tokens=1)
         samples = time_bundles([unpruned, session], [workload, workload], repeat=self.repeat, warmup=2)
         whole, own = ({name: s.summary()[name]["p50"] for name in TIMED} for s in samples)
         ratios = {name: whole[name] / own[name] for name in TIMED}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.runtime.errors import UserError
+from secateur.tools.geometry import ImageSize, read_size
 
 if TYPE_CHECKING:
     from secateur.tools.sweep.data import Questions
@@ -29,7 +30,10 @@ def sweep(
     ] = "keep",
     questions: Annotated[int | None, typer.Option(min=1, help="Ask the first N; all if not given.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 16,
-    text_tokens: Annotated[int, typer.Option(help="Room for every token of the prompt that is no image patch.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(help="Room for every token of the prompt that stands for no image, video or sound.")
+    ] = 64,
+    image_size: ImageSize = None,
     oracle: Annotated[
         bool, typer.Option(help="Demo set only: also ask with the best patches kept, which nothing can beat.")
     ] = False,
@@ -54,8 +58,8 @@ def sweep(
     """
     report = run_sweep(
         model_dir, data, recipes=recipes.split(","), keeps=_read_ratios(keeps), budget=budget, questions=questions,
-        new_tokens=new_tokens, text_tokens=text_tokens, oracle=oracle, repeat=repeat, out=out, fresh=fresh,
-        threads=threads,
+        new_tokens=new_tokens, text_tokens=text_tokens, image_size=read_size(image_size), oracle=oracle, repeat=repeat,
+        out=out, fresh=fresh, threads=threads,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
@@ -80,6 +84,7 @@ def run_sweep(
     questions: int | None = None,
     new_tokens: int = 16,
     text_tokens: int = 64,
+    image_size: tuple[int, int] | None = None,
     oracle: bool = False,
     repeat: int = 10,
     out: Path = Path("sweep"),
@@ -103,7 +108,7 @@ def run_sweep(
     asked = read_questions(data, questions)
     if oracle and any(question.ranking is None for question in asked.asked):
         raise UserError("nobody knows the best patches of these questions", where="--oracle", fix="leave it out")
-    geometry = Geometry(batch=1, images=asked.images, text_tokens=text_tokens, new_tokens=new_tokens)
+    geometry = Geometry(1, asked.images, text_tokens, new_tokens, image_size)
     bundles = Bundles(model_dir, geometry, out)
     cells: list[Cell] = list_cells(chosen, keeps, oracle=oracle, budget=budget)  # type: ignore[arg-type]
     for cell in cells:

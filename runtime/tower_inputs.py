@@ -1,0 +1,140 @@
+"""What the vision program reads for one row: pixels of images of one size, or patches of any, and features of sound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from secateur.runtime.audio import AudioPipeline
+from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.images import ImageLike, ImagePipeline, read_rgb
+from secateur.runtime.patches import Grid, PatchPipeline
+from secateur.runtime.prompts import read_json
+from secateur.runtime.row_media import RowMedia
+from secateur.runtime.schema import Manifest
+from secateur.runtime.video import FrameSampler
+
+_log = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+
+
+class TowerInputs(Protocol):
+    """The images, video and sound of a row, of which there are as many as the bundle was compiled for."""
+
+    def __call__(self, media: RowMedia) -> tuple[Floats, Floats | None]:
+        """``pixel_values`` and ``input_features`` of one row; of all rows they lie one after the other."""
+
+
+def open_tower_inputs(directory: Path, manifest: Manifest) -> TowerInputs:
+    """By the processor files of a bundle. Raises UserError for what they say that is not supported."""
+    if manifest.media is None:
+        return PixelInputs(directory, manifest)
+    return PatchInputs(directory, manifest)
+
+
+class PixelInputs:
+    """Images of the size that the checkpoint's processor makes of all: float32 [n, 3, H, W]."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        sizes = manifest.geometry
+        self.size = (sizes.image_height, sizes.image_width)
+        config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
+        self.images = ImagePipeline.from_config(config)
+        if self.images.output_size not in (None, self.size):
+            raise BundleError(
+                f"the image processor makes {self.images.output_size}, the bundle was compiled for {self.size}",
+                where=f"{directory}: preprocessor_config.json",
+                fix="compile the bundle again",
+            )
+
+    def __call__(self, media: RowMedia) -> tuple[Floats, None]:
+        return np.stack([self._read(image) for image in media.images]), None
+
+    def _read(self, image: ImageLike) -> Floats:
+        pixels = self.images(image)
+        if pixels.shape != (3, *self.size):
+            raise UserError(
+                f"the image is {pixels.shape[1]}x{pixels.shape[2]} after processing, "
+                f"the bundle was compiled for {self.size[0]}x{self.size[1]}",
+                fix="check size and crop_size in preprocessor_config.json",
+            )
+        return pixels
+
+
+class PatchInputs:
+    """Images or a video cut into patches, float32 [patches, values], and sound, float32 [1, mel bins, frames].
+
+    What transformers would resize to another size than the compiled one is resized to the compiled one, with a warning
+    once.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        sizes = manifest.geometry
+        self.size = (sizes.image_height, sizes.image_width)
+        self.frames = FrameSampler.from_config(_read_config(directory, "video"), sizes.frames, sizes.fps)
+        config = _read_config(directory, "video" if sizes.frames else "image")
+        self.patches = PatchPipeline.from_config(config, video=bool(sizes.frames))
+        edge, grids = self.patches.patch, sizes.frames // self.patches.temporal or 1
+        self.grid: Grid = (grids, self.size[0] // edge, self.size[1] // edge)
+        expected = sizes.tokens_per_image * (sizes.images if sizes.frames else 1)
+        if any(side % edge for side in self.size) or self.patches.tokens(self.grid) != expected:
+            raise BundleError(
+                f"the image processor cuts patches of {edge} pixels and merges {self.patches.merge}x"
+                f"{self.patches.merge} of them, the bundle was compiled for {expected} tokens",
+                where=f"{directory}: preprocessor_config.json",
+                fix="compile the bundle again",
+            )
+        self.sound: AudioPipeline | None = None
+        if sizes.audio_seconds:
+            self.sound = AudioPipeline.from_config(_read_config(directory, "audio"), sizes.audio_seconds)
+        self._told = False
+
+    def __call__(self, media: RowMedia) -> tuple[Floats, Floats | None]:
+        seen = [self._image(image) for image in media.images]
+        for video in media.videos:
+            frames = self.frames(video, media.video_fps)
+            self._compare("video", frames[0], len(frames))
+            seen.append(self.patches.video(frames, self.grid))
+        heard = None
+        if self.sound is not None:
+            heard = np.stack([self.sound(clip, media.audio_rate) for clip in media.audio])
+        return np.concatenate(seen), heard
+
+    def _image(self, image: ImageLike) -> Floats:
+        rgb = read_rgb(image)
+        self._compare("image", rgb)
+        return self.patches(rgb, self.grid)
+
+    def _compare(self, kind: str, image: Image.Image, frames: int | None = None) -> None:
+        """Warn where transformers would choose another size."""
+        _, rows, columns = self.patches.native_grid(image.height, image.width, frames)
+        if self._told or (rows, columns) == self.grid[1:] or not self.patches.resize:
+            return
+        self._told = True
+        edge, (height, width) = self.patches.patch, self.size
+        _log.warning(
+            "transformers would show the model this %s as %dx%d; it is resized to the %dx%d that the bundle was "
+            "compiled for",
+            kind, rows * edge, columns * edge, height, width,
+        )  # fmt: skip
+
+
+def _read_config(directory: Path, kind: str) -> dict[str, Any]:
+    """The file that says how media of a kind are processed: its own, or one for several kinds."""
+    whole = read_json(directory / "processor_config.json")
+    part = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}[kind]
+    named: Sequence[str] = ("preprocessor_config.json",)
+    if kind == "video":
+        named = ("video_preprocessor_config.json",) if part in whole else ("video_preprocessor_config.json", *named)
+    for name in named:
+        found = read_json(directory / name)
+        if found and (kind != "audio" or "feature_extractor_type" in found):
+            return found
+    return whole

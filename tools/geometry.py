@@ -1,0 +1,49 @@
+"""Options of several verbs that say what a prompt holds, and the geometry they come to."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from secateur.runtime.errors import UserError
+
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HxW",
+        help="Height and width in pixels that every image or frame is resized to, for models that take any "
+        "(Qwen2.5); fewer pixels are fewer tokens. 448x448 if not given.",
+    ),
+]
+Frames = Annotated[int, typer.Option(help="One video per prompt instead of images: this many frames, chosen evenly.")]
+Fps = Annotated[
+    float, typer.Option(help="Frames of the video in a second: 16 frames at 2 are 8 seconds. Times follow from it.")
+]
+AudioSeconds = Annotated[
+    int, typer.Option(help="Seconds of sound per prompt, for models that hear (Qwen2.5-Omni); 0 for none.")
+]
+AudioInVideo = Annotated[
+    bool,
+    typer.Option(
+        help="Whether the sound is the video's own and lies between its frames, or follows them as a clip of its own."
+    ),
+]
+
+
+def read_geometry(image_size: str | None, **sizes: Any) -> Any:
+    """A ``Geometry``; other arguments are its fields. Raises UserError for sizes that do not fit each other."""
+    from secateur.compiler.pipeline import Geometry
+
+    return Geometry(image_size=read_size(image_size), **sizes)
+
+
+def read_size(text: str | None) -> tuple[int, int] | None:
+    """``448x336`` as (height, width); None for None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text.strip().lower())
+    if match is None:
+        raise UserError(f"{text!r} is no size", where="--image-size", fix="give height and width, such as 448x448")
+    return int(match[1]), int(match[2])

@@ -132,8 +132,8 @@ def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], fa
         )
     if facts.tiles is not None and not planned.observes:
         raise UserError(
-            f"no stage can choose at {planned.site}: the tokens of an image's tiles are put together behind it, without "
-            "those of the padding, and which of them a stage leaves is not known before it runs",
+            f"no stage can choose at {planned.site}: the tokens of an image's tiles are put together behind it, "
+            "without those of the padding, and which of them a stage leaves is not known before it runs",
             where=planned.name,
             available=["decoder.layer[k]"],
             fix="use a recipe whose stages choose in the decoder, such as fastv",

@@ -164,6 +164,7 @@ class GeometrySizes(_Frozen):
     tiles: Count = 0
     """Grids the tower reads of one image that is cut into tiles, the whole in small among them; 0 where an image is
     one grid. The extra rows then stand between its tokens, each behind a row of the image."""
+    tokens_per_tile: Count = 0
     sequence: Size
     frames: Count = 0
     """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames, or is
@@ -293,7 +294,9 @@ class Manifest(_Frozen):
     @property
     def items(self) -> list[str]:
         """Kinds of a row's media in the order of its prompt, one for each placeholder."""
-        return ["image"] * self.geometry.images if self.media is None else [item.kind for item in self.media.items]
+        if self.media is not None:
+            return [item.kind for item in self.media.items]
+        return ["video"] if self.geometry.frames else ["image"] * self.geometry.images
 
     @property
     def shown(self) -> str:

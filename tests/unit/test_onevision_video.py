@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from secateur.compiler import pipeline
 from secateur.compiler.bundle import outline
@@ -94,6 +95,23 @@ def test_an_unpruned_bundle_answers_as_transformers_does(source: Path, bundle: P
         for step, logits in enumerate(want.logits):
             np.testing.assert_allclose(seen[step][row], logits[0].numpy(), rtol=0, atol=1e-4)
         assert len(set(want.sequences[0, -NEW:].tolist())) > 2
+
+
+def test_a_session_reads_frames_of_the_towers_size(bundle: Path) -> None:
+    """Resized without padding, each as an image of its own would be."""
+    frames = np.random.default_rng(1).integers(0, 256, (FRAMES, 20, 45, 3), dtype=np.uint8)
+    with Session(bundle, threads=1) as session:
+        inputs = session.processor(["<video>what?", "tell <video> more"], videos=[[frames], [frames]])
+        assert inputs.prompt_ids(0).count(IMAGE) == SEEN + 1
+        assert inputs.pixel_values.shape == (2 * FRAMES, 3, SIDE, SIDE)
+        resized = Image.fromarray(frames[2]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        mean, std = np.array([[[0.5]], [[0.4]], [[0.3]]]), 0.25
+        want = (np.asarray(resized).transpose(2, 0, 1) / 255 - mean) / std
+        np.testing.assert_allclose(inputs.pixel_values[2], want, rtol=0, atol=1e-5)
+        answers = session.generate(["<video>what?", "tell <video> more"], videos=[[frames], [frames]], max_new_tokens=2)
+        assert [len(answer.tokens) for answer in answers] == [2, 2]
+        with pytest.raises(UserError, match=r"1 image\(s\), the bundle was compiled for a video"):
+            session.processor(["<video>a", "<video>b"], [[Image.new("RGB", (9, 9))]] * 2)
 
 
 def test_the_manifest_counts_a_video_as_one_item(bundle: Path) -> None:

@@ -382,6 +382,11 @@ class _Walk:
     ) -> None:
         self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
         self.prunable = prunable
+        facts = oracle.job.source.vision
+        self.question: Tensor | None = None
+        if facts.tiles is not None:  # counted in the whole prompt
+            behind = int(prunable[0].nonzero()[-1]) + facts.rows_behind
+            self.question = torch.tensor([prunable.shape[1] - 1 - behind])
         self.tables: tuple[Tensor, ...] | None = None
         stages = oracle.job.decoder_stages
         self.stages = {s.planned.site.layer: (i, s) for i, s in enumerate(stages)}
@@ -443,6 +448,7 @@ class _Walk:
             self.state,
             self.entered,
             self.oracle.job.source.vision.rows_behind,
+            self.question,
         )
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None

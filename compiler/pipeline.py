@@ -127,7 +127,7 @@ def _decoder_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     layers = job.source.family.decoder_layers
     prefill = insert_decoder_stages(
         programs["prefill_decoder"], job.decoder_stages, layers, job.geometry.batch, job.sequence, job.carries,
-        job.source.vision.rows_behind,
+        job.source.vision.rows_behind, job.source.vision.tiles is not None,
     )  # fmt: skip
     decode = programs["decode_decoder"]
     if job.plan.recipe.positions == "compact":

@@ -32,20 +32,6 @@ def check_stages(stages: Sequence[StageFunction], facts: VisionFacts, audio: Vis
             _check_tower_stage(stage, [s for s in stages[:index] if s.planned.site.kind == "audio.out"], audio)
         elif not planned.site.kind.startswith("decoder"):
             _check_tower_stage(stage, stages[:index], facts)
-        elif facts.tiles is not None and any(not s.planned.observes for s in stages[:index]):
-            _check_question(stage)
-
-
-def _check_question(stage: StageFunction) -> None:
-    """Rows between the tokens of an image stay where the tokens around them went: how many of them stand behind the
-    last token that is left, and before the question, is then not known."""
-    if "text_rows" in stage.signals and stage.signal_options["text_rows"]["which"] == "question":
-        raise UserError(
-            "signal 'text_rows' cannot tell the question from the rows between an image's tokens, of which earlier "
-            "stages removed some",
-            where=stage.planned.name,
-            fix="let the first stage that prunes use it, or give it which: all",
-        )
 
 
 def _check_exit(stage: StageFunction) -> None:

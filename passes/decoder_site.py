@@ -30,6 +30,7 @@ class DecoderSite:
     last: Node
     length: int
     extra_rows: int
+    question: Node | None = None
 
     def __post_init__(self) -> None:
         self.graph = self.module.graph
@@ -146,11 +147,13 @@ class DecoderSite:
             "columns": torch.zeros(batch, count, dtype=torch.int64),
             "texts": torch.zeros(batch, self.length - count, dtype=torch.int64),
         }
-        fixed = len(feed)
         ports: dict[str, Node] = {
             "hidden": hidden, "prunable": prunable, "last": self.last,
             "columns": self.slots["visual"], "texts": self.slots["text"],
         }  # fmt: skip
+        if self.question is not None and "text_rows" in stage.signals:
+            feed["question"], ports["question"] = torch.zeros(batch, dtype=torch.int64), self.question
+        fixed = len(feed)
         for name, node in state.items():
             feed[name] = torch.zeros(batch, count, dtype=torch.int64 if name == "source" else torch.float32)
             ports[name] = node
@@ -175,6 +178,7 @@ class DecoderSite:
                 held,
                 entered,
                 self.extra_rows,
+                given.get("question"),
             )
             reduced = reduce_sequence(stage, seen, given["prunable"], tracked)
             left = [reduced.state[n] for n in passed]

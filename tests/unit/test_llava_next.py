@@ -52,7 +52,7 @@ def their_processor(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("next") / "model", layers=5)
+    return write_model(tmp_path_factory.mktemp("next") / "model", layers=8)
 
 
 # -- the processor ----------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_an_unpruned_bundle_answers_as_transformers_does(source: Path, tmp_path:
     ("geometry", "names"),
     [
         (Geometry(batch=2, images=2, image_size=(40, 50), text_tokens=TEXT, new_tokens=4), ("none", "fastv")),
-        (Geometry(batch=1, image_size=(90, 20), text_tokens=TEXT, new_tokens=4), ("pyramiddrop", "dart")),
+        (Geometry(batch=1, image_size=(90, 20), text_tokens=TEXT, new_tokens=4), ("fitprune", "sparsevlm")),
     ],
 )
 def test_pruned_programs_are_the_oracles(source: Path, geometry: Geometry, names: tuple[str, ...]) -> None:

@@ -164,7 +164,7 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
     """Read everything off the pruned programs and those of the same model and geometry without the recipe."""
     job = pruned.job
     recipe, source = job.plan.recipe, job.source
-    extra = source.vision.extra_rows * source.vision.frames
+    extra = source.vision.extra_rows * source.vision.items
     fixed = job.geometry.text_tokens + extra
     segments = [s for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
     programs, whole = pruned.programs, unpruned.programs

@@ -56,7 +56,7 @@ class Geometry:
             images=1 if sizes.frames else sizes.images,
             text_tokens=sizes.text_tokens,
             new_tokens=sizes.new_tokens,
-            image_size=None if media is None else (sizes.image_height, sizes.image_width),
+            image_size=None if media is None and not sizes.tiles else (sizes.image_height, sizes.image_width),
             frames=sizes.frames,
             fps=sizes.fps or cls.fps,
             audio_seconds=sizes.audio_seconds,

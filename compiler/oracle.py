@@ -89,7 +89,7 @@ class Oracle:
         greedy: int = 0,
         input_features: Tensor | None = None,
     ) -> RowRun:
-        """One row. ``input_ids`` as prefill receives it (P + E placeholders per image, no padding); pixels
+        """One row. ``input_ids`` as prefill receives it (P + E placeholders per item, no padding); pixels
         ``[n,3,H,W]`` or whatever the tower reads, ``input_features`` what the tower reads that hears.
 
         ``forced_tokens`` are decoded one after the other; ``forced_kept`` replaces the choice of
@@ -177,7 +177,8 @@ class Oracle:
                 planes[:] = [thin.thin(plane) for plane in planes]
             return torch.cat([head, thin.tokens], 1)
 
-        if self.family.vision_reference is not None:
+        if facts.projector_merges:
+            assert self.family.vision_reference is not None
             record.calls.clear()
             features, *planes[:] = self.family.vision_reference(self.model, pixel_values, facts)
             for index in range(len(stages)):
@@ -208,8 +209,11 @@ class Oracle:
             self.carried = state["carried"].reshape(1, -1)
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
-            behind = added.reshape(-1, features.shape[-1]).expand(len(features), -1, -1)
+            features = features.reshape(facts.items, -1, features.shape[-1])
+            behind = added.reshape(-1, features.shape[-1]).expand(facts.items, -1, -1)
             features = torch.cat([features, behind], 1)
+            if facts.tiles is not None:  # the row that was put last has the index -1
+                features = features[:, list(facts.tiles.order)]
         row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
@@ -308,7 +312,7 @@ class Oracle:
     def _positions_of_patches(self, image: Tensor, row: RowRun) -> Tensor:
         """Position ids of a row's slots, counted one by one."""
         facts = self.job.source.vision
-        per_image, whole = self.job.features_per_image, facts.tokens_per_image + facts.extra_rows
+        per_item, whole = self.job.features_per_item, facts.tokens_per_item + facts.extra_rows
         kept = torch.arange(facts.tokens_per_row)
         for stage in self.job.vision_stages:
             if stage.planned.name in row.kept:
@@ -316,14 +320,14 @@ class Oracle:
         text, seen, positions = 0, 0, []
         for flag in image.tolist():
             if not flag:
-                positions.append(text + seen // per_image * whole)
+                positions.append(text + seen // per_item * whole)
                 text += 1
                 continue
-            number, place = divmod(seen, per_image)
-            if place < self.job.kept_per_image:
-                patch = int(kept[number * self.job.kept_per_image + place]) - number * facts.tokens_per_image
+            number, place = divmod(seen, per_item)
+            if place < self.job.kept_per_item:
+                patch = int(kept[number * self.job.kept_per_item + place]) - number * facts.tokens_per_item
             else:
-                patch = facts.tokens_per_image + place - self.job.kept_per_image
+                patch = facts.tokens_per_item + place - self.job.kept_per_item
             positions.append(text + number * whole + patch)
             seen += 1
         return torch.tensor(positions)
@@ -387,8 +391,10 @@ def mark_prunable(job: Job, image: Tensor) -> Tensor:
     """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows."""
     prunable, extra = image.clone(), job.source.vision.extra_rows
     if extra:
-        slots = image[0].nonzero()[:, 0].reshape(job.source.vision.frames, -1)
-        prunable[0, slots[:, -extra:].flatten()] = False
+        slots = image[0].nonzero()[:, 0].reshape(job.source.vision.items, -1)
+        tiles = job.source.vision.tiles
+        added = slots[:, -extra:] if tiles is None else slots[:, torch.tensor(tiles.order) < 0]
+        prunable[0, added.flatten()] = False
     return prunable
 
 
@@ -401,6 +407,11 @@ class _Walk:
         self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
         self.prunable = prunable
         self.block_ids: Tensor | None = None
+        facts = oracle.job.source.vision
+        self.question: Tensor | None = None
+        if facts.tiles is not None:  # counted in the whole prompt
+            behind = int(prunable[0].nonzero()[-1]) + facts.rows_behind
+            self.question = torch.tensor([prunable.shape[1] - 1 - behind])
         self.slots: Tensor | None = None
         """Which of the prompt's slots are left, ``[L']``; None: all."""
         self.tables: list[tuple[Tensor, ...]] = []
@@ -481,8 +492,8 @@ class _Walk:
         columns, texts = locate(self.prunable, int(self.prunable.sum()))
         raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
         blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
-        extra_rows = self.oracle.job.source.vision.extra_rows
-        seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered, extra_rows, blocks)
+        seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered,
+                            self.oracle.job.source.vision.rows_behind, blocks, self.question)  # fmt: skip
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None
         watch: list[Seen] = []

@@ -42,7 +42,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
             fix="leave --keep out or choose a recipe",
         )
     source = source.at(geometry)
-    if source.vision.packed:
+    if source.vision.projector_merges:
         recipe = _behind_projector(recipe)
     if source.audio is not None and keep is None and recipe.rates is not None:
         # The published setting names a mean of its own for what is seen and for what is heard.
@@ -51,6 +51,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         recipe,
         keep=keep,
         images=source.vision.frames,
+        tiles=None if source.vision.tiles is None else (source.vision.items, source.vision.tokens_per_item),
         tokens_per_image=source.vision.tokens_per_image,
         media=source.media,
         audio=source.audio,
@@ -78,7 +79,7 @@ def choose_keep(source: Source, geometry: Geometry, recipe: Recipe, budget: Budg
         return budget.keep
     source = source.at(geometry)
     tokens = source.vision.tokens_per_row + source.audio_tokens
-    fixed = geometry.text_tokens + source.vision.extra_rows * source.vision.frames
+    fixed = geometry.text_tokens + source.vision.extra_rows * source.vision.items
     keep = solve_budget(
         budget,
         lambda ratio: plan_for(source, geometry, recipe, ratio if recipe.stages else None),

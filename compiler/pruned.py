@@ -42,14 +42,21 @@ class Job:
         return int(self.vision_stages[-1].planned.length_out)
 
     @property
-    def features_per_image(self) -> int:
-        """P + E: placeholders of one image in the prompt as prefill receives it."""
-        return self.kept_per_image + self.source.vision.extra_rows
+    def kept_per_item(self) -> int:
+        """Visual tokens of one item (an image, or a video with extra rows of its own) that reach the decoder."""
+        if not self.removes_before_decoder:
+            return self.source.vision.tokens_per_item
+        return self.kept_per_image * self.source.vision.grids_per_item
+
+    @property
+    def features_per_item(self) -> int:
+        """P + E: placeholders of one item in the prompt as prefill receives it."""
+        return self.kept_per_item + self.source.vision.extra_rows
 
     @property
     def features_per_row(self) -> int:
-        """F: tokens of a row's media that reach the decoder, the images' extra rows included."""
-        return self.features_per_image * self.source.vision.frames + self.source.audio_tokens
+        """F: tokens of a row's media that reach the decoder, the items' extra rows included."""
+        return self.features_per_item * self.source.vision.items + self.source.audio_tokens
 
     @property
     def media_order(self) -> tuple[int, ...]:
@@ -63,7 +70,7 @@ class Job:
         """Tokens of every item of a row's media that enter the decoder."""
         media = self.source.media
         if media is None:
-            return [self.features_per_image] * self.source.vision.frames
+            return [self.features_per_item] * self.source.vision.items
         whole, left = self.source.vision.tokens_per_image, self.kept_per_image
         sizes, runs = [], list(media.runs)
         for item in media.items:

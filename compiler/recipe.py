@@ -309,6 +309,7 @@ def plan_recipe(
     vision_running: int | None = None,
     media: MediaLayout | None = None,
     audio: Tokens | None = None,
+    tiles: tuple[int, int] | None = None,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
 
@@ -319,7 +320,8 @@ def plan_recipe(
     Raises NothingLeftError where that rounds to no token. ``grid`` is an image's rows and columns of tokens,
     ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how
     the tokens of several media lie, ``audio`` which of them are heard: those reach the decoder as they are, beside
-    what the stages before it leave of what is seen.
+    what the stages before it leave of what is seen. ``tiles`` is (images, tokens of one that reach the decoder
+    unpruned) where the ``images`` of the tower are tiles, which the decoder no longer tells apart.
     """
     keep = recipe.default_keep if keep is None else keep
     if audio is None:
@@ -358,6 +360,14 @@ def plan_recipe(
                         where=f"recipe {recipe.name}",
                         fix="use scope 'whole' in the decoder, or compile without sound",
                     )
+            if tiles is not None and site.kind == "decoder.layer":
+                if any(not stage.observes for stage in stages):
+                    raise UserError(
+                        "a stage chose among the tokens of single tiles", where=f"recipe {recipe.name}",
+                        fix="use a recipe whose stages choose in the decoder",
+                    )  # fmt: skip
+                (images, length), whole = tiles, False
+                groups, entered, reaching, tiles = images, images * length, length, None
             groups, length = _regroup(recipe, index, site, groups, length, images)
             count = _count_left(recipe, index, fraction, entered // groups, length)
             inside = site.kind.startswith("decoder")

@@ -141,9 +141,9 @@ class _Reference:
     def __init__(self, job: Job, model: nn.Module, item: RowInput) -> None:
         self.job, self.oracle = job, Oracle(job, model)
         image_token, facts = job.source.config.image_token_id, job.source.vision
-        placeholders = sum(token == image_token for token in item.input_ids) // job.geometry.images
-        assert placeholders <= facts.tokens_per_image + facts.extra_rows, "an image has as many slots at most"
-        self.item = respace(item, image_token, placeholders, job.features_per_image)
+        placeholders = sum(token == image_token for token in item.input_ids) // facts.items
+        assert placeholders <= facts.tokens_per_item + facts.extra_rows, "an item has as many slots at most"
+        self.item = respace(item, image_token, placeholders, job.features_per_item)
         self.entered = self.enter({})
 
     @property
@@ -197,10 +197,13 @@ class _Walk:
     def run(self) -> RowRun:
         pixels = torch.from_numpy(self.reference.item.pixel_values)
         vision = self._call("vision", {"pixel_values": pixels.repeat(self.batch, 1, 1, 1)})
-        features = vision["features"].reshape(self.batch * self.job.geometry.images, -1, vision["features"].shape[-1])
+        items = self.batch * self.job.source.vision.items
+        features = vision["features"].reshape(items, -1, vision["features"].shape[-1])
         if "extra_rows" in self.programs.programs:
             extra = self._call("extra_rows", {})["rows"]
             features = torch.cat([features, extra.expand(len(features), -1, -1)], 1)
+            if (tiles := self.job.source.vision.tiles) is not None:
+                features = features[:, list(tiles.order)]
         self.row.features = features.reshape(self.batch, -1, features.shape[-1])[0]
         self._note_kept(vision)
         if "prefill" in self.programs.programs:
@@ -210,7 +213,7 @@ class _Walk:
         return self.row
 
     def _run_joined(self, vision: Mapping[str, Tensor]) -> None:
-        patches = torch.arange(self.job.source.vision.tokens_per_image * self.job.geometry.images)
+        patches = torch.arange(self.job.source.vision.tokens_per_row)
         for kept in self.row.kept.values():
             patches = patches[kept]
         feed = {**vision, "input_ids": self.ids, "lengths": torch.tensor([self.length]), "kept": patches[None]}

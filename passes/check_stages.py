@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from secateur.compiler.families.family import VisionFacts
 from secateur.passes.signals import NEED_CLS, attends_in_tower
 from secateur.passes.stage import StageFunction
-from secateur.passes.units import sides
+from secateur.passes.units import Pooled, sides
 from secateur.runtime.errors import UserError
 
 
@@ -100,7 +100,15 @@ def _nearest_whole(index: int, facts: VisionFacts) -> int:
 
 def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], facts: VisionFacts) -> None:
     planned = stage.planned
-    if planned.site.kind == "vision.layer" and facts.merge != 1:
+    if planned.site.kind == "vision.layer" and isinstance(facts.merge, Pooled):
+        (rows, columns), (left, across) = facts.merge.grid, facts.grid
+        raise UserError(
+            f"no stage can stand at {planned.site}: behind the projector the {rows}x{columns} patches of a frame "
+            f"become {left}x{across} visual tokens, which needs them all",
+            where=planned.name,
+            available=["projector.out", "decoder.layer[k]"],
+        )
+    if planned.site.kind == "vision.layer" and facts.merge != 1 and not isinstance(facts.merge, Pooled):
         down, across = sides(facts.merge)
         raise UserError(
             f"no stage can stand at {planned.site}: behind this tower every {down} by {across} patches "
@@ -108,10 +116,18 @@ def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], fa
             where=planned.name,
             available=["vision.out", "projector.out", "decoder.layer[k]"],
         )
-    if facts.packed and (told := [s for s in stage.signals if s in ("projector_inputs", "probe_slopes")]):
+    if facts.tiles is not None and not planned.observes:
         raise UserError(
-            f"signal {told[0]!r} needs one row before the projector for every visual token, and this projector puts "
-            "patches together itself",
+            f"no stage can choose at {planned.site}: the tokens of an image's tiles are put together behind it, "
+            "without those of the padding, and which of them a stage leaves is not known before it runs",
+            where=planned.name,
+            available=["decoder.layer[k]"],
+            fix="use a recipe whose stages choose in the decoder, such as fastv",
+        )
+    if facts.projector_merges and (told := [s for s in stage.signals if s in ("projector_inputs", "probe_slopes")]):
+        raise UserError(
+            f"signal {told[0]!r} needs one row before the projector for every visual token, and here "
+            "patches are put together in the projector or behind it",
             where=planned.name,
             fix="use tokens, or another recipe",
         )

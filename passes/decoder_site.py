@@ -31,6 +31,7 @@ class DecoderSite:
     length: int
     extra_rows: int
     block_ids: Node | None = None
+    question: Node | None = None
 
     def __post_init__(self) -> None:
         self.graph = self.module.graph
@@ -154,6 +155,8 @@ class DecoderSite:
         if self.block_ids is not None:
             feed["block_ids"] = torch.zeros(batch, self.length, dtype=torch.int64)
             ports["block_ids"] = self.block_ids
+        if self.question is not None and "text_rows" in stage.signals:
+            feed["question"], ports["question"] = torch.zeros(batch, dtype=torch.int64), self.question
         fixed = len(feed)
         for name, node in state.items():
             feed[name] = torch.zeros(batch, count, dtype=torch.int64 if name == "source" else torch.float32)
@@ -180,6 +183,7 @@ class DecoderSite:
                 entered,
                 self.extra_rows,
                 given.get("block_ids"),
+                given.get("question"),
             )
             reduced = reduce_sequence(stage, seen, given["prunable"], tracked)
             left = [reduced.state[n] for n in passed]

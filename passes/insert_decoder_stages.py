@@ -20,7 +20,7 @@ from secateur.compiler.recipe import Cache, PlannedStage
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
 from secateur.passes.edit import Node, aten, clone_slice, is_call
-from secateur.passes.signals import STATE
+from secateur.passes.signals import STATE, count_question
 from secateur.passes.sites import start_state
 from secateur.passes.stage import StageFunction
 
@@ -60,12 +60,14 @@ def insert_decoder_stages(
     sequence: int,
     carries: bool = False,
     extra_rows: int = 0,
+    between: bool = False,
 ) -> Program:
     """The decoder with its stages, for prefill.
 
     New inputs: ``prunable [B,N]`` bool, ``last [B]`` int64 slot of the last real token and, where ``carries`` says so,
     ``carried [B,V]`` float32 from the vision program. New outputs: ``last`` as seen by the last segment, and
-    ``kept.stage<i> [B,K]`` of every stage that chooses. The rows a stage takes are marked ``survivors`` with its layer.
+    ``kept.stage<i> [B,K]`` of every stage that chooses. ``extra_rows`` stand behind every image, and with ``between``
+    others between its tokens. The rows a stage takes are marked ``survivors`` with its layer.
     """
     module = program.edit()
     graph = module.graph
@@ -86,6 +88,15 @@ def insert_decoder_stages(
                 {"last": torch.zeros(batch, dtype=torch.int64)}, names,
             )  # fmt: skip
             state |= dict(zip(names, splice(module, made, {"last": last}), strict=True))
+    question: Node | None = None
+    if between and any("text_rows" in stage.signals for stage in stages):
+        counted = trace_function(
+            "question", lambda prunable, last: count_question(prunable, last, entered, extra_rows),
+            {"prunable": torch.ones(batch, sequence, dtype=torch.bool), "last": torch.zeros(batch, dtype=torch.int64)},
+            ("question",),
+        )  # fmt: skip
+        with graph.inserting_before(anchor):
+            (question,) = splice(module, counted, {"prunable": prunable, "last": last})
     kept: dict[str, Node] = {}
     length = sequence
     block_ids = next((n for n in graph.find_nodes(op="placeholder") if n.name == "block_ids"), None)
@@ -95,7 +106,7 @@ def insert_decoder_stages(
             state.pop("carried", None)
         crossing = find_crossing(graph, layers, planned.site.layer or 0, planned.name)
         with graph.inserting_before(first_node(graph, layers, planned.site.layer or 0)):
-            site = DecoderSite(module, layers, stage, crossing, last, length, extra_rows, block_ids)
+            site = DecoderSite(module, layers, stage, crossing, last, length, extra_rows, block_ids, question)
             site.locate(prunable)
             reusable = site.tap()
             rows, chosen, hidden, prunable, state = site.splice(

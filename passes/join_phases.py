@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from secateur.compiler import ops
 from secateur.compiler.deepstack import is_plane
+from secateur.compiler.families.family import Tiles
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
@@ -36,27 +37,30 @@ def join_prefill(
     sequence: int,
     image_token: int,
     pad_token: int,
-    tokens_per_image: int,
-    kept_per_image: int,
+    tokens_per_item: int,
+    kept_per_item: int,
     original_positions: bool,
     extra_rows: int = 0,
+    tiles: Tiles | None = None,
     axes: Axes | None = None,
     blocks: bool = False,
 ) -> Program:
     """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
 
-    An image's features are ``kept_per_image`` patches, ``V`` in a row, and ``extra_rows`` rows that are not prunable.
-    ``original_positions`` numbers the features by the patches they came from: image j's tokens start after
-    ``j * (tokens_per_image + extra_rows)`` image tokens, survivor p of it at ``kept``'s index, its extra rows behind
-    all its patches, and text counts all of them. The decoder may read ``carried [B,V]``, which becomes an input here.
+    The features of an item (an image, or a video) are ``kept_per_item`` visual tokens, ``V`` in a row, and
+    ``extra_rows`` rows that are not prunable. ``original_positions`` numbers the features by the tokens they came from:
+    those of item j start after ``j * (tokens_per_item + extra_rows)`` media tokens, survivor p of it at ``kept``'s
+    index, its extra rows behind all its tokens, and text counts all of them. The decoder may read ``carried [B,V]``,
+    which becomes an input here.
+    Without ``tiles`` the extra rows stand behind an item's tokens, with them where those say.
     With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
     their item.
     With ``blocks`` it reads ``block_ids [B,N]``: image tokens that follow each other without a gap are one block.
     Planes of DeepStack, ``deepstack_<i> [B,F,D]``, are laid out to ``[B,N,D]``, zero at text.
     """
     batch, count = features.shape[0], features.shape[1]
-    per_image, whole = kept_per_image + extra_rows, tokens_per_image + extra_rows
-    images = count // per_image
+    per_item, whole = kept_per_item + extra_rows, tokens_per_item + extra_rows
+    items = count // per_item
 
     def enter(input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         image = input_ids == image_token
@@ -64,7 +68,10 @@ def join_prefill(
         entered = torch.where(image, pad_token, input_ids), image, rank, lengths - 1
         if not extra_rows:
             return entered
-        return *entered, image & (rank - rank // per_image * per_image < kept_per_image)
+        if tiles is not None:
+            tokens = torch.tensor([place >= 0 for place in tiles.order] * items)
+            return *entered, image & tokens[rank]
+        return *entered, image & (rank - rank // per_item * per_item < kept_per_item)
 
     def mix(image: Tensor, rank: Tensor, features: Tensor, embedded: Tensor) -> Tensor:
         return torch.where(image[..., None], ops.take_rows(features, rank), embedded)
@@ -77,7 +84,7 @@ def join_prefill(
 
     def count_patches(image: Tensor, rank: Tensor, kept: Tensor) -> Tensor:
         text = torch.arange(sequence) - torch.cumsum(image.to(torch.int64), 1)
-        done = (rank + 1) // per_image * whole
+        done = (rank + 1) // per_item * whole
         # A slot before the first image has rank 0 and has completed none.
         done = torch.where(torch.cumsum(image.to(torch.int64), 1) > 0, done, 0)
         return torch.where(image, text + 1 + number_features(kept).gather(1, rank), text + done)
@@ -86,10 +93,10 @@ def join_prefill(
         """Each feature's place among all the image tokens of an unpruned row: ``[B,V]`` -> ``[B,F]``."""
         if not extra_rows:
             return kept
-        image = torch.arange(images)[:, None]
-        patches = kept.reshape(batch, images, kept_per_image) + image * extra_rows
-        behind = image * whole + tokens_per_image + torch.arange(extra_rows)
-        return torch.cat((patches, behind.expand(batch, images, extra_rows)), 2).reshape(batch, count)
+        item = torch.arange(items)[:, None]
+        patches = kept.reshape(batch, items, kept_per_item) + item * extra_rows
+        behind = item * whole + tokens_per_item + torch.arange(extra_rows)
+        return torch.cat((patches, behind.expand(batch, items, extra_rows)), 2).reshape(batch, count)
 
     def add_offsets(positions: Tensor, image: Tensor, rank: Tensor, *kept: Tensor) -> Tensor:
         assert axes is not None
@@ -152,7 +159,7 @@ def join_prefill(
         )  # fmt: skip
         (positions,) = splice(module, numbering, port)
     elif original_positions:
-        kept = torch.zeros(batch, images * kept_per_image, dtype=torch.int64)
+        kept = torch.zeros(batch, items * kept_per_item, dtype=torch.int64)
         port["kept"].meta["val"] = kept
         numbering = trace_function(
             "count_patches", count_patches, {"image": flags, "rank": rows, "kept": kept}, ("positions",)

@@ -92,6 +92,9 @@ class SequenceView:
     """Rows behind each image's tokens that are no text and not prunable."""
     block_ids: Tensor | None = None
     """``[B,L]``, where rows of one image attend to each other in both directions."""
+    question: Tensor | None = None
+    """Real rows behind the last image ``[B]``, where such rows stand between its tokens as well: when a stage has
+    removed some of those, nobody can tell from the slots how many are left behind the last one."""
 
     @property
     def length(self) -> int:
@@ -130,7 +133,10 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
     if name == "text_rows":
         counts = seen.texts <= seen.last[:, None]
         if options["which"] == "question":
-            counts = counts & (seen.texts > seen.columns[:, -1:] + seen.extra_rows)
+            behind = seen.columns[:, -1:] + seen.extra_rows
+            if seen.question is not None:
+                behind = (seen.last - seen.question)[:, None]
+            counts = counts & (seen.texts > behind)
         return repeat_groups(counts, planned)
     if name == "slots":
         return split_groups(seen.columns, planned)
@@ -199,6 +205,11 @@ def find_prunable(prunable: Tensor, count: int) -> Tensor:
     spare = torch.zeros(batch, length + 1, dtype=torch.int64)
     source = torch.arange(length).expand(batch, length)
     return spare.scatter(1, slot, source)[:, :count]
+
+
+def count_question(prunable: Tensor, last: Tensor, entered: int, extra_rows: int) -> Tensor:
+    """Real rows ``[B]`` behind the last image: ``prunable [B,N]`` and ``last [B]`` before any stage."""
+    return last - find_prunable(prunable, entered)[:, -1] - extra_rows
 
 
 def take_columns(attention: Tensor, columns: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
     "LlavaOnevisionImageProcessor": _ONE_VIEW,
+    "LlavaOnevisionVideoProcessor": _ONE_VIEW,
+    "LlavaNextImageProcessor": _CLIP,
     "GotOcr2ImageProcessor": _ONE_VIEW,
     "SmolVLMImageProcessor": _SMOLVLM,
     "Gemma3ImageProcessor": _GEMMA3,
@@ -84,11 +86,15 @@ class ImagePipeline:
     """Colour of the padding, 0 to 255; None does not pad."""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ImagePipeline:
-        """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``."""
-        config = read_part(config, "image_processor")
-        name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
+    def from_config(cls, config: Mapping[str, Any], video: bool = False) -> ImagePipeline:
+        """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``; for the
+        frames of a ``video`` what is said of those, or else what is said of images."""
+        config = read_part(config, "video_processor" if video else "image_processor")
+        names = [config.get("video_processor_type")] if video else []
+        names += [config.get("image_processor_type"), config.get("feature_extractor_type"), "CLIPImageProcessor"]
+        name = str(next(filter(None, names)))
         kind = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+        kind = kind.replace("ImageProcessor", "VideoProcessor") if video else kind
         if kind not in DEFAULTS:
             raise UserError(f"no image processor {name!r}", where=_WHERE, available=DEFAULTS)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}

@@ -162,7 +162,7 @@ class GeometrySizes(_Frozen):
 
     ``tokens_per_image`` is an image's visual tokens, unpruned: its patches, or the squares of patches that the model
     puts together; ``features_per_image`` what the vision-side stages leave of them and behind that ``extra_rows`` rows,
-    which stand for no patch and which no stage removes.
+    which stand for no patch and which no stage removes. A video with extra rows of its own counts as one image here.
     """
 
     batch: Size
@@ -174,9 +174,14 @@ class GeometrySizes(_Frozen):
     tokens_per_image: Size
     features_per_image: Size
     extra_rows: Count = 0
+    tiles: Count = 0
+    """Grids the tower reads of one image that is cut into tiles, the whole in small among them; 0 where an image is
+    one grid. The extra rows then stand between its tokens, each behind a row of the image."""
+    tokens_per_tile: Count = 0
     sequence: Size
     frames: Count = 0
-    """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames."""
+    """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames, or is
+    1 where one placeholder and one set of extra rows stand for all of them."""
     fps: float = 0.0
     """Frames of the video in a second."""
     audio_seconds: Count = 0
@@ -333,7 +338,9 @@ class Manifest(_Frozen):
     @property
     def items(self) -> list[str]:
         """Kinds of a row's media in the order of its prompt, one for each placeholder."""
-        return ["image"] * self.geometry.images if self.media is None else [item.kind for item in self.media.items]
+        if self.media is not None:
+            return [item.kind for item in self.media.items]
+        return ["video"] if self.geometry.frames else ["image"] * self.geometry.images
 
     @property
     def shown(self) -> str:

@@ -18,6 +18,7 @@ from secateur.runtime.patches import Grid, PatchPipeline
 from secateur.runtime.prompts import read_json
 from secateur.runtime.row_media import RowMedia
 from secateur.runtime.schema import Manifest
+from secateur.runtime.tiles import TilePipeline
 from secateur.runtime.video import FrameSampler
 
 _log = logging.getLogger(__name__)
@@ -34,19 +35,42 @@ class TowerInputs(Protocol):
 
 def open_tower_inputs(directory: Path, manifest: Manifest) -> TowerInputs:
     """By the processor files of a bundle. Raises UserError for what they say that is not supported."""
+    if manifest.geometry.tiles:
+        return TileInputs(directory, manifest)
     if manifest.media is None:
         return PixelInputs(directory, manifest)
     return PatchInputs(directory, manifest)
 
 
+class TileInputs:
+    """Images cut into tiles: float32 [n*tiles, 3, edge, edge]."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        sizes = manifest.geometry
+        config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
+        self.pipeline = TilePipeline.from_config(config, (sizes.image_height, sizes.image_width), sizes.tokens_per_tile)
+        if self.pipeline.tiles != sizes.tiles:
+            raise BundleError(
+                f"the image processor makes {self.pipeline.tiles} tiles, the bundle was compiled for {sizes.tiles}",
+                where=f"{directory}: preprocessor_config.json",
+                fix="compile the bundle again",
+            )
+
+    def __call__(self, media: RowMedia) -> tuple[Floats, None]:
+        return np.concatenate([self.pipeline(image) for image in media.images]), None
+
+
 class PixelInputs:
-    """Images of the size that the checkpoint's processor makes of all: float32 [n, 3, H, W]."""
+    """Images, or the frames of a video, of the size that the checkpoint's processor makes of all: float32
+    [n, 3, H, W]."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
         self.size = (sizes.image_height, sizes.image_width)
-        config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
-        self.images = ImagePipeline.from_config(config)
+        kind = "video" if sizes.frames else "image"
+        config = _read_config(directory, kind)
+        self.images = ImagePipeline.from_config(config, video=bool(sizes.frames))
+        self.frames = FrameSampler.from_config(config, sizes.frames, sizes.fps)
         if self.images.output_size not in (None, self.size):
             raise BundleError(
                 f"the image processor makes {self.images.output_size}, the bundle was compiled for {self.size}",
@@ -55,7 +79,8 @@ class PixelInputs:
             )
 
     def __call__(self, media: RowMedia) -> tuple[Floats, None]:
-        return np.stack([self._read(image) for image in media.images]), None
+        frames = [frame for video in media.videos for frame in self.frames(video, media.video_fps)]
+        return np.stack([self._read(image) for image in [*media.images, *frames]]), None
 
     def _read(self, image: ImageLike) -> Floats:
         pixels = self.images(image)

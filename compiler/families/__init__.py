@@ -24,6 +24,7 @@ def _families() -> list[Family]:
     from secateur.compiler.families.gemma3 import GEMMA3
     from secateur.compiler.families.internvl import INTERNVL
     from secateur.compiler.families.llava import LLAVA
+    from secateur.compiler.families.llava_next import LLAVA_NEXT
     from secateur.compiler.families.llava_onevision import LLAVA_ONEVISION
     from secateur.compiler.families.qwen2_5_omni import QWEN2_5_OMNI
     from secateur.compiler.families.qwen2_5_vl import QWEN2_5_VL
@@ -33,6 +34,6 @@ def _families() -> list[Family]:
     from secateur.compiler.families.smolvlm import SMOLVLM
 
     return [
-        GEMMA3, INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL, QWEN3_OMNI, QWEN3_VL,
+        GEMMA3, INTERNVL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_OMNI, QWEN2_5_VL, QWEN2_VL, QWEN3_OMNI, QWEN3_VL,
         QWEN3_VL_MOE, SMOLVLM,
     ]  # fmt: skip

@@ -8,7 +8,28 @@ from typing import Any
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
+from secateur.compiler.pooled import Pooled
 from secateur.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image cut into tiles. ``order`` has, for every feature of it in the order of the prompt, its place among the
+    tokens of its grids, grid by grid, or -1 where the row stands that no stage may remove."""
+
+    image_size: tuple[int, int]
+    """Height and width of the image, in pixels."""
+    order: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Features that are tokens of a grid; padding at the edges of the tiles is none."""
+        return sum(place >= 0 for place in self.order)
+
+    @property
+    def rows_behind(self) -> int:
+        """Rows behind the last token."""
+        return next(i for i, place in enumerate(reversed(self.order)) if place >= 0)
 
 
 @dataclass(frozen=True)
@@ -24,9 +45,10 @@ class VisionFacts:
     """0-based tower layer whose output the projector reads."""
     has_cls: bool
     channels: int = 3
-    merge: int | tuple[int, int] = 1
+    merge: int | tuple[int, int] | Pooled = 1
     """Patches along each side of the square that becomes one visual token between tower and projector; 1: a patch. Of
-    sound, down and across: (1, 2) where two positions become one token."""
+    sound, down and across: (1, 2) where two positions become one token. Or the grid of patches that is resized behind
+    the projector."""
     frames: int = 1
     """Grids of a row: its images, or the temporal grids of its video, or the stretches its sound is encoded in."""
     input_name: str = "pixel_values"
@@ -43,7 +65,12 @@ class VisionFacts:
     packed: bool = False
     """Whether the tower takes all grids in one row of patches, so that stages cannot stand before the projector."""
     extra_rows: int = 0
-    """Rows that follow each image's patches in the prompt and that no stage may remove."""
+    """Rows that follow each item's tokens in the prompt and that no stage may remove."""
+    grids_per_item: int = 1
+    """Grids one after the other that are an item: what has its own extra rows. An image, its tiles, or all frames of a
+    video."""
+    tiles: Tiles | None = None
+    """How the tokens of an image that is cut into tiles are put together; None where a grid stays a grid."""
     single_image: str = ""
     """What a bundle for one image per prompt does otherwise than transformers; empty if it does the same."""
 
@@ -56,9 +83,29 @@ class VisionFacts:
         return self.grid[0] * self.grid[1]
 
     @property
+    def rows_behind(self) -> int:
+        """Extra rows that stand behind the last token of an item."""
+        return self.extra_rows if self.tiles is None else self.tiles.rows_behind
+
+    @property
+    def items(self) -> int:
+        """Items of a row."""
+        return self.frames // self.grids_per_item
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Visual tokens of an item, extra rows left out, before any stage."""
+        return self.tokens_per_image * self.grids_per_item if self.tiles is None else self.tiles.tokens
+
+    @property
+    def projector_merges(self) -> bool:
+        """Whether what enters the projector are not yet the visual tokens, so that stages stand behind it alone."""
+        return self.packed or isinstance(self.merge, Pooled)
+
+    @property
     def tokens_per_row(self) -> int:
-        """Tokens of all grids of a row."""
-        return self.frames * self.tokens_per_image
+        """Tokens of all items of a row."""
+        return self.items * self.tokens_per_item
 
     def input_of(self, batch: int) -> tuple[int, ...]:
         """Shape of what the tower reads for ``batch`` rows."""
@@ -165,18 +212,20 @@ class AudioTower:
     reference: Callable[[Any, Any, VisionFacts], Any]
 
 
-def fixed_size(config: Any, geometry: Geometry) -> int:
-    """The number of images of a row, for families that take nothing but images of their own size."""
+def fixed_size(config: Any, geometry: Geometry, videos: bool = False) -> int:
+    """The number of grids of a row, for families that take nothing but images of their own size, or with ``videos``
+    frames of that size as well."""
     where = f"{config.name_or_path}/config.json"
-    for asked, option in ((geometry.frames, "--frames"), (geometry.audio_seconds, "--audio-seconds")):
+    takes = "images and videos" if videos else "images"
+    for asked, option in ((0 if videos else geometry.frames, "--frames"), (geometry.audio_seconds, "--audio-seconds")):
         if asked:
-            raise UserError(f"a {config.model_type} bundle takes images only", where=where, fix=f"leave {option} out")
+            raise UserError(f"a {config.model_type} bundle takes {takes} only", where=where, fix=f"leave {option} out")
     if geometry.image_size is not None:
         raise UserError(
             f"images of a {config.model_type} model have the size its configuration says", where=where,
             fix="leave --image-size out",
         )  # fmt: skip
-    return geometry.images
+    return geometry.frames or geometry.images
 
 
 def read_feature_layer(config: Any, where: str, usual: str) -> int:

@@ -2,11 +2,16 @@
 
 An image is its base view: padded to a square, resized to the tower's size, all its patches, then the row
 ``image_newline``. That is how transformers treats every image of a prompt with several. Tiles of high resolution, which
-it adds for an image that is alone in its prompt, and videos are not supported.
+it adds for an image that is alone in its prompt, are not supported.
+
+A video is frames of the tower's size. Behind the projector the grid of each is resized to half its height and width,
+rounded up, and one row ``image_newline`` stands behind all of them. Its position ids count on like those of images.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from secateur.compiler.families.family import (
@@ -18,6 +23,7 @@ from secateur.compiler.families.family import (
     read_grid,
 )
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.pooled import Pooled, bilinear_weights
 
 
 def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
@@ -30,10 +36,11 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         "full",
         "the 'default' strategy drops the first row, which is a patch in a tower without a CLS token",
     )
-    return VisionFacts(
-        frames=fixed_size(config, geometry),
+    grid = read_grid(config, where)
+    facts = VisionFacts(
+        frames=fixed_size(config, geometry, videos=True),
         image_size=(vision.image_size, vision.image_size),
-        grid=read_grid(config, where),
+        grid=grid,
         layers=vision.num_hidden_layers,
         feature_layer=layer,
         has_cls=False,
@@ -41,13 +48,50 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         single_image="transformers cuts an image that is alone in its prompt into tiles of high resolution; this "
         "bundle shows the model the padded whole only, as transformers itself does with two images or more",
     )
+    if not geometry.frames:
+        return facts
+    half = (math.ceil(grid[0] / 2), math.ceil(grid[1] / 2))
+    return replace(facts, grid=half, merge=Pooled(grid), grids_per_item=geometry.frames, single_image="")
 
 
 def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:
     inner, layer = model.model, model.config.vision_feature_layer
     outputs = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
     # The last of the hidden states is what leaves the last layer, before the norm behind it.
-    return inner.multi_modal_projector(outputs.hidden_states[layer]), outputs.last_hidden_state
+    features = inner.multi_modal_projector(outputs.hidden_states[layer])
+    if isinstance(facts.merge, Pooled):
+        features = _resize(features, facts, facts.merge, indices)
+    return features, outputs.last_hidden_state
+
+
+def _resize(features: Any, facts: VisionFacts, pooled: Pooled, weights: Any) -> Any:
+    """``[M,P,D]`` -> ``[M,N,D]``: bilinear in rows, then in columns."""
+    (rows, columns), (left, _) = pooled.grid, facts.grid
+    frames, _, width = features.shape
+    down, across = (weights[name].to(features.dtype) for name in ("down", "across"))
+    halved = down.matmul(features.reshape(frames, rows, columns * width))
+    return across.matmul(halved.reshape(frames * left, columns, width)).reshape(frames, facts.tokens_per_image, width)
+
+
+def _vision_indices(config: Any, facts: VisionFacts, batch: int) -> dict[str, Any]:
+    import torch
+
+    if not isinstance(facts.merge, Pooled):
+        return {}
+    return {
+        name: torch.tensor(bilinear_weights(before, after))
+        for name, before, after in zip(("down", "across"), facts.merge.grid, facts.grid, strict=True)
+    }
+
+
+def _vision_reference(model: Any, pixel_values: Any, facts: VisionFacts) -> Any:
+    """Features of a video's frames ``[F,N,D]``, without the row behind them."""
+    config = model.config
+    video = model.model.get_video_features(
+        pixel_values[None], vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy, return_dict=True,
+    ).pooler_output  # fmt: skip
+    return video[0, :-1].reshape(facts.frames, facts.tokens_per_image, -1)
 
 
 LLAVA_ONEVISION = Family(
@@ -64,5 +108,7 @@ LLAVA_ONEVISION = Family(
     head="lm_head",
     read_vision=_read_vision,
     vision_forward=_vision_forward,
+    vision_indices=_vision_indices,
+    vision_reference=_vision_reference,
     extra_rows="model.image_newline",
 )

@@ -164,12 +164,13 @@ class Processor:
         seen = [[kind for kind in kinds if kind != "audio"] for kinds in (given, wanted)]
         if sorted(seen[0]) == sorted(seen[1]):
             raise self._blame_sound(given.count("audio"), wanted.count("audio"), where)
-        flags = [f"--images {given.count('image')}"] if "image" in given else []
-        flags += ["--frames N"] if "video" in given else []
+        flags = [f"--images {given.count('image')}"] if "image" in given else ["--frames N"]
+        if {"image", "video"} <= {*given} or given.count("video") > 1:
+            flags = []  # no bundle takes these
         raise MisfitError(
             f"{count_kinds(given)}, the bundle was compiled for {manifest.shown} per row",
             where=where,
-            fix=f"give {count_kinds(wanted)}" + (f", or compile with {' or '.join(flags)}" if flags else ""),
+            fix=f"give {count_kinds(wanted)}" + (f", or compile with {flags[0]}" if flags else ""),
         )
 
     def _blame_sound(self, given: int, wanted: int, where: str) -> MisfitError:

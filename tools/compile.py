@@ -181,6 +181,7 @@ def _print_summary(bundle: Path, summary: dict[str, Any]) -> None:
         results.print()
         results.print(draw_programs(one))
         results.print()
-    kind = f"{m.recipe.name}, keep {m.recipe.keep:g}, {m.target}, {m.dtype}; a row holds {m.shown}"
+    kind = f"{m.recipe.name}, keep {m.recipe.keep:g}, {m.target}, {m.dtype}"
     results.print(Text(f"{bundle}: {kind}, {size_text(summary['bytes'])}"), soft_wrap=True)
+    results.print(Text(f"A row holds {m.shown}."), soft_wrap=True)
     results.print(Text(f"Next: {summary['next']}"), soft_wrap=True)

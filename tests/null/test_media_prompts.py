@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.manifest import GeometrySizes, Manifest, Media, MediaItem, Model
+from secateur.runtime.media import media_positions
 from secateur.runtime.processing import Processor
 
 NAMES = ["<pad>", "<vision>", "</vision>", "<image>", "<video>", "<audio>", "<sound>", "</sound>"]
@@ -254,6 +255,17 @@ def test_placeholders_that_do_not_fit(files: Path) -> None:
         with pytest.raises(UserError) as caught:
             processor.encode(prompt)
         assert says in str(caught.value)
+
+
+def test_positions_are_those_of_the_docs() -> None:
+    """docs/ports.md: an image of 4x6 tokens behind three words and a mark."""
+    item = MediaItem(kind="image", tokens=24, span=6, reach=6)
+    manifest = make_manifest(["image"], left=24)
+    media = Media(items=[item], around=AROUND)
+    ids = np.array([[50, 51, 52, VISION, *[IMAGE] * 24, VISION_END, 53, PAD]])
+    positions, behind = media_positions(manifest, media, ids, np.array([30]))
+    assert positions[0].tolist() == [0, 1, 2, 3, *[4] * 24, 10, 11, 0]
+    assert behind.tolist() == [12]
 
 
 def test_another_rate_of_sound_is_told(files: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -122,6 +122,11 @@ def refusal(video: object, fps: float | None = None) -> str:
 def test_what_is_no_video(tmp_path: Path) -> None:
     assert refusal(5).startswith("a int is not a video; give a list of images, a uint8 array")
     assert "an array of shape [4, 4, 3] and type uint8 is not a video" in refusal(np.zeros((4, 4, 3), np.uint8))
+    assert "no such video file or directory" in refusal(tmp_path / "none.npy")
+    (tmp_path / "text.npy").write_text("text")
+    assert "text.npy: not an array that NumPy saved" in refusal(tmp_path / "text.npy")
+    np.save(tmp_path / "flat.npy", np.zeros((4, 4, 3), np.uint8))
+    assert "an array of shape [4, 4, 3] and type uint8 is not a video" in refusal(tmp_path / "flat.npy")
     assert "type float32 is not a video" in refusal(np.zeros((4, 4, 4, 3), np.float32))
     assert "frame 1 of the video: a NoneType is not a frame" in refusal([level(0), None])
     assert "the video has 0 frame(s), the bundle was compiled for 2" in refusal([])

@@ -302,6 +302,9 @@ def test_a_tokenizer_without_the_marks_is_refused(
 def test_videos_are_refused(compile_for: Callable[..., Path]) -> None:
     with (
         Session(compile_for(), threads=1) as session,
-        pytest.raises(UserError, match="the prompt holds a video; this version takes images"),
+        pytest.raises(
+            UserError,
+            match="placeholders in the prompt: 2 image.s. and 1 video.s., the bundle was compiled for 2 image",
+        ),
     ):
         session.generate("<image><image><video>what?", pictures(0, 2))

@@ -354,11 +354,11 @@ def compile(
     tags = [f", geometry {number}" if len(jobs) > 1 else "" for number in range(len(jobs))]
     dumps = [dump_dir / f"geometry{n}" if dump_dir and tag else dump_dir for n, tag in enumerate(tags)]
     traced: list[Traced] = []
-    for tag, one in zip(tags, geometries, strict=True):
+    for tag, size in zip(tags, geometries, strict=True):
         if tag:
-            _log.info("%s: %s, %d text tokens, %d new tokens", tag[2:], one.media, one.text_tokens, one.new_tokens)
+            _log.info("%s: %s, %d text tokens, %d new tokens", tag[2:], size.media, size.text_tokens, size.new_tokens)
         with _phase(f"trace{tag}", progress):
-            traced.append(_trace_again(traced, one) or trace_model(source, one, goal.dtype))
+            traced.append(_trace_again(traced, size) or trace_model(source, size, goal.dtype))
     if stop_after is None:
         check_weights(*traced, weights=weights)
     pruned: list[Pruned] = []
@@ -371,9 +371,9 @@ def compile(
         before = count_unpruned(traced[0])["prefill"]
         compare_flops(budget, count_flops(pruned[0].programs["prefill"]), before)
     layout, exported = lay_out(pruned, weights), list[Exported]()
-    for tag, one, dump in zip(tags, pruned, dumps, strict=True):
+    for tag, made, dump in zip(tags, pruned, dumps, strict=True):
         with _phase(f"export{tag}", progress):
-            exported.append(export_programs(one.programs.programs, goal.dialect, layout))
+            exported.append(export_programs(made.programs.programs, goal.dialect, layout))
         if dump is not None:
             (dump / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported[-1]}\n")
     return build(pruned, exported, goal, out, force=force, progress=progress)

@@ -83,7 +83,6 @@ def test_each_is_what_a_bundle_of_its_own_is(compiled: Callable[..., Path], numb
     for name in PROGRAMS:
         graph, other = view.programs[name].graph, own.programs[name].graph
         assert (whole / graph).read_bytes() == (alone / other).read_bytes()
-        view.programs[name].model_copy(update={"graph": other})
     assert (whole / "weights.safetensors").read_bytes() == (alone / "weights.safetensors").read_bytes()
     left_out = {"programs", "files", "manifest_sha256"}
     assert view.model_dump(exclude=left_out) == own.model_dump(exclude=left_out)

@@ -16,6 +16,7 @@ from secateur.compiler import pipeline
 from secateur.compiler.geometry_text import read_geometries
 from secateur.compiler.pipeline import Geometry, verify
 from secateur.runtime.errors import UserError
+from secateur.runtime.kv import cache_bytes
 from secateur.runtime.manifest import check_files, read_manifest
 from secateur.runtime.session import Session
 from secateur.tools import cli
@@ -168,7 +169,8 @@ def test_inspect_and_profile_know_all_geometries(
     assert "of geometry" not in text
     code, text, _ = secateur(capsys, "inspect", compiled(*ALL), "--json")
     facts = json.loads(text)
-    assert [g["cache_bytes"] for g in facts["geometries"]] == sorted(g["cache_bytes"] for g in facts["geometries"])
+    views = read_manifest(compiled(*ALL)).each_variant()
+    assert [g["cache_bytes"] for g in facts["geometries"]] == [cache_bytes(one) for one in views]
     assert facts["cache_bytes"] == facts["geometries"][0]["cache_bytes"]
     measured = ("--geometry", "2", "--repeat", "1", "--warmup", "0", "--no-memory", "--json", "-")
     code, text, _ = secateur(capsys, "profile", compiled(*ALL), *measured)

@@ -304,7 +304,7 @@ def test_videos_are_refused(compile_for: Callable[..., Path]) -> None:
         Session(compile_for(), threads=1) as session,
         pytest.raises(
             UserError,
-            match="placeholders in the prompt: 2 image.s. and 1 video.s., the bundle was compiled for 2 image",
+            match=r"placeholders in the prompt: 2 image.s. and 1 video.s., the bundle was compiled for 2 image",
         ),
     ):
         session.generate("<image><image><video>what?", pictures(0, 2))

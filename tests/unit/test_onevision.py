@@ -318,10 +318,10 @@ def test_videos_are_refused(compile_for: Callable[..., Path]) -> None:
     with Session(compile_for(), threads=1) as session:
         with pytest.raises(
             UserError,
-            match="placeholders in the prompt: 2 image.s. and 1 video.s., the bundle was compiled for 2 image",
+            match=r"placeholders in the prompt: 2 image.s. and 1 video.s., the bundle was compiled for 2 image",
         ):
             session.generate("<image><image><video>what?", pictures(0))
-        with pytest.raises(UserError, match="a message holds video .available: image, text"):
+        with pytest.raises(UserError, match=r"a message holds video .available: image, text"):
             session.generate([{"role": "user", "content": parts}], pictures(0))
 
 

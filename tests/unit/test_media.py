@@ -188,7 +188,7 @@ def test_an_unpruned_model_answers_as_transformers_does(
 
 @pytest.mark.parametrize(
     ("kind", "name", "recipe"),
-    [(VL, "images", "fastv"), (VL, "video", "divprune"), (OMNI, "video with sound", "fastv")],
+    [(VL, "images", "fastv"), (VL, "video", "idpruner"), (OMNI, "video with sound", "fastv")],
 )
 def test_a_recipe_that_keeps_everything_changes_nothing(
     kind: str, name: str, recipe: str, sources: dict[str, Path], models: dict[str, Any]

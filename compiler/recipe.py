@@ -173,7 +173,7 @@ class Recipe:
         def change(term: Term | None) -> Term | None:
             if term is None:
                 return None
-            options = {**term.options, "rates": rates} if "rates" in term.options else term.options
+            options = {**term.options, "rates": list(rates)} if "rates" in term.options else term.options
             return Term(term.name, options, tuple(t for t in map(change, term.of) if t is not None))
 
         stages = tuple(

@@ -200,6 +200,8 @@ def _check_option(value: Any, hint: Any, where: str) -> None:
         if value not in get_args(hint):
             raise UserError(f"no choice {value!r}", where=where, available=get_args(hint))
         return
+    if isinstance(value, list) and get_origin(hint) is tuple:
+        value = tuple(value)  # as files spell it
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:

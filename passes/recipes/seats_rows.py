@@ -37,7 +37,7 @@ def _row(
             Stage(
                 Site("decoder.layer", 0),
                 score=Term("carried_score"),
-                select=Term("windowed_max_min", {"frames": 2, "rates": rates}),
+                select=Term("windowed_max_min", {"frames": 2, "rates": list(rates)}),
                 share=round(enter, 4),
                 scope="whole",
             ),
@@ -46,7 +46,7 @@ def _row(
                     Site("decoder.layer", layer, depth),
                     score=Term(
                         "window_modality_quotas",
-                        {"temperature": temperature, "frames": 2, "rates": rates},
+                        {"temperature": temperature, "frames": 2, "rates": list(rates)},
                         of=(attention,),
                     ),
                     select=Term("top_k"),

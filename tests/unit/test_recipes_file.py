@@ -25,7 +25,7 @@ stages:
 SCORES = f"(available: {', '.join(sorted(registry.SCORES))})"
 SELECTORS = f"(available: {', '.join(sorted(registry.SELECTORS))})"
 MERGES = f"(available: {', '.join(sorted(registry.MERGES))})"
-SITES = "(available: vision.layer[i], vision.out, projector.out, decoder.layer[k])"
+SITES = "(available: vision.layer[i], vision.out, projector.out, audio.out, decoder.layer[k])"
 STAGE_FIELDS = "site, select, score, merge, share, count, scope, window, signals"
 RECIPE_FIELDS = (
     "name, title, link, positions, cache, evidence, notes, identity_at_one, collapses, settings, schedule, stages"

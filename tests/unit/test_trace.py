@@ -217,7 +217,10 @@ def test_only_what_has_no_views_is_written_as_values_at_once(
     torch.testing.assert_close(program.module(*feed.values())[0], function(*feed.values()))
 
 
-TYPES = "gemma3, internvl, llava, llava_onevision, qwen2_5_omni, qwen2_5_omni_thinker, qwen2_5_vl, smolvlm"
+TYPES = (
+    "gemma3, internvl, llava, llava_next, llava_onevision, qwen2_5_omni, qwen2_5_omni_thinker, qwen2_5_vl, "
+    "qwen2_vl, qwen3_omni_moe, qwen3_omni_moe_thinker, qwen3_vl, qwen3_vl_moe, smolvlm"
+)
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no model type": (
         {"model_type": None},

@@ -15,11 +15,13 @@ from secateur.compiler.pipeline import PASSES, RECIPES, prune
 from secateur.compiler.program import Program
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.edit import ancestors, aten, clone_slice, is_call, layer_index
+from secateur.passes.fold_constants import fold_constants
 from secateur.passes.fold_rms_norm import fold_rms_norm
 from secateur.passes.fold_rotary import fold_rotary
 from secateur.passes.insert_decoder_stages import find_crossing
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.signals import list_raws
+from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import SecateurError
 
 from .tiny_model import DECODERS
@@ -165,6 +167,42 @@ def test_fold_rotary_computes_the_same() -> None:
     program = fold_rotary(trace_one(lambda x, cos, sin: rotate(x, cos, sin), **feed))
     assert names(program) == ["rotary"]
     torch.testing.assert_close(program.module(*feed.values())[0], rotate(**feed))
+
+
+def test_fold_rotary_of_rows_without_a_batch() -> None:
+    """``x [S,H,d]``, tables ``[S,d]``, as towers that take all their rows at once have them."""
+    source = torch.Generator().manual_seed(0)
+    feed = {n: torch.randn(s, generator=source) for n, s in (("x", (5, 3, 8)), ("cos", (5, 8)), ("sin", (5, 8)))}
+    program = fold_rotary(trace_one(lambda x, cos, sin: rotate(x, cos, sin), **feed))
+    assert names(program).count("rotary") == 1
+    assert "neg" not in names(program)
+    torch.testing.assert_close(program.module(*feed.values())[0], rotate(**feed))
+
+
+def test_straighten_heads_computes_the_same_without_unbinding() -> None:
+    x = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+
+    def stack(x: Tensor) -> Tensor:
+        query, _, value = x.permute(1, 0, 2, 3).unbind(0)
+        return query.transpose(0, 1).unsqueeze(0) - value.transpose(0, 1).unsqueeze(0)
+
+    program = straighten_heads(trace_one(stack, x=x))
+    assert "unbind.int" not in names(program)
+    torch.testing.assert_close(program.module(x)[0], stack(x))
+
+
+def test_fold_constants_leaves_what_depends_on_inputs() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([2, 0, 3, 1])
+
+    def tables(x: Tensor) -> Tensor:
+        table = torch.cos(torch.arange(6) * 0.5)
+        same = x.index_select(0, torch.arange(4)) * torch.ones(6)
+        return (same + table)[order][torch.argsort(order)]
+
+    program = fold_constants(trace_one(tables, x=x))
+    assert sorted(names(program)) == ["add.Tensor", "index.Tensor", "index.Tensor"]
+    torch.testing.assert_close(program.module(x)[0], tables(x))
 
 
 @pytest.mark.parametrize("options", [{"start": 2}, {"axis": 2}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from secateur.compiler.bundle import outline
 from secateur.compiler.function import trace_function
@@ -20,7 +22,7 @@ from secateur.compiler.oracle import Oracle, load_recording_model
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, load_recipe, prune
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
-from secateur.compiler.trace import Traced, read_source, trace_model
+from secateur.compiler.trace import Traced, build_meta_model, read_source, trace_model
 from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.onnx import export_program
 from secateur.exporters.weights import WeightLayout
@@ -30,7 +32,7 @@ from secateur.passes.sites import Thinned
 from secateur.runtime.errors import UserError
 from secateur.runtime.request import Request
 
-from .tiny_qwen_more import write_config, write_model
+from .tiny_qwen_more import make_config, write_config, write_model
 
 OMNI = "qwen3_omni_moe_thinker"
 TOLERANCE = 2e-5
@@ -147,6 +149,20 @@ def test_sound_comes_between_the_grids_it_is_heard_with(model_of: Callable[[str]
     assert media.runs == ((0, 2), (1, 13), (0, 2), (1, 13))
     assert (media.items[0].span, media.items[0].reach) == (26, 26)
     assert media.layout.frames == (0,) * 15 + (1,) * 15
+
+
+def test_the_thinker_is_found_in_the_whole_of_omni(tmp_path: Path) -> None:
+    """Its weights then have a prefix in the files."""
+    write_model(tmp_path, OMNI, layers=3)
+    file, name = tmp_path / "model.safetensors", "model.language_model.norm.weight"
+    model = build_meta_model(read_source(tmp_path), "fp32")
+    expected = Weights(read_source(tmp_path), model).read(name, model.get_parameter(name).shape)
+    save_file({f"thinker.{key}": value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    whole = {"model_type": "qwen3_omni_moe", "thinker_config": make_config(OMNI, layers=3)}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    source = read_source(tmp_path)
+    assert (source.family.name, source.config.model_type) == ("qwen3_omni", OMNI)
+    assert torch.equal(Weights(source, model).read(name, expected.shape), expected)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> li
     rng = np.random.default_rng(seed)
     special = {model.image_token_id, model.pad_token_id, *model.eos_token_ids}
     special |= {token for item in list_placed(manifest) for token in item}
-    special |= {token for token in (model.video_token_id, model.audio_token_id) if token is not None}
+    if manifest.media is not None:  # transformers would take them for media of their own
+        special |= {token for token in (model.video_token_id, model.audio_token_id) if token is not None}
     shapes: dict[str, tuple[int, ...]] = {"pixel_values": (sizes.images, 3, sizes.image_height, sizes.image_width)}
     if "vision" in manifest.programs:
         inputs = manifest.programs["vision"].inputs

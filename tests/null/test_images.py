@@ -45,9 +45,8 @@ def test_a_nested_processor_config_and_its_aliases() -> None:
 def test_an_unknown_processor_lists_the_known() -> None:
     with pytest.raises(UserError) as caught:
         ImagePipeline.from_config({"image_processor_type": "Qwen2VLImageProcessor"})
-    known = ", ".join(
-        f"{n}ImageProcessor" for n in ("CLIP", "Siglip", "LlavaOnevision", "GotOcr2", "SmolVLM", "Gemma3")
-    )
+    kinds = ("CLIPImage", "SiglipImage", "LlavaOnevisionImage", "LlavaOnevisionVideo", "LlavaNextImage", "GotOcr2Image")
+    known = ", ".join(f"{kind}Processor" for kind in (*kinds, "SmolVLMImage", "Gemma3Image"))
     assert f"'Qwen2VLImageProcessor' (available: {known})" in str(caught.value)
 
 

@@ -137,6 +137,12 @@ def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], fa
             where=planned.name,
             available=[f"vision.layer[0] to vision.layer[{facts.feature_layer}]", "vision.out"],
         )
+    if facts.linear_projector and "probe_slopes" in stage.signals:
+        raise UserError(
+            "signal 'probe_slopes' is the same for every token: this projector is one linear map",
+            where=planned.name,
+            fix="use tokens, or another recipe",
+        )
     lost = [s for s in stage.signals if s in NEED_CLS]
     if lost and not facts.has_cls:
         raise UserError(

@@ -58,6 +58,8 @@ class VisionFacts:
     patch_order: tuple[int, ...] = ()
     """Where the tower keeps its patches in another order than row by row: of each patch of a grid, row by row, its
     place there."""
+    linear_projector: bool = False
+    """Whether the projector is one linear map: how it answers to a small step is then the same at every token."""
     attends_whole: tuple[int, ...] = ()
     """Tower layers whose attention spans the whole grid, where others attend in windows; empty: all of them."""
     deepstack: int = 0

@@ -33,6 +33,7 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         image_size=(vision.image_size, vision.image_size),
         grid=(side // merge, side // merge),
         merge=merge,
+        linear_projector=True,
         layers=vision.num_hidden_layers,
         feature_layer=vision.num_hidden_layers - 1,
         has_cls=False,

@@ -43,11 +43,12 @@ class Cell:
 
 class Tower(NamedTuple):
     """What a layout's tower has: a CLS token; ``merges``: several patches become one token behind it; ``read_last``:
-    the projector reads its last layer, so that there is none behind it to score with."""
+    the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is."""
 
     has_cls: bool
     merges: bool = False
     read_last: bool = False
+    linear: bool = False
 
 
 def lacks(recipe: Recipe, tower: Tower) -> str | None:
@@ -57,11 +58,11 @@ def lacks(recipe: Recipe, tower: Tower) -> str | None:
     nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]
     if tower.has_cls and tower.read_last and nexts:
         return f"{nexts[0]} is that of the layer behind the one the projector reads, which is the last"
-    if tower.has_cls:
-        return None
     for index, stage in enumerate(recipe.stages):
         for signal in bind_stage(stage, where=f"{recipe.name}: stages[{index}]").signals:
-            if signal in NEED_CLS:
+            if signal == "probe_slopes" and tower.linear:
+                return "probe_slopes are the same for every token behind a linear projector"
+            if signal in NEED_CLS and not tower.has_cls:
                 return f"{signal} needs a CLS token"
     return None
 

@@ -126,13 +126,13 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "smolvlm",
             "SmolVLM2, tower without CLS token, three by three patches a token, Llama decoder",
-            Tower(False, merges=True),
+            Tower(False, merges=True, read_last=True, linear=True),
             _write_smolvlm,
         ),
         Layout(
             "gemma3",
             "Gemma 3, SigLIP tower without CLS token, two by two patches a token, decoder with attention both ways",
-            Tower(False, merges=True),
+            Tower(False, merges=True, read_last=True),
             _write_gemma3,
         ),
     )

@@ -46,6 +46,11 @@ def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
         assert str(lacks(RECIPES[name], Tower(True, merges=True))).startswith("its stages stand between layers")
 
 
+def test_a_row_that_probes_the_projector_applies_only_where_it_is_no_linear_map() -> None:
+    assert lacks(RECIPES["zoo_prune"], Tower(False, merges=True)) is None
+    assert str(lacks(RECIPES["zoo_prune"], Tower(False, merges=True, linear=True))).startswith("probe_slopes")
+
+
 def test_cells_of_a_row() -> None:
     cells = list_cells([RECIPES["fastv"], RECIPES["fastervlm"]], TOWERS)
     parity = {(c.recipe, c.layout, c.keep, c.batch) for c in cells if c.kind == "parity"}

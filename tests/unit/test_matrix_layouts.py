@@ -27,4 +27,5 @@ def test_cell(cell: Cell, shop: Workshop) -> None:
 def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> None:
     vision = shop.bundles(layout, 1, 1).source.vision
     read_last = vision.feature_layer == vision.layers - 1
-    assert Tower(vision.has_cls, vision.merge > 1, read_last) == TOWERS[layout]
+    found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector)
+    assert found == TOWERS[layout]

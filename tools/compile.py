@@ -12,7 +12,16 @@ import typer
 from secateur.runtime.errors import UserError
 from secateur.runtime.row_media import PARTS
 from secateur.runtime.schema import PROGRAMS
-from secateur.tools.geometry import AudioInVideo, AudioSeconds, Fps, Frames, ImageSize, read_geometry
+from secateur.tools.geometry import (
+    AudioInVideo,
+    AudioSeconds,
+    Fps,
+    Frames,
+    ImageSize,
+    MeanKeep,
+    read_geometry,
+    read_mean_keep,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from secateur.runtime.schema import Manifest
@@ -29,9 +38,7 @@ def compile_model(
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
     ] = None,
-    mean_keep: Annotated[
-        float | None, typer.Option(help="Instead: their mean over the decoder's layers, as a fraction.")
-    ] = None,
+    mean_keep: MeanKeep = None,
     flops_keep: Annotated[
         float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
@@ -102,7 +109,8 @@ def compile_model(
     geometries = pipeline.read_geometries(list(geometry or []), plain)
     with show_progress() as tell:
         made = pipeline.compile(
-            model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=mean_keep, flops_keep=flops_keep,
+            model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=read_mean_keep(mean_keep),
+            flops_keep=flops_keep,
             geometry=geometries, target=target, dtype=dtype, sm=sm, weights=weights,
             force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
         )  # fmt: skip

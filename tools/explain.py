@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.tools.geometry import AudioInVideo, AudioSeconds, Fps, Frames, ImageSize, read_geometry
+from secateur.tools.geometry import (
+    AudioInVideo,
+    AudioSeconds,
+    Fps,
+    Frames,
+    ImageSize,
+    MeanKeep,
+    read_geometry,
+    read_mean_keep,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,9 +34,7 @@ def explain(
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the visual tokens left; the published one if not given.")
     ] = None,
-    mean_keep: Annotated[
-        float | None, typer.Option(help="Instead: their mean over the decoder's layers, as a fraction.")
-    ] = None,
+    mean_keep: MeanKeep = None,
     flops_keep: Annotated[
         float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
@@ -68,7 +75,7 @@ def explain(
             recipe,
             model_dir,
             keep=keep,
-            mean_keep=mean_keep,
+            mean_keep=read_mean_keep(mean_keep),
             flops_keep=flops_keep,
             geometry=geometry,
             dtype=dtype,

@@ -31,6 +31,32 @@ AudioInVideo = Annotated[
     ),
 ]
 
+MeanKeep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R[,R]",
+        help="Instead of --keep: fraction of the visual tokens left on average over the decoder's layers. Recipes that "
+        "tell what is seen from what is heard, such as seats, take one for each: 0.06,0.35.",
+    ),
+]
+
+
+def read_mean_keep(text: str | None) -> float | tuple[float, float] | None:
+    """``0.4`` as a number, ``0.06,0.35`` as a pair."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2):
+        raise UserError(
+            f"{text!r} is neither a number nor two",
+            where="--mean-keep",
+            fix="give 0.1, or 0.06,0.35 for seen and heard",
+        )
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
 
 def read_geometry(image_size: str | None, **sizes: Any) -> Any:
     """A ``Geometry``; other arguments are its fields. Raises UserError for sizes that do not fit each other."""

@@ -8,6 +8,7 @@ import pytest
 
 from secateur.compiler.budget import Budget, visual_lengths
 from secateur.compiler.pipeline import Geometry, choose_keep, explain, load_recipe, plan_for, plan_job, read_source
+from secateur.compiler.recipe import Recipe, Site, Stage, Term
 from secateur.compiler.trace import Source
 from secateur.runtime.errors import UserError
 from secateur.tools.geometry import read_mean_keep
@@ -83,8 +84,7 @@ def test_a_pair_is_for_recipes_that_tell_them_apart() -> None:
 
 def test_sound_needs_the_whole_row() -> None:
     """A recipe that chooses image by image inside the decoder has no place for sound between the images."""
-    text = "name: x\nstages: [{site: 'decoder.layer[2]', score: last_query_attention_mean, select: top_k, share: 0.5, scope: image}]"
-    from secateur.passes.recipe_file import recipe_from_yaml
-
+    score = Term("last_query_attention_mean")
+    recipe = Recipe("x", "", "", (Stage(Site("decoder.layer", 2), Term("top_k"), score=score, scope="image"),))
     with pytest.raises(UserError, match="stage 0 has scope 'image', but sound lies beside or between the images"):
-        plan_for(read_source(MODEL, CLIP), CLIP, recipe_from_yaml(text), 0.5)
+        plan_for(read_source(MODEL, CLIP), CLIP, recipe, 0.5)

@@ -95,7 +95,7 @@ def test_a_word_where_a_number_belongs(capsys: pytest.CaptureFixture[str], model
 
 RECIPES: dict[str, tuple[str, str]] = {
     "site": ("site: decoder.out", "site: no site 'decoder.out' (available: vision.layer[i], vision.out, projector.out, "
-                                  "decoder.layer[k])"),
+                                  "audio.out, decoder.layer[k])"),
     "signal": ("site: vision.out, score: {name: last_query_attention_mean, options: {heads: mean}}",
                "signals.last_query_attention: signal 'last_query_attention' does not exist at vision.out "
                "(available: decoder.layer)"),

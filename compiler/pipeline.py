@@ -259,7 +259,7 @@ def lay_out(geometries: Sequence[Pruned], weights: str) -> WeightLayout:
     traced = geometries[0].traced
     if weights == "stream":
         return plan_weights(used, traced.model, DTYPES[traced.dtype])
-    checkpoint = open_checkpoint(traced.source.path, traced.model)
+    checkpoint = open_checkpoint(geometries[0].job.source.path, traced.model)
     turnable = list_turnable(*(pruned.programs for pruned in geometries))
     return refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, turnable)
 
@@ -279,14 +279,14 @@ def build(
     """
     pruned = [pruned] if isinstance(pruned, Pruned) else pruned
     exported = [exported] if isinstance(exported, Exported) else exported
-    traced = pruned[0].traced
     tell = progress or (lambda what, done, total: None)
     with whole_directory(out, force) as work:
         for one in pruned:
             copy_processor_files(one.job, work)
         graphs = _save_graphs(exported, target, work)
         with _phase("weights", progress):
-            weights = _place_weights(exported[0], open_checkpoint(traced.source.path, traced.model), work, tell)
+            checkpoint = open_checkpoint(pruned[0].job.source.path, pruned[0].traced.model)
+            weights = _place_weights(exported[0], checkpoint, work, tell)
         engines = _build_engines(list(dict.fromkeys(file for files in graphs for file in files.values())), target, work,
                                  tell)  # fmt: skip
         parts = [Part(one, files, count_unpruned(one.traced)) for one, files in zip(pruned, graphs, strict=True)]

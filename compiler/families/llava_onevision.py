@@ -84,14 +84,14 @@ def _vision_indices(config: Any, facts: VisionFacts, batch: int) -> dict[str, An
     }
 
 
-def _vision_reference(model: Any, pixel_values: Any, facts: VisionFacts) -> Any:
-    """Features of a video's frames ``[F,N,D]``, without the row behind them."""
+def _vision_reference(model: Any, pixel_values: Any, facts: VisionFacts) -> tuple[Any, ...]:
+    """Features of a video's frames ``[F,N,D]``, without the row behind them, and no planes."""
     config = model.config
     video = model.model.get_video_features(
         pixel_values[None], vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy, return_dict=True,
     ).pooler_output  # fmt: skip
-    return video[0, :-1].reshape(facts.frames, facts.tokens_per_image, -1)
+    return (video[0, :-1].reshape(facts.frames, facts.tokens_per_image, -1),)
 
 
 LLAVA_ONEVISION = Family(

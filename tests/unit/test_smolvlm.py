@@ -154,7 +154,7 @@ def test_patches_stand_where_transformers_puts_them(tmp_path: Path, image: int, 
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     pixels = torch.randn(2, 3, image, image, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, _ = found.family.vision_forward(model, pixels)
+        ours, _ = found.family.vision_forward(model, pixels, found.vision, {})
         theirs = model.model.get_image_features(pixels[None]).pooler_output
     torch.testing.assert_close(ours.flatten(0, 1), torch.cat(list(theirs)))
 

@@ -208,7 +208,8 @@ def test_the_summary(capsys: pytest.CaptureFixture[str], model_dir: Callable[...
         ["s1", "1-3", "32", "8", "32", "40"],
     ]
     assert [line.split()[0] for line in lines[7:10]] == ["vision", "prefill", "decode"]
-    assert re.fullmatch(rf"{re.escape(str(out))}: fastv, keep 0.5, onnxruntime, fp32, \d+\.\d [KM]iB", lines[-2])
+    assert re.fullmatch(rf"{re.escape(str(out))}: fastv, keep 0.5, onnxruntime, fp32, \d+\.\d [KM]iB", lines[-3])
+    assert lines[-2] == "A row holds 1 image(s) of 32x32."
     assert lines[-1] == f'Next: secateur run {out} --image photo.png --prompt "What is in the picture?"'
     assert [line.split()[0] for line in err.splitlines()] == ["trace", "prune", "export", "weights"]
     assert all(re.fullmatch(r"\w+ +\d+\.\d s", line) for line in err.splitlines())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def default_signals() -> None:
     """A test run in the background, or under nohup, ignores signals, and so would every program it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def default_logging() -> Iterator[None]:
+    """The command line sets the package's level for good; the next test in the process starts with its own."""
+    logger = logging.getLogger("secateur")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,7 @@ def walk(cells: Sequence[Cell], work: Path, jobs: int) -> Iterator[tuple[Cell, d
 
 def _open(work: Path) -> None:
     global _shop
+    logging.getLogger("secateur").setLevel(logging.ERROR)  # this process's own; the records say what went wrong
     _shop = Workshop(work)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 import warnings
 from contextlib import suppress
@@ -102,7 +101,6 @@ def run_cell(cell: Cell, shop: Workshop) -> dict[str, Any]:
 
 def try_cell(cell: Cell, shop: Workshop) -> dict[str, Any]:
     """As :func:`run_cell`; what goes wrong is part of the record."""
-    logging.getLogger("secateur").setLevel(logging.ERROR)
     try:
         return run_cell(cell, shop)
     except NoLibraryError as error:

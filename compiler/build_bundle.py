@@ -25,6 +25,7 @@ from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Pruned
 from secateur.compiler.trace import Traced
 from secateur.exporters.checkpoint import Checkpoint, open_checkpoint
+from secateur.exporters.digests import Digests
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
@@ -68,10 +69,12 @@ def build(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    digests: Digests | None = None,
 ) -> Path:
     """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest.
 
     Several geometries come as sequences of the same length, their weights laid out together (:func:`lay_out`).
+    ``digests`` may have begun to read the checkpoint's files.
     """
     pruned = [pruned] if isinstance(pruned, Pruned) else pruned
     exported = [exported] if isinstance(exported, Exported) else exported
@@ -82,7 +85,7 @@ def build(
         graphs = _save_graphs(exported, target, work)
         with phase("weights", progress):
             checkpoint = open_checkpoint(pruned[0].job.source.path, pruned[0].traced.model)
-            weights = _place_weights(exported[0], checkpoint, work, tell)
+            weights = _place_weights(exported[0], checkpoint, work, tell, digests)
         engines = _build_engines(list(dict.fromkeys(file for files in graphs for file in files.values())), target, work,
                                  tell)  # fmt: skip
         parts = [Part(one, files, count_unpruned(one.traced)) for one, files in zip(pruned, graphs, strict=True)]
@@ -122,14 +125,16 @@ def check_weights_mode(weights: str) -> None:
         raise UserError(f"no way {weights!r} of placing weights", where="--weights", available=MODES)
 
 
-def _place_weights(exported: Exported, checkpoint: Checkpoint, work: Path, tell: Progress) -> dict[str, str]:
+def _place_weights(
+    exported: Exported, checkpoint: Checkpoint, work: Path, tell: Progress, digests: Digests | None
+) -> dict[str, str]:
     """Put the weights into the bundle; returns the SHA-256 of each file by its path there."""
     layout = exported.layout
 
     def written(done: int, total: int) -> None:
         tell("weights", done, total)
 
-    placed = place_shards(layout, work, written) if layout.shards else {}
+    placed = place_shards(layout, work, written, digests) if layout.shards else {}
     if layout.header:
         placed[WEIGHTS_FILE] = write_weights(layout, checkpoint, work / WEIGHTS_FILE, written)
     return placed

@@ -33,7 +33,9 @@ from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters.checkpoint import Checkpoint, list_tensors
+from secateur.exporters.digests import Digests
 from secateur.exporters.onnx import Exported, export_programs
+from secateur.exporters.shards import list_unread
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
@@ -104,7 +106,21 @@ def compile(
     if stop_after is None:
         for job in jobs:
             check_processor_files(job)
-        list_tensors(source.path)
+        files = list_tensors(source.path)
+    with Digests() as digests:
+        if stop_after is None and weights == "reference":
+            # Beside the tracing: reading a large checkpoint takes as long.
+            digests.begin(list_unread(source.path / file for file in files))
+        return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests)
+
+
+def _compile(
+    jobs: Sequence[Job], row: Recipe, keep: float | None, budget: Budget, goal: Target, out: Path,
+    weights: str, force: bool, dump_dir: Path | None, stop_after: str | None, progress: Progress | None,
+    digests: Digests,
+) -> Path | Pruned:  # fmt: skip
+    """:func:`compile` once everything was checked that can be without a trace."""
+    source, geometries = jobs[0].source, [job.geometry for job in jobs]
     tags = [f", geometry {number}" if len(jobs) > 1 else "" for number in range(len(jobs))]
     dumps = [dump_dir / f"geometry{n}" if dump_dir and tag else dump_dir for n, tag in enumerate(tags)]
     traced: list[Traced] = []
@@ -132,7 +148,7 @@ def compile(
             exported.append(export_programs(one.programs.programs, goal.dialect, layout))
         if dump is not None:
             (dump / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported[-1]}\n")
-    return build(pruned, exported, goal, out, force=force, progress=progress)
+    return build(pruned, exported, goal, out, force=force, progress=progress, digests=digests)
 
 
 def explain(

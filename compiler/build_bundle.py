@@ -93,23 +93,26 @@ def build(
     return out
 
 
-def check_weights(*geometries: Traced, weights: str = "stream") -> None:
+def check_weights(*geometries: Traced, weights: str = "stream") -> list[Path]:
     """Refuse a checkpoint that lacks a tensor of the traced programs, has it in another shape, or cannot be used as it
-    is where ``weights`` says so; warn of tensors the model does not have. Reads headers only."""
+    is where ``weights`` says so; warn of tensors the model does not have. Reads headers only. Returns the checkpoint's
+    files that become the bundle's."""
     traced = geometries[0]
     aliases, checkpoint = tied_names(traced.model), open_checkpoint(traced.source.path, traced.model)
     used: dict[str, Tensor] = {}
     for program in (program for one in geometries for program in one.programs.programs.values()):
         used |= {aliases.get(name, name): tensor for name, tensor in program.weights().items()}
     checkpoint.require({name: tuple(tensor.shape) for name, tensor in used.items()})
+    shards: list[Path] = []
     if weights != "stream":
-        refer_weights(used, checkpoint, DTYPES[traced.dtype], weights,
-                      list_turnable(*(one.programs for one in geometries)))  # fmt: skip
+        turnable = list_turnable(*(one.programs for one in geometries))
+        shards = list(refer_weights(used, checkpoint, DTYPES[traced.dtype], weights, turnable).shards.values())
     if extra := checkpoint.unexpected():
         _log.warning(
             "%s: %d tensors are no part of the model and are left out, such as %s",
             traced.source.path, len(extra), ", ".join(extra[:3]),
         )  # fmt: skip
+    return shards
 
 
 def list_turnable(*sets: ProgramSet) -> set[str]:

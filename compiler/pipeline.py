@@ -132,7 +132,7 @@ def _compile(
         with phase(f"trace{tag}", progress):
             traced.append(_trace_again(traced, sizes) or trace_model(source, sizes, goal.dtype))
     if stop_after is None:
-        check_weights(*traced, weights=weights)
+        digests.keep(list_unread(check_weights(*traced, weights=weights)))
     pruned: list[Pruned] = []
     for tag, model, dump in zip(tags, traced, dumps, strict=True):
         with phase(f"prune{tag}", progress):

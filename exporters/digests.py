@@ -22,6 +22,7 @@ class _Reading:
     job: Future[str]
     stamp: tuple[int, int]
     done: int = 0
+    wanted: bool = True
 
 
 class Digests:
@@ -49,6 +50,14 @@ class Digests:
                 self._found[file] = reading = _Reading(Future(), _stamp(file))
                 reading.job = self._pool.submit(self._hash, file, reading)
 
+    def keep(self, files: Iterable[Path]) -> None:
+        """Stop reading any but ``files``."""
+        kept = set(files)
+        for file in [file for file in self._found if file not in kept]:
+            reading = self._found.pop(file)
+            reading.wanted = False
+            reading.job.cancel()
+
     def get(self, files: Iterable[Path], on_bytes: Callable[[int], None] = lambda done: None) -> dict[Path, str]:
         """The digests, in hexadecimal, once all are known; ``on_bytes`` is told how many bytes of them were read. A
         file that was written to since :meth:`begin` is read again."""
@@ -62,7 +71,7 @@ class Digests:
 
     def _hash(self, file: Path, reading: _Reading) -> str:
         def count(read: int) -> None:
-            if self._stopped:
+            if self._stopped or not reading.wanted:
                 raise InterruptedError
             reading.done += read
 

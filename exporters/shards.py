@@ -26,6 +26,7 @@ from secateur.runtime.errors import UserError
 
 FOLDER = "weights"
 _PIECE = 1 << 22
+_LEAST_USED = 0.5
 _UNLINKABLE = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -42,7 +43,8 @@ def refer_weights(
     """Find the parameters the programs use in the checkpoint's files; nothing is read but headers.
 
     Tensors that must be put together from parts, such as experts that the files keep apart, are laid out in a file of
-    their own. ``turnable`` names those the graphs may also read with their last two dimensions exchanged.
+    their own, and with them what else a shard holds that has little but such parts. ``turnable`` names those the
+    graphs may also read with their last two dimensions exchanged.
     Raises UserError that lists why when tensors would have to be cast to ``dtype`` or do not start at a multiple of
     their element's size.
     """
@@ -72,9 +74,24 @@ def refer_weights(
         shape = entry.shape if turned else tuple(tensor.shape)
         tensors[name] = Placed(shape, kind, entry.offset, entry.length, path, turned)
     _refuse(mode, checkpoint, cast, uneven)
+    if parts:
+        for path in _list_left(tensors, shards):
+            parts |= {name: wanted[name] for name, place in tensors.items() if place.file == path}
+            del shards[path]
+        tensors = {name: place for name, place in tensors.items() if name not in parts}
     own = plan_weights(parts, checkpoint.model, dtype) if parts else None
     tensors |= own.tensors if own else {}
     return WeightLayout(tensors, own.header if own else b"", aliases, mode, dict(sorted(shards.items())))
+
+
+def _list_left(tensors: Mapping[str, Placed], shards: Mapping[str, Path]) -> list[str]:
+    """Shards of which the graphs would point at the lesser part, because they hold experts apart: to link such a file
+    is to read it for its digest and to carry its bytes about, beside the stacks that were made of them."""
+    held = dict.fromkeys(shards, 0)
+    fixed = {place.file for place in tensors.values() if place.turned}
+    for place in tensors.values():
+        held[place.file] += place.length
+    return [path for path in shards if path not in fixed and held[path] < _LEAST_USED * shards[path].stat().st_size]
 
 
 def list_unread(files: Iterable[Path]) -> list[Path]:

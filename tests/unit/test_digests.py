@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_leaving_stops_what_is_under_way(files: list[Path], monkeypatch: pytest.
             pieces.append(piece)
             started.set()
             on_bytes(1)
-            started.wait(0.001)
+            time.sleep(0.001)
         return "whole"
 
     monkeypatch.setattr(module, "hash_file", hash_file)
@@ -72,4 +73,17 @@ def test_leaving_stops_what_is_under_way(files: list[Path], monkeypatch: pytest.
         digests.begin(files)
         assert started.wait(10)
     assert 0 < len(pieces) < 1_000_000
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+def test_files_that_turn_out_unneeded_are_not_read_on(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def hash_file(path: Path, on_bytes: object) -> str:
+        assert callable(on_bytes)
+        while path == files[0]:
+            on_bytes(1)
+        return path.name
+
+    monkeypatch.setattr(module, "hash_file", hash_file)
+    with Digests() as digests:
+        digests.begin(files)
+        digests.keep(files[1:])  # else the next line waits for ever
+        assert digests.get(files[1:]) == {path: path.name for path in files[1:]}

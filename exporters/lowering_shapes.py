@@ -143,11 +143,15 @@ def _index(b: Builder, node: fx.Node) -> ir.Value:
     return emit(b, node, "Gather", read(b, x), read(b, places[axis]), axis=axis)
 
 
-@lowers(aten.split_with_sizes.default)
+@lowers(aten.split_with_sizes.default, aten.split.Tensor)
 def _split(b: Builder, node: fx.Node) -> list[ir.Value]:
-    x, sizes, axis = fill(args_of(node), (None, None, 0))
-    ends = list(itertools.accumulate(int(n) for n in sizes))
-    return [b.slice(read(b, x), int(axis), end - int(n), end) for n, end in zip(sizes, ends, strict=True)]
+    """Parts of given sizes, or of one size and what is left."""
+    whole, sizes, axis = fill(args_of(node), (None, None, 0))
+    x = read(b, whole)
+    length = shape_of(x)[int(axis)]
+    ends = range(sizes, length + sizes, sizes) if isinstance(sizes, int) else itertools.accumulate(map(int, sizes))
+    cuts = [0, *(min(end, length) for end in ends)]
+    return [x] if len(cuts) == 2 else [b.slice(x, int(axis), *cut) for cut in itertools.pairwise(cuts)]
 
 
 @lowers(aten.unbind.int)

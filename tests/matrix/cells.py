@@ -60,6 +60,8 @@ class Layout:
 
     ``media`` are the fields of the geometry that say what a row holds; empty: one image, or as many as a recipe looks
     at together. ``rows`` are the recipes it is compiled with, the first of them also in every sample; empty: all.
+    ``axes``: position ids have several axes, so that a recipe which numbers anew what is left changes the model even
+    where it keeps all tokens.
     """
 
     name: str
@@ -68,11 +70,16 @@ class Layout:
     write: Callable[[Path], Path]
     media: Mapping[str, Any] = field(default_factory=dict, hash=False)
     rows: tuple[str, ...] = ()
+    axes: bool = False
 
     def geometry(self, batch: int = 1, images: int = 1) -> Geometry:
         return Geometry(
             batch=batch, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS, **(self.media or {"images": images})
         )
+
+    def same_at_one(self, recipe: Recipe) -> bool:
+        """Whether at keep 1.0 the recipe must leave the model as it is."""
+        return bool(recipe.stages) and recipe.identity_at_one and not (self.axes and recipe.positions == "compact")
 
     def image_counts(self, recipe: Recipe) -> tuple[int, ...]:
         """Numbers of images a row holds in the recipe's cells; a video counts as one."""
@@ -118,7 +125,7 @@ def list_cells(recipes: Iterable[Recipe], layouts: Mapping[str, Layout], engines
         for images, keep, batch in itertools.product(counts, KEEPS, BATCHES):
             if recipe.stages:
                 cells.append(Cell("parity", recipe.name, layout.name, keep, batch, images))
-        if recipe.stages and recipe.identity_at_one:
+        if layout.same_at_one(recipe):
             cells.append(Cell("identity", recipe.name, layout.name, 1.0, 1, counts[-1]))
         if engines:
             cells.append(Cell("engine", recipe.name, layout.name, None, 2, counts[-1], "fp16"))
@@ -146,7 +153,7 @@ def sample(
     for number, layout in enumerate(layouts.values()):
         fitting = [r for r, _ in list_pairs(recipes, {layout.name: layout}) if r.stages and not lacks(r, layout.tower)]
         rng.shuffle(fitting)
-        same = [r for r in fitting if r.identity_at_one and 1 in layout.image_counts(r)]
+        same = [r for r in fitting if layout.same_at_one(r) and 1 in layout.image_counts(r)]
         if layout.rows:
             # Two cells: either differs from the other in both settings.
             settings = [(KEEPS[i], BATCHES[(i + number) % 2]) for i in range(2)]

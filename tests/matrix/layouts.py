@@ -215,6 +215,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen, kind="qwen2_vl"),
             _image(_QWEN2_SQUARE),
             _WITHOUT_CLS,
+            axes=True,
         ),
         Layout(
             "qwen2_5_vl",
@@ -223,6 +224,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen2_5, kind="qwen2_5_vl"),
             _image(_QWEN2_SQUARE),
             _WITHOUT_CLS,
+            axes=True,
         ),
         Layout(
             "qwen2_5_vl_video",
@@ -231,6 +233,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen2_5, kind="qwen2_5_vl"),
             _video(_QWEN2_SQUARE),
             ("seats", *_WITHOUT_CLS),
+            axes=True,
         ),
         Layout(
             "qwen3_vl",
@@ -239,6 +242,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen, kind="qwen3_vl"),
             _image(_QWEN3_SQUARE),
             _WITHOUT_CLS,
+            axes=True,
         ),
         Layout(
             "qwen3_vl_moe",
@@ -247,6 +251,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen, kind="qwen3_vl_moe"),
             _video(_QWEN3_SQUARE),
             ("seats", *_WITHOUT_CLS),
+            axes=True,
         ),
         Layout(
             "qwen2_5_omni",
@@ -255,6 +260,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen2_5, kind="qwen2_5_omni_thinker"),
             _video(_QWEN2_SQUARE, seconds=4),
             ("seats", *_WITHOUT_CLS),
+            axes=True,
         ),
         Layout(
             "qwen3_omni",
@@ -263,6 +269,7 @@ LAYOUTS: dict[str, Layout] = {
             partial(_write_qwen, kind="qwen3_omni_moe_thinker"),
             _video(_QWEN3_SQUARE, seconds=4),
             ("seats_qwen3_omni", *_WITHOUT_CLS),
+            axes=True,
         ),
     )
 }

@@ -95,6 +95,8 @@ def _describe(layout: Layout) -> str:
     said = f"`{layout.name}`: {layout.title}."
     if layout.media:
         said += f" A prompt holds {layout.geometry().media}."
+    if layout.axes:
+        said += " Position ids have three axes."
     if layout.rows:
         said += f" Rows: {', '.join(layout.rows)}."
     return said
@@ -129,8 +131,8 @@ these: every stage kept the oracle's tokens; scores that met within rounding exp
 four columns are the largest absolute differences with the choice held equal: projected features, hidden rows each
 decoder stage leaves, keys and values of all layers, logits after the prompt and two forced tokens. The bar is no
 different choice and {TOLERANCE:g}.
-*keep 1.0*: where a row keeps all tokens unchanged at that ratio, the largest difference of its logits from the
-unpruned model's, whose most likely tokens must be the same. *Engines*: every program of the row at its published keep
+*keep 1.0*: where a row keeps all tokens unchanged at that ratio, and does not number them anew where positions have
+several axes, the largest difference of its logits from the unpruned model's, whose most likely tokens must be the same. *Engines*: every program of the row at its published keep
 ratio, fp16, batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
 
 {markdown(table_rows(records, skipped))}

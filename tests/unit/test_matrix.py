@@ -72,6 +72,14 @@ def test_a_layout_with_few_rows_has_them_all_and_no_other() -> None:
             assert {"none", "fastv", "divprune"} < applying
 
 
+def test_rows_that_number_anew_are_no_identity_where_positions_have_axes() -> None:
+    cells = list_cells([RECIPES["divprune"], RECIPES["fastv"]], LAYOUTS, engines=False)
+    same = {(cell.recipe, cell.layout) for cell in cells if cell.kind == "identity"}
+    assert (RECIPES["divprune"].positions, RECIPES["fastv"].positions) == ("compact", "original")
+    assert ("divprune", "qwen3_vl") not in same
+    assert {("fastv", "qwen3_vl"), ("divprune", "gemma3")} < same
+
+
 def test_a_layout_with_media_of_its_own_has_them_in_every_cell() -> None:
     layout = LAYOUTS["qwen2_5_omni"]
     geometry = layout.geometry(batch=3)

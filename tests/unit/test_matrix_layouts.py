@@ -30,3 +30,4 @@ def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> No
     read_last = vision.feature_layer == vision.layers - 1
     found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector)
     assert found == LAYOUTS[layout].tower
+    assert (made.source.family.read_media is not None) == LAYOUTS[layout].axes

@@ -130,10 +130,10 @@ the ONNX Runtime bundle and through the eager oracle. *Kept equal*, *ties* and *
 these: every stage kept the oracle's tokens; scores that met within rounding explain the choice; anything else. The next
 four columns are the largest absolute differences with the choice held equal: projected features, hidden rows each
 decoder stage leaves, keys and values of all layers, logits after the prompt and two forced tokens. The bar is no
-different choice and {TOLERANCE:g}.
-*keep 1.0*: where a row keeps all tokens unchanged at that ratio, and does not number them anew where positions have
-several axes, the largest difference of its logits from the unpruned model's, whose most likely tokens must be the same. *Engines*: every program of the row at its published keep
-ratio, fp16, batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
+different choice and {TOLERANCE:g}. *keep 1.0*: where a row keeps all tokens unchanged at that ratio, and does not
+number them anew where positions have several axes, the largest difference of its logits from the unpruned model's,
+whose most likely tokens must be the same. *Engines*: every program of the row at its published keep ratio, fp16,
+batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
 
 {markdown(table_rows(records, skipped))}
 """

@@ -207,7 +207,8 @@ def _argsort(b: Builder, node: fx.Node) -> ir.Value:
 def _direction(node: fx.Node, plain: Any) -> tuple[int, bool]:
     """Axis and whether to descend; the stable overload takes both by name only."""
     axis, descending = fill(args_of(node)[1:] if node.target is plain else (), (-1, False))
-    return int(node.kwargs.get("dim", axis)), bool(node.kwargs.get("descending", descending))  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(node.kwargs)
+    return int(given.get("dim", axis)), bool(given.get("descending", descending))
 
 
 def _top(b: Builder, node: fx.Node, x: ir.Value, k: int, axis: int, largest: bool) -> list[ir.Value]:

@@ -151,6 +151,7 @@ def _run(module: str, *arguments: str) -> dict[str, Any]:
         said.seek(0)
         text = said.read()
     if child.returncode:
+        notes.print(text[-2000:], markup=False)
         raise subprocess.CalledProcessError(child.returncode, command, text)
     phases = {name: float(seconds) for name, seconds in re.findall(r"^(\w+) +([\d.]+) s$", text, re.M)}
     cpu = usage.ru_utime + usage.ru_stime

@@ -145,13 +145,10 @@ def _index(b: Builder, node: fx.Node) -> ir.Value:
 
 @lowers(aten.split_with_sizes.default, aten.split.Tensor)
 def _split(b: Builder, node: fx.Node) -> list[ir.Value]:
-    """Parts of given sizes, or of one size and what is left."""
-    whole, sizes, axis = fill(args_of(node), (None, None, 0))
-    x = read(b, whole)
-    length = shape_of(x)[int(axis)]
-    ends = range(sizes, length + sizes, sizes) if isinstance(sizes, int) else itertools.accumulate(map(int, sizes))
-    cuts = [0, *(min(end, length) for end in ends)]
-    return [x] if len(cuts) == 2 else [b.slice(x, int(axis), *cut) for cut in itertools.pairwise(cuts)]
+    x, _, axis = fill(args_of(node), (None, None, 0))
+    sizes = [int(part.shape[axis]) for part in node.meta["val"]]
+    ends = list(itertools.accumulate(sizes))
+    return [b.slice(read(b, x), int(axis), end - n, end) for n, end in zip(sizes, ends, strict=True)]
 
 
 @lowers(aten.unbind.int)
@@ -211,7 +208,8 @@ def _argsort(b: Builder, node: fx.Node) -> ir.Value:
 def _direction(node: fx.Node, plain: Any) -> tuple[int, bool]:
     """Axis and whether to descend; the stable overload takes both by name only."""
     axis, descending = fill(args_of(node)[1:] if node.target is plain else (), (-1, False))
-    return int(node.kwargs.get("dim", axis)), bool(node.kwargs.get("descending", descending))  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(node.kwargs)
+    return int(given.get("dim", axis)), bool(given.get("descending", descending))
 
 
 def _top(b: Builder, node: fx.Node, x: ir.Value, k: int, axis: int, largest: bool) -> list[ir.Value]:

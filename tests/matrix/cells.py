@@ -46,12 +46,14 @@ class Cell:
 
 class Tower(NamedTuple):
     """What a layout's tower has: a CLS token; ``merges``: several patches become one token behind it; ``read_last``:
-    the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is."""
+    the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is;
+    ``tiles``: it sees an image in tiles, whose tokens are put together without padding behind the projector."""
 
     has_cls: bool
     merges: bool = False
     read_last: bool = False
     linear: bool = False
+    tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def lacks(recipe: Recipe, tower: Tower) -> str | None:
     """Why a row does not apply to a layout; None where it does."""
     if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
         return "its stages stand between layers of the tower, behind which patches are put together"
+    if tower.tiles and any(not stage.site.kind.startswith("decoder") and stage.select for stage in recipe.stages):
+        return "which tokens of an image's tiles are padding is settled behind the projector, where its stages chose"
     nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]
     if tower.has_cls and tower.read_last and nexts:
         return f"{nexts[0]} is that of the layer behind the one the projector reads, which is the last"

@@ -182,10 +182,10 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "llava_next",
             "LLaVA-NeXT, CLIP tower with CLS token, images in tiles, Llama decoder",
-            Tower(True),
+            Tower(True, tiles=True),
             _write_next,
             {"image_size": (40, 60)},
-            _WITH_CLS,
+            ("dart", "pyramiddrop", *_WITH_CLS),
         ),
         Layout(
             "internvl",

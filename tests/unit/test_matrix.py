@@ -46,6 +46,12 @@ def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
         assert str(lacks(RECIPES[name], Tower(True, merges=True))).startswith("its stages stand between layers")
 
 
+def test_a_row_that_chooses_before_tiles_are_put_together_does_not_apply() -> None:
+    assert lacks(RECIPES["fastv"], Tower(True, tiles=True)) is None
+    for name in ("visionzip", "divprune"):
+        assert str(lacks(RECIPES[name], Tower(True, tiles=True))).startswith("which tokens of an image's tiles")
+
+
 def test_a_row_that_probes_the_projector_applies_only_where_it_is_no_linear_map() -> None:
     assert lacks(RECIPES["zoo_prune"], Tower(False, merges=True)) is None
     assert str(lacks(RECIPES["zoo_prune"], Tower(False, merges=True, linear=True))).startswith("probe_slopes")
@@ -69,7 +75,8 @@ def test_a_layout_with_few_rows_has_them_all_and_no_other() -> None:
         if layout.rows:
             applying = {name for name in layout.rows if lacks(RECIPES[name], layout.tower) is None}
             assert recipes == applying
-            assert {"none", "fastv", "divprune"} < applying
+            assert {"none", "fastv"} < applying
+            assert layout.tower.tiles or {"divprune"} < applying
 
 
 def test_rows_that_number_anew_are_no_identity_where_positions_have_axes() -> None:

@@ -28,6 +28,6 @@ def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> No
     made = shop.bundles(layout, 1, 1)
     vision = made.source.at(made.geometry).vision
     read_last = vision.feature_layer == vision.layers - 1
-    found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector)
+    found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector, vision.tiles is not None)
     assert found == LAYOUTS[layout].tower
     assert (made.source.family.read_media is not None) == LAYOUTS[layout].axes

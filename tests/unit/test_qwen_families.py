@@ -22,6 +22,7 @@ from secateur.compiler.meta_model import build_meta_model
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, load_recipe, prune
+from secateur.compiler.program import Program
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
 from secateur.compiler.trace import Traced, read_source, trace_model
@@ -29,6 +30,7 @@ from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.onnx import export_program
 from secateur.exporters.weights import WeightLayout
 from secateur.passes.drop_noops import drop_noops
+from secateur.passes.drop_planes import drop_planes
 from secateur.passes.fold_scatters import fold_scatters
 from secateur.passes.sites import Thinned
 from secateur.runtime.errors import UserError
@@ -129,6 +131,18 @@ def test_decode_adds_nothing(trace_of: Callable[[str, str], tuple[Traced, Any]])
     assert [name for name in programs["vision"].outputs if name in planes] == planes
     assert {name.replace(".", "_") for name in planes} <= set(programs["prefill"].inputs)
     assert not [name for name in programs["decode"].inputs if name.startswith("deepstack")]
+
+
+def test_lengths_read_off_a_plane_are_the_streams() -> None:
+    """Tracing takes the length of the stream from any tensor that has it."""
+    graph, rows = torch.fx.Graph(), torch.ones(1, 3, 2)
+    hidden, plane = graph.placeholder("hidden"), graph.placeholder("deepstack_0")
+    length = graph.call_function(torch.ops.aten.sym_size.int, (plane, 1))
+    stream = graph.call_function(torch.ops.aten.add.Tensor, (hidden, plane))
+    graph.output([graph.call_function(torch.ops.aten.reshape.default, (stream, [length, 2]))])
+    program = drop_planes(Program("decoder", torch.fx.GraphModule(torch.nn.Module(), graph), ("out",)))
+    assert program.inputs == ("hidden",)
+    assert torch.equal(program.module(rows)[0], rows[0])
 
 
 def test_grids_of_a_video_are_items_behind_their_times(model_of: Callable[[str], Path]) -> None:

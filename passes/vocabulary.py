@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.compiler.learned import WeightsFile
 from secateur.compiler.recipe import PlannedStage, Site, Stage, Term
-from secateur.passes.methods.learned import Weights, load_weights
+from secateur.passes.methods.learned import TENSORS, Weights, load_weights
 from secateur.passes.methods.registry import MERGES, SCORES, SELECTORS
 from secateur.passes.signal_table import SIGNALS, Number, Option, TowerLayers
 from secateur.runtime.errors import UserError
@@ -122,6 +122,8 @@ def bind_term(role: str, term: Term, where: str) -> BoundTerm:
     options = {name: _load_option(value, hints[name]) for name, value in term.options.items()}
     for name in choices:
         if parameters[name].default is inspect.Parameter.empty and name not in term.options:
+            if hints[name] is Weights:
+                raise _ask_for_weights(term.name, name, where)
             raise UserError(f"{term.name} needs option {name!r}", where=f"{where}.options", available=choices)
     takes = (1, 1) if role == "score" and "score" in reserved else (1, 99) if "scores" in reserved else (0, 0)
     if not takes[0] <= len(term.of) <= takes[1]:
@@ -182,6 +184,14 @@ def _read_option(option: str, spec: Option, value: Any, where: str) -> Any:
     if value not in spec:
         raise UserError(f"no {option} {value!r}", where=where, available=spec)
     return value
+
+
+def _ask_for_weights(function: str, option: str, where: str) -> UserError:
+    wanted = f" that holds {TENSORS[function]}, floating-point, D the width of a token" if function in TENSORS else ""
+    return UserError(
+        f"{function} needs option {option!r}, a safetensors file{wanted}", where=f"{where}.options",
+        fix=f"write --recipe NAME:{option}=FILE behind a row's name, or {option}: file:FILE in a recipe file",
+    )  # fmt: skip
 
 
 def _load_option(value: Any, hint: Any) -> Any:

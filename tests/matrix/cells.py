@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from secateur.compiler.recipe import Recipe
+from secateur.passes.needs import needs_sound, needs_weights
 from secateur.passes.signals import NEED_CLS
 from secateur.passes.vocabulary import bind_stage
 
@@ -53,6 +54,10 @@ class Tower(NamedTuple):
 
 def lacks(recipe: Recipe, tower: Tower) -> str | None:
     """Why a row does not apply to a layout; None where it does."""
+    if needs_weights(recipe):
+        return "it waits for a file of learned weights"
+    if needs_sound(recipe):
+        return "it compares what is seen with what is heard, and nothing is heard"
     if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
         return "its stages stand between layers of the tower, behind which patches are put together"
     nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]

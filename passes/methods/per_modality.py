@@ -74,7 +74,7 @@ def top_k_and_uniform_per_window(
     left = parts.gather((1.0 - high).unsqueeze(-1)).squeeze(-1) * parts.there.to(score.dtype)
     place = (left.cumsum(dim=2) - left).flatten(1).index_select(1, parts.back)
     step = of_token(steps)
-    turn = torch.floor(place / step)
+    turn = (place / step).to(torch.int64).to(score.dtype)  # rounds towards zero
     even = ((place - turn * step == 0) & (turn < of_token(targets))).to(score.dtype) * (1.0 - high)
     keep = (high + even).topk(k, dim=1).indices.sort(dim=1).values
     return Selection(keep, even.gather(1, keep) > 0.5)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from secateur.compiler.layout import Layout
 from secateur.compiler.plan_recipe import PlannedRecipe, plan_recipe
-from secateur.compiler.recipe import Layout
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 

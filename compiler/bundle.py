@@ -264,14 +264,26 @@ def _recipe(job: Job) -> m.Recipe:
 def _geometry(job: Job) -> m.GeometrySizes:
     geometry, vision = job.geometry, job.source.vision
     size = vision.image_size if vision.tiles is None else vision.tiles.image_size
+    tokens, features = vision.tokens_per_item, job.features_per_item
+    sizes = []
+    if job.sizes:
+        each = [(job.sizes[size], vision.sizes[size]) for size in vision.size_of]
+        sizes = [
+            m.ImageSize(
+                height=facts.image_size[0], width=facts.image_size[1], tokens=facts.tokens_per_image,
+                features=own.kept_per_image,
+            )
+            for own, facts in each
+        ]  # fmt: skip
+        tokens, features = max((one.tokens, one.features) for one in sizes)
     return m.GeometrySizes(
-        batch=geometry.batch, images=vision.items, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
+        batch=geometry.batch, images=len(sizes) or vision.items, text_tokens=geometry.text_tokens,
+        new_tokens=geometry.new_tokens,
         image_height=size[0], image_width=size[1], tiles=vision.grids_per_item if vision.tiles is not None else 0,
         tokens_per_tile=vision.tokens_per_image if vision.tiles is not None else 0,
-        tokens_per_image=vision.tokens_per_item,
-        features_per_image=job.features_per_item, extra_rows=vision.extra_rows, sequence=job.sequence,
+        tokens_per_image=tokens, features_per_image=features, extra_rows=vision.extra_rows, sequence=job.sequence,
         frames=geometry.frames, fps=geometry.fps if geometry.frames else 0.0, audio_seconds=geometry.audio_seconds,
-        audio_tokens=job.source.audio_tokens,
+        audio_tokens=job.source.audio_tokens, sizes=sizes,
     )  # fmt: skip
 
 

@@ -79,8 +79,14 @@ class MediaLayout:
         seen = sum(count for heard, count in self.runs if not heard)
         return tuple(place for place, index in enumerate(order) if index < seen)
 
+    def layout_of(self, left: Sequence[int]) -> Layout:
+        """Moment and kind of the tokens that enter the decoder, where every image has ``left`` of them."""
+        seen, heard = Layout.of_counts(left), [at for at, kind in enumerate(self.layout.modalities) if kind]
+        frames = (*seen.frames, *(self.layout.frames[at] for at in heard))
+        return Layout(frames, (*seen.modalities, *(1 for _ in heard)))
+
     def layout_after(self, before: int, after: int) -> Layout:
-        """Moment and kind of the tokens that enter the decoder."""
+        """The same where of every ``before`` tokens of what is seen ``after`` are left."""
         frames: list[int] = []
         kinds: list[int] = []
         at = 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.image_sizes import join_kept, lay_images, split_kept
 from secateur.compiler.pruned import Job
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import tower_layers
@@ -50,6 +51,8 @@ class RowRun:
     """Stage -> everything its functions read, by signal; only where the run was asked to keep it."""
     hidden: dict[str, Tensor] = field(default_factory=dict)
     """Decoder stage -> rows it left ``[L',D]``."""
+    sizes: list[RowRun] = field(default_factory=list)
+    """Where images are of several sizes, what was seen of each before the decoder."""
     features: Tensor = field(default_factory=lambda: torch.empty(0))
     planes: list[Tensor] = field(default_factory=list)
     """Features of inner tower layers that the decoder adds (DeepStack), each ``[F,D]`` as ``features``."""
@@ -74,6 +77,7 @@ class Oracle:
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
         self.entry = self.model.get_submodule(family.tower.entry)
+        self.carries = job.carries
         self.carried: Tensor | None = None
         """What the vision side's last score carries into the decoder, ``[1,V]``, of the row that runs."""
         self.keep_signals = False
@@ -99,7 +103,7 @@ class Oracle:
         self.keep_signals, self.carried = keep_signals, None
         forced = forced_kept or {}
         with _recording(self.model) as record:
-            row.features = self._encode(pixel_values, row, forced, record)
+            row.features = self.encode(pixel_values, row, forced, record)
             if self.job.source.audio is not None:
                 assert input_features is not None, "this geometry has sound"
                 row.features = self._hear(input_features, row, record)
@@ -141,9 +145,11 @@ class Oracle:
         row.values = [layer.values[0] for layer in cache.layers]
         return row
 
-    def _encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: _Record) -> Tensor:
+    def encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: _Record) -> Tensor:
         """The features of a row's images ``[F,D]``, with the stages of the vision side run under hooks."""
         facts, stages = self.job.source.vision, self.job.vision_stages
+        if facts.sizes:
+            return encode_sizes(self, pixel_values, row, forced, record)
         state: dict[str, Tensor] = {}
         entering: dict[str, Tensor] = {}
         planes: list[Tensor] = []
@@ -205,7 +211,7 @@ class Oracle:
                 )
                 stack.callback(watching.remove)
                 features, _ = self.family.vision_forward(self.model, pixel_values, facts, {})
-        if self.job.carries:
+        if self.carries:
             self.carried = state["carried"].reshape(1, -1)
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
@@ -556,6 +562,35 @@ class _Record:
         self.taken: dict[nn.Module, tuple[dict[str, Tensor], float]] = {}
         self.calls: dict[nn.Module, list[tuple[dict[str, Tensor], float]]] = {}
         """All calls, of a tower that attends run by run."""
+
+
+def encode_sizes(
+    oracle: Oracle, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: _Record
+) -> Tensor:
+    """Images of several sizes through the tower, those of one size at a time; what is found goes to ``row``."""
+    job, facts = oracle.job, oracle.job.source.vision
+    entering = list(pixel_values.split([image.input_shape[0] // image.frames for image in facts.images]))
+    given = {
+        name: split_kept(job, index, from_prompt(job, index, forced[name]))
+        for index, name in enumerate(stage.planned.name for stage in job.vision_stages) if name in forced
+    }  # fmt: skip
+    carried, features = [], []
+    for size, one in enumerate(job.sizes):
+        part = Oracle(one, oracle.model)
+        part.keep_signals, part.carries, found = oracle.keep_signals, oracle.carries, RowRun()
+        pixels = torch.cat([e for e, own in zip(entering, facts.size_of, strict=True) if own == size])
+        features.append(part.encode(pixels, found, {name: kept[size] for name, kept in given.items()}, record))
+        carried.append(part.carried)
+        row.sizes.append(found)
+    for index, stage in enumerate(job.vision_stages):
+        name = stage.planned.name
+        if not stage.planned.observes:
+            kept = [found.kept[name] for found in row.sizes]
+            row.kept[name] = to_prompt(job, index, join_kept(job, index, kept))
+    row.planes = [lay_images(facts, planes) for planes in zip(*(found.planes for found in row.sizes), strict=True)]
+    if job.carries:
+        oracle.carried = lay_images(facts, [told[0] for told in carried if told is not None])[None]
+    return lay_images(facts, features)
 
 
 def load_recording_model(source: Source) -> nn.Module:

@@ -38,7 +38,7 @@ from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
-from secateur.compiler.trace import DTYPES, Source, Traced, build_meta_model, read_source, trace_model
+from secateur.compiler.trace import DTYPES, Source, Traced, build_meta_model, read_source, trace_model, vision_programs
 from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters.checkpoint import Checkpoint, list_tensors, open_checkpoint
 from secateur.exporters.lint import lint_graph, refuse
@@ -59,6 +59,7 @@ from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_s
 from secateur.passes.insert_vision_stages import insert_vision_stages
 from secateur.passes.join_encoders import join_encoders
 from secateur.passes.join_phases import Axes, join_decode, join_prefill
+from secateur.passes.join_sizes import join_sizes
 from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
@@ -89,7 +90,7 @@ def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job],
 
 def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
     return lambda programs, job: programs.update(
-        *(function(p) for name, p in programs.programs.items() if name in ("vision", "audio"))
+        *(function(p) for name, p in programs.programs.items() if name.startswith(("vision", "audio")))
     )
 
 
@@ -111,7 +112,14 @@ def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
 def _vision_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     source, audio = job.source, job.source.family.audio
     carries = job.carries and (source.audio is None or bool(job.vision_stages))
-    pruned = [insert_vision_stages(programs["vision"], job.vision_stages, source.family.tower, source.vision, carries)]
+    names = vision_programs(source.vision)
+    pruned = [
+        insert_vision_stages(programs[name], one.vision_stages, source.family.tower, one.source.vision, carries)
+        for name, one in zip(names, job.sizes or (job,), strict=True)
+    ]
+    if job.sizes:
+        pruned = [join_sizes(pruned, [one.vision_stages for one in job.sizes], source.vision, job.geometry.batch)]
+        programs = programs.update(drop=names)
     if source.audio is not None and audio is not None:
         if job.carries and not (job.vision_stages and job.audio_stages):
             lacks = "projector.out" if job.audio_stages else "audio.out"

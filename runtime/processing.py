@@ -155,9 +155,9 @@ class Processor:
             return
         if {*given, *wanted} <= {"image"}:
             sizes = manifest.geometry
+            shown = ", ".join(f"{height}x{width}" for height, width in sizes.sizes_seen)
             raise MisfitError(
-                f"{len(given)} image(s), the bundle was compiled for {sizes.images} per row "
-                f"({sizes.image_height}x{sizes.image_width})",
+                f"{len(given)} image(s), the bundle was compiled for {sizes.images} per row ({shown})",
                 where=where,
                 fix=f"give {sizes.images}" + (f", or compile with --images {len(given)}" if given else ""),
             )

@@ -302,7 +302,7 @@ def _media(job: Job) -> m.Media | None:
     before, behind = ([int(getattr(config, name))] if name else [] for name in media.sound_marks)
     return m.Media(
         items=items, around=around, sound_before=before, sound_behind=behind,
-        sound_marks_count=media.sound_marks_count, timestamp=media.timestamp,
+        sound_marks_count=media.sound_marks_count, sound_padding=media.sound_padding, timestamp=media.timestamp,
     )  # fmt: skip
 
 

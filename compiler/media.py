@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from secateur.compiler.layout import Layout
 from secateur.runtime.errors import UserError
@@ -45,6 +46,8 @@ class MediaLayout:
     itself have the same position ids, but for ``sound_marks_count``. Empty where there is none."""
     sound_marks_count: bool = False
     """Whether the marks of sound have position ids of their own, as words do."""
+    sound_padding: Literal["max_length", "longest"] = "max_length"
+    """As in the manifest."""
     timestamp: str = ""
     """As in the manifest."""
 

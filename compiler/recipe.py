@@ -369,9 +369,9 @@ def plan_recipe(
             inside = site.kind.startswith("decoder")
             if inside and before_decoder:
                 return PlannedRecipe(recipe, keep, tuple(stages))
-            if sizes:
+            if sizes or before_decoder:
                 _check_scope(recipe, index, site)
-                whole = False
+            whole = whole and not sizes
             if heard and site.kind == "decoder.layer":
                 # From here on what is seen and what is heard is one row of tokens.
                 groups, length, images, whole = 1, groups * length + heard, 1, False

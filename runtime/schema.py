@@ -98,9 +98,12 @@ class Media(_Frozen):
     beside it, but for ``sound_marks_count``."""
     sound_marks_count: bool = False
     """Whether those tokens have position ids of their own, as words do."""
+    sound_padding: Literal["max_length", "longest"] = "max_length"
+    """How far the checkpoint's processor pads sound with silence: to the longest its extractor takes, or not at all."""
     timestamp: str = ""
-    """Format of the text right before every item of a video that is several items: the mean time in seconds of the
-    frames it is made of. Empty where no text stands between them."""
+    """Format of the text before every item of a video that is several items: the mean time in seconds of the frames it
+    is made of. Such a video has one placeholder in a prompt, between ``around``; each item then stands behind its text
+    between ``around`` once more. Empty where no text stands between them."""
 
 
 def describe_media(
@@ -213,6 +216,11 @@ class GeometrySizes(_Frozen):
     def sizes_seen(self) -> list[tuple[int, int]]:
         """Height and width of all images or frames, or one for each image where they differ."""
         return [(one.height, one.width) for one in self.sizes] or [(self.image_height, self.image_width)]
+
+    @property
+    def features_of_images(self) -> list[int]:
+        """Tokens of every image that enter the decoder where images are of several sizes, else of any of them."""
+        return [one.features for one in self.sizes] or [self.features_per_image]
 
     @property
     def features(self) -> int:
@@ -366,7 +374,8 @@ class Manifest(_Frozen):
     def items(self) -> list[str]:
         """Kinds of a row's media in the order of its prompt, one for each placeholder."""
         if self.media is not None:
-            return [item.kind for item in self.media.items]
+            # With texts between its grids a video is several items behind one placeholder.
+            return ["video"] if self.media.timestamp else [item.kind for item in self.media.items]
         return ["video"] if self.geometry.frames else ["image"] * self.geometry.images
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,19 @@ _log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 
 
+class TowerInput(NamedTuple):
+    """``pixel_values`` and ``input_features`` of one row; of all rows they lie one after the other. ``times`` are the
+    mean seconds of the frames of every temporal grid of a video."""
+
+    pixel_values: Floats
+    input_features: Floats | None = None
+    times: tuple[float, ...] = ()
+
+
 class TowerInputs(Protocol):
     """The images, video and sound of a row, of which there are as many as the bundle was compiled for."""
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, Floats | None]:
-        """``pixel_values`` and ``input_features`` of one row; of all rows they lie one after the other."""
+    def __call__(self, media: RowMedia) -> TowerInput: ...
 
 
 def open_tower_inputs(directory: Path, manifest: Manifest) -> TowerInputs:
@@ -56,8 +64,8 @@ class TileInputs:
                 fix="compile the bundle again",
             )
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, None]:
-        return np.concatenate([self.pipeline(image) for image in media.images]), None
+    def __call__(self, media: RowMedia) -> TowerInput:
+        return TowerInput(np.concatenate([self.pipeline(image) for image in media.images]))
 
 
 class PixelInputs:
@@ -78,9 +86,9 @@ class PixelInputs:
                 fix="compile the bundle again",
             )
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, None]:
+    def __call__(self, media: RowMedia) -> TowerInput:
         frames = [frame for video in media.videos for frame in self.frames(video, media.video_fps)]
-        return np.stack([self._read(image) for image in [*media.images, *frames]]), None
+        return TowerInput(np.stack([self._read(image) for image in [*media.images, *frames]]))
 
     def _read(self, image: ImageLike) -> Floats:
         pixels = self.images(image)
@@ -120,19 +128,26 @@ class PatchInputs:
         """Of every image, or of the video."""
         self.sound: AudioPipeline | None = None
         if sizes.audio_seconds:
-            self.sound = AudioPipeline.from_config(_read_config(directory, "audio"), sizes.audio_seconds)
+            assert manifest.media is not None
+            self.sound = AudioPipeline.from_config(
+                _read_config(directory, "audio"), sizes.audio_seconds, manifest.media.sound_padding
+            )
         self._told = False
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, Floats | None]:
+    def __call__(self, media: RowMedia) -> TowerInput:
+        times: list[float] = []
         seen = [self._image(image, grid) for image, grid in zip(media.images, self.grids, strict=False)]
         for video in media.videos:
-            frames = self.frames(video, media.video_fps)
+            frames, seconds = self.frames.read(video, media.video_fps)
+            step = self.patches.temporal
+            # As transformers' processor of Qwen3-VL: between the first and the last frame of a grid.
+            times += [(seconds[at] + seconds[at + step - 1]) / 2 for at in range(0, len(seconds), step)]
             self._compare("video", self.grids[0], frames[0], len(frames))
             seen.append(self.patches.video(frames, self.grids[0]))
         heard = None
         if self.sound is not None:
             heard = np.stack([self.sound(clip, media.audio_rate) for clip in media.audio])
-        return np.concatenate(seen), heard
+        return TowerInput(np.concatenate(seen), heard, tuple(times))
 
     def _image(self, image: ImageLike, grid: Grid) -> Floats:
         rgb = read_rgb(image)

@@ -103,7 +103,7 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     if not geometry.interleaves:
         return MediaLayout(
             (*items, Item("audio", count, count, count)), ((0, len(offsets)), (1, count)), (*offsets, *sounds),
-            Layout((*grids, *moments), (0,) * len(offsets) + (1,) * count), MARKS,
+            Layout((*grids, *moments), (0,) * len(offsets) + (1,) * count), MARKS, sound_padding="longest",
         )  # fmt: skip
     runs: list[tuple[int, int]] = []
     places: list[Axes] = []
@@ -119,7 +119,8 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     kinds = tuple(kind for kind, size in runs for _ in range(size))
     item = Item("video with sound", len(places), span, reach)
     return MediaLayout(
-        (item,), tuple(runs), tuple(places), Layout(tuple(frames), kinds), MARKS, SOUND_MARKS, sound_marks_count=True
+        (item,), tuple(runs), tuple(places), Layout(tuple(frames), kinds), MARKS, SOUND_MARKS, sound_marks_count=True,
+        sound_padding="longest",
     )  # fmt: skip
 
 

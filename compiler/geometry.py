@@ -69,7 +69,7 @@ class Geometry:
     def sizes(self) -> tuple[Size, ...]:
         """Of every image its size, where they are of several; empty where all have one."""
         size = self.image_size
-        return cast(tuple[Size, ...], size) if size is not None and isinstance(size[0], tuple) else ()
+        return size if size is not None and isinstance(size[0], tuple) else ()
 
     @property
     def one_size(self) -> Size | None:

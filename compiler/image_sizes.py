@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.prompt_order import from_prompt, to_prompt
 from secateur.compiler.pruned import Job
+from secateur.compiler.recording import Record
+
+if TYPE_CHECKING:
+    from secateur.compiler.oracle import Oracle, RowRun
+
+
+def encode_sizes(
+    oracle: Oracle, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: Record
+) -> Tensor:
+    """The oracle's features ``[F,D]`` of a row, images of one size at a time; what is seen goes to ``row``."""
+    job, facts = oracle.job, oracle.job.source.vision
+    entering = pixel_values.split([image.input_shape[0] // image.frames for image in facts.images])
+    given = {
+        name: split_kept(job, index, from_prompt(job, index, forced[name]))
+        for index, name in enumerate(stage.planned.name for stage in job.vision_stages) if name in forced
+    }  # fmt: skip
+    carried, features = [], []
+    for size, one in enumerate(job.sizes):
+        part, found = type(oracle)(one, oracle.model), type(row)()
+        part.keep_signals, part.carries = oracle.keep_signals, oracle.carries
+        pixels = torch.cat([image for image, own in zip(entering, facts.size_of, strict=True) if own == size])
+        features.append(part.encode(pixels, found, {name: kept[size] for name, kept in given.items()}, record))
+        carried.append(part.carried)
+        row.sizes.append(found)
+    for index, stage in enumerate(job.vision_stages):
+        name = stage.planned.name
+        if not stage.planned.observes:
+            kept = join_kept(job, index, [found.kept[name] for found in row.sizes])
+            row.kept[name] = to_prompt(job, index, kept)
+    row.planes = [lay_images(facts, planes) for planes in zip(*(found.planes for found in row.sizes), strict=True)]
+    if oracle.carries:
+        oracle.carried = lay_images(facts, [told[0] for told in carried if told is not None])[None]
+    return lay_images(facts, features)
 
 
 def lay_images(facts: VisionFacts, parts: Sequence[Tensor]) -> Tensor:

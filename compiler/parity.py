@@ -17,7 +17,8 @@ from torch import Tensor
 
 from secateur.compiler.image_sizes import split_kept
 from secateur.compiler.inputs import RowInput, batches
-from secateur.compiler.oracle import Oracle, RowRun, from_prompt
+from secateur.compiler.oracle import Oracle, RowRun
+from secateur.compiler.prompt_order import from_prompt
 from secateur.compiler.pruned import Job
 from secateur.compiler.ties import is_tied
 from secateur.passes.stage import StageFunction

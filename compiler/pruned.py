@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.plan_recipe import PlannedRecipe
 from secateur.compiler.program import ProgramSet
-from secateur.compiler.recipe import PlannedRecipe
 from secateur.compiler.trace import Source, Traced
 
 
@@ -75,8 +75,8 @@ class Job:
         if media is None:
             return [self.features_per_item] * self.source.vision.items
         if self.sizes:
-            heard = [item.tokens for item in media.items if item.kind == "audio"]
-            return [*(self.sizes[size].kept_per_image for size in self.source.vision.size_of), *heard]
+            sounds = [item.tokens for item in media.items if item.kind == "audio"]
+            return [*(self.sizes[size].kept_per_image for size in self.source.vision.size_of), *sounds]
         whole, left = self.source.vision.tokens_per_image, self.kept_per_image
         sizes, runs = [], list(media.runs)
         for item in media.items:

@@ -6,6 +6,7 @@ A row's patches lie image by image, in the order of the prompt, and so do the to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -47,13 +48,14 @@ def join_sizes(programs: Sequence[Program], stages: Sequence[Sequence[Any]], fac
         dict(zip(program.outputs, splice(module, program, {"pixel_values": part}), strict=True))
         for program, part in zip(programs, parts, strict=True)
     ]
-    counts = {f"kept.{s.planned.name}": [own[place].planned for own in stages] for place, s in enumerate(stages[0])}
+    counts = {
+        f"kept.{stage.planned.name}": [own[place].planned.length_in for own in stages]
+        for place, stage in enumerate(stages[0])
+    }
 
     def lay(name: str) -> Node:
-        planned = counts.get(name)
-        starts = [0]
-        for size in facts.size_of if planned is not None else ():
-            starts.append(starts[-1] + planned[size].length_in)
+        entering = counts.get(name)
+        starts = list(accumulate((entering[size] for size in facts.size_of) if entering else (), initial=0))
 
         def put(*values: Tensor) -> Tensor:
             split = [value.reshape(batch, size.frames, -1, *value.shape[2:])
@@ -61,8 +63,8 @@ def join_sizes(programs: Sequence[Program], stages: Sequence[Sequence[Any]], fac
             images = []
             for image, (size, place) in enumerate(facts.image_places):
                 tokens = split[size][:, place]
-                if planned is not None:  # counted in the images of its size so far
-                    tokens = tokens + (starts[image] - place * planned[size].length_in)
+                if entering:  # counted in the images of its size so far
+                    tokens = tokens + (starts[image] - place * entering[size])
                 images.append(tokens)
             return torch.cat(images, 1)
 

@@ -110,9 +110,10 @@ class PatchInputs:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
-        self.frames = FrameSampler.from_config(_read_config(directory, "video"), sizes.frames, sizes.fps)
         config = _read_config(directory, "video" if sizes.frames else "image")
         self.patches = PatchPipeline.from_config(config, video=bool(sizes.frames))
+        videos = _read_config(directory, "video")
+        self.frames = FrameSampler.from_config(videos, sizes.frames, sizes.fps, self.patches.temporal)
         edge, grids = self.patches.patch, sizes.frames // self.patches.temporal or 1
         seen = [(grids, height // edge, width // edge) for height, width in sizes.sizes_seen]
         wanted = [one.tokens for one in sizes.sizes] or [sizes.tokens_per_image * (sizes.images if sizes.frames else 1)]

@@ -54,13 +54,15 @@ class FrameSampler:
     fps: float
     ends: bool = False
     """Whether the last frame is always chosen (Qwen3-VL)."""
+    step: int = 1
+    """Frames that become one temporal grid: a bundle is compiled for a multiple of it."""
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], frames: int, fps: float) -> FrameSampler:
+    def from_config(cls, config: Mapping[str, Any], frames: int, fps: float, step: int = 1) -> FrameSampler:
         """Read how frames are chosen from a ``video_preprocessor_config.json`` or a ``processor_config.json``."""
         kind = str(read_part(config, "video_processor").get("video_processor_type")).removesuffix("Fast")
-        return cls(frames, fps, ends=kind in _ENDS)
+        return cls(frames, fps, ends=kind in _ENDS, step=step)
 
     def __call__(self, video: VideoLike, fps: float | None = None) -> list[Image.Image]:
         """The frames of :meth:`read` alone."""
@@ -97,12 +99,13 @@ class FrameSampler:
         # Frames that lie in the video at the compiled rate, the first at its start.
         fitting = count if fps is None else min(count, math.floor((count - 1) / fps * self.fps + 1e-6) + 1)
         if fitting < self.frames:
+            advised = fitting - fitting % self.step
             length = "" if fps is None else f" at {fps:g} a second ({count / fps:.3g} s)"
             raise UserError(
                 f"the video has {count} frame(s){length}, the bundle was compiled for {self.frames} at {self.fps:g} "
                 f"a second ({self.frames / self.fps:.3g} s)",
                 where=where,
-                fix="give a longer video" + (f", or compile with --frames {fitting}" if fitting > 0 else ""),
+                fix="give a longer video" + (f", or compile with --frames {advised}" if advised > 0 else ""),
             )
         if fps is not None and math.floor(count / fps * self.fps) > self.frames and not self._said:
             self._said.add("sampled less often")

@@ -66,6 +66,6 @@ def read_geometry(image_size: str | None, **sizes: Any) -> Any:
 
 def read_size(text: str | None) -> Any:
     """``448x336`` as (height, width), ``448x448,224x336`` as one such pair for every image; None for None."""
-    from secateur.compiler.geometry_text import read_sizes
+    from secateur.compiler.pipeline import read_sizes
 
     return None if text is None else read_sizes(text, "--image-size")

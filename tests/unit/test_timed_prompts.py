@@ -78,7 +78,7 @@ def test_a_video_of_qwen3_vl_is_told_as_by_transformers(timed: Path) -> None:
     vars(processor).update(marks)
     told = VideoMetadata(total_num_frames=40, fps=12.5)
     sampler = transformers_video.load("qwen3_vl").Qwen3VLVideoProcessor
-    told.frames_indices = sampler.sample_frames(SimpleNamespace(), told, num_frames=FRAMES).tolist()
+    told.frames_indices = sampler.sample_frames(SimpleNamespace(fps=2), told, num_frames=FRAMES).tolist()
     grid = torch.tensor([[FRAMES // 2, SIDES[0] // 16, SIDES[1] // 16]])
     shown = processor.replace_video_token({"video_grid_thw": grid, "video_metadata": [told]}, 0)
 

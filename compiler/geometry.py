@@ -10,6 +10,8 @@ from secateur.runtime.manifest import Manifest, describe_media
 
 Size = tuple[int, int]
 """Height and width in pixels."""
+Sizes = Size | tuple[Size, ...]
+"""One for all images, or one for each."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Geometry:
     images: int = 1
     text_tokens: int = 64
     new_tokens: int = 64
-    image_size: Size | tuple[Size, ...] | None = None
+    image_size: Sizes | None = None
     frames: int = 0
     fps: float = 2.0
     audio_seconds: int = 0

@@ -14,12 +14,14 @@ from PIL import Image
 
 from secateur.compiler import pipeline
 from secateur.compiler.bundle import outline
+from secateur.compiler.calibrate import calibrate_model
 from secateur.compiler.geometry_text import read_geometries
 from secateur.compiler.image_sizes import join_kept, split_kept
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.oracle import Oracle, load_recording_model
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pipeline import RECIPES, Geometry, plan_job, prune, read_source, trace_model
+from secateur.compiler.questions import Question
 from secateur.compiler.recipe import Recipe, Stage, Term
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
 from secateur.compiler.site import Site
@@ -174,6 +176,11 @@ def test_what_presumes_equal_images_is_refused(traced: Callable[[str], tuple[Any
             plan_job(trace.source, trace.geometry, Recipe("own", "", "", (stage,)), 0.5)
     with pytest.raises(UserError, match="give multiples of 28"):
         read_source(trace.source.path, Geometry(image_size=((56, 56), (56, 60))))
+    with pytest.raises(UserError, match="scores before the decoder, where images of several sizes are apart"):
+        asked = [Question((tmp_path, tmp_path, tmp_path), "what?", None, "here")]
+        calibrate_model(
+            trace.source.path, asked, recipe="vispruner_siglip", plan=plan_job, image_size=SIZES["qwen2_5_vl"]
+        )
     fixed = tiny_model.write_config(tmp_path / "llava")
     with pytest.raises(UserError, match="have the size its configuration says; leave --image-size out"):
         read_source(fixed, Geometry(image_size=((56, 56), (28, 28))))

@@ -92,7 +92,7 @@ def test_a_video_of_qwen3_vl_is_told_as_by_transformers(timed: Path) -> None:
         text, _ = prompts.render("what?", session.manifest.items)
     assert text.count("<|video_pad|>") == 1
     (whole,), _ = processor.get_text_with_replacements([text], videos_replacements=[shown])
-    assert "<|vision_start|><0.2 seconds><|vision_start|>" in whole
+    assert "<|vision_start|><0.3 seconds><|vision_start|>" in whole
     ids = torch.tensor(tokenizer(whole, add_special_tokens=False).input_ids)
     assert inputs.prompt_ids(0) == as_pads(ids)
     assert "<0.2 seconds>" in tokenizer.decode(nominal)  # the middle of frames at 0 and 0.5 s
@@ -121,11 +121,11 @@ def test_a_video_of_qwen3_omni_is_told_as_by_transformers(tmp_path: Path) -> Non
     processor.video_processor = SimpleNamespace(merge_size=2)
     marks = {"video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>", "image_token": "<|IMAGE|>"}
     vars(processor).update(marks | {"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"})
-    counts = {"num_audio_tokens": theirs._get_feat_extract_output_lengths(lengths)}
+    counts = {"num_audio_tokens": theirs._get_feat_extract_output_lengths(lengths).tolist()}
+    seen = {"video_grid_thw": grid.numpy(), "video_second_per_grid": [2 / 2.0]}
     shown = processor.replace_video_token(
-        {"video_grid_thw": grid, "video_second_per_grid": [2 / 2.0]}, 0, counts, [0], load_audio_from_video=True,
-        position_id_per_seconds=processor.position_id_per_seconds,
-    )  # fmt: skip
+        seen, 0, counts, [0], load_audio_from_video=True, position_id_per_seconds=processor.position_id_per_seconds
+    )
 
     with Session(bundle, threads=1) as session:
         inputs = session.processor(["what?"], videos=[[film(FRAMES)]], audio=[[sound]])

@@ -176,8 +176,8 @@ def test_what_presumes_equal_images_is_refused(traced: Callable[[str], tuple[Any
             plan_job(trace.source, trace.geometry, Recipe("own", "", "", (stage,)), 0.5)
     with pytest.raises(UserError, match="give multiples of 28"):
         read_source(trace.source.path, Geometry(image_size=((56, 56), (56, 60))))
+    asked = [Question((tmp_path, tmp_path, tmp_path), "what?", None, "here")]
     with pytest.raises(UserError, match="scores before the decoder, where images of several sizes are apart"):
-        asked = [Question((tmp_path, tmp_path, tmp_path), "what?", None, "here")]
         calibrate_model(
             trace.source.path, asked, recipe="vispruner_siglip", plan=plan_job, image_size=SIZES["qwen2_5_vl"]
         )

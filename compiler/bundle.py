@@ -77,9 +77,14 @@ def check_processor_files(job: Job, directory: Path | None = None) -> None:
         model=_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
     )
     try:
-        Processor(directory or source, manifest)
+        processor = Processor(directory or source, manifest)
     except UserError as error:
         raise _blame_source(source, str(error)) from None
+    if (least := processor.media_words) >= job.geometry.text_tokens:
+        raise UserError(
+            f"the texts and marks that stand between the media of a row take {least} text tokens already",
+            where="--text-tokens", fix="give more, for the question and the chat template as well",
+        )  # fmt: skip
 
 
 def copy_processor_files(job: Job, work: Path) -> None:

@@ -127,7 +127,7 @@ class Processor:
         self._expect_placeholders([kinds[token] for token in ids if token in kinds], where)
         expanded = self._expand(times)
         own = manifest.model.image_token_id
-        words = len(ids) - len(items) + sum(token != own for tokens in expanded for token in tokens)
+        words = len(ids) - len(items) + _count_words(expanded, own)
         if words > manifest.geometry.text_tokens:
             raise MisfitError(
                 f"the prompt has {words} text tokens, the bundle was compiled for at most "
@@ -146,6 +146,12 @@ class Processor:
         for token in ids:
             found += next(rest) if token in kinds else [token]
         return found
+
+    @property
+    def media_words(self) -> int:
+        """Text tokens that placeholders become beside media: marks put around them, and the times of a video as long
+        as the bundle was compiled for."""
+        return _count_words(self._expand(()), self._manifest.model.image_token_id)
 
     def tower_input(self, media: RowMedia, where: str = "row") -> TowerInput:
         """What the tower reads of one row. Raises UserError for media the bundle does not take."""
@@ -247,3 +253,7 @@ class Processor:
             text = self.prompts.encode(media.timestamp.format(seconds), add_special_tokens=False)
             whole += [*text, *before, *tokens, *behind]
         return [whole]
+
+
+def _count_words(expanded: Sequence[Sequence[int]], placeholder: int) -> int:
+    return sum(token != placeholder for tokens in expanded for token in tokens)

@@ -106,6 +106,12 @@ def test_a_video_of_qwen3_vl_is_told_as_by_transformers(timed: Path) -> None:
     assert answer.tokens == want
 
 
+def test_a_bucket_that_times_alone_fill(timed: Path) -> None:
+    sizes = Geometry(image_size=SIDES, frames=FRAMES, text_tokens=45, new_tokens=NEW)
+    with pytest.raises(UserError, match="between the media of a row take 45 text tokens already; give more"):
+        pipeline.compile(timed.parent / "model", timed.parent / "none", geometry=sizes)
+
+
 def test_a_video_of_qwen3_omni_is_told_as_by_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, Qwen3OmniMoeProcessor, WhisperFeatureExtractor
     from transformers.models.qwen3_omni_moe import processing_qwen3_omni_moe as theirs

@@ -151,14 +151,6 @@ def _split(b: Builder, node: fx.Node) -> list[ir.Value]:
     return [b.slice(read(b, x), int(axis), end - n, end) for n, end in zip(sizes, ends, strict=True)]
 
 
-@lowers(aten.split.Tensor)
-def _split_evenly(b: Builder, node: fx.Node) -> list[ir.Value]:
-    x, size, axis = fill(args_of(node), (None, None, 0))
-    value = read(b, x)
-    count = shape_of(value)[int(axis)]
-    return [b.slice(value, int(axis), at, min(at + int(size), count)) for at in range(0, count, int(size))]
-
-
 @lowers(aten.unbind.int)
 def _unbind(b: Builder, node: fx.Node) -> list[ir.Value]:
     x, axis = read(b, args_of(node)[0]), int((*args_of(node)[1:], 0)[0])

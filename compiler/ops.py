@@ -10,8 +10,8 @@ more before it, whatever the block, counted in ``positions [B,S]`` int64 or, wit
 ``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers,
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
 sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only then may ``block_ids`` be given. A
-``window`` in ``positions [B,S]`` needs ``past_positions [B,C]`` where rows are not fresh: of prompt tokens, and ``BEHIND``
-in all slots behind those; new tokens have consecutive ones, so that their slots tell.
+``window`` in ``positions [B,S]`` needs ``past_positions [B,C]`` where rows are not fresh: those of the prompt's tokens,
+and ``BEHIND`` in all slots behind them; new tokens have consecutive ones, so that their slots tell.
 ``rms_norm``: over the last dimension, in float32. ``offset``: the weight counts from 1 and is applied in float32 too.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.

@@ -1,8 +1,8 @@
 """Layers that attend through a sliding window: which windows hide anything, and what they are counted in.
 
-A token at position p sees those at positions above p - window. Where slots of a segment lie as their positions do, slots
-are compared. Where tokens were removed or let go of, positions are: every stage takes theirs along, and prefill hands
-those of the cached rows to decode.
+A token at position p sees those at positions above p - window. Where a segment's slots lie as their tokens' positions
+do, slots are compared. Where tokens were removed or let go of, positions are: every stage takes theirs along, and
+prefill hands those of the cached rows to decode.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def lay_out_positions(
 ) -> Node:
     """Positions of a segment's cache slots after prefill ``[B,C]``, ``ops.BEHIND`` in those the prompt leaves empty.
 
-    ``positions [B,L]`` of the rows its layers saw, ``rows [B,K]`` those the cache keeps if not all, ``last [B]`` slot of
-    the last real token as prefill receives it.
+    ``positions [B,L]`` of the rows its layers saw, ``rows [B,K]`` those the cache keeps if not all, ``last [B]`` slot
+    of the last real token as prefill receives it.
     """
     filled = segment.length - segment.evicted
     given = {"positions": torch.zeros(batch, segment.length, dtype=torch.int64)}

@@ -7,7 +7,7 @@ when interchanging such scores, and nothing else, leads to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, combinations, islice
 
 import torch
@@ -82,7 +82,7 @@ def _ranks_to(stage: StageFunction, score: Tensor, kept: Tensor) -> bool:
         if int(tied.sum()) < 2:
             continue
         members, room = tied.nonzero()[:, 0].tolist(), cut - int(above.sum())
-        ways = islice(combinations(members, room), _RESOLUTIONS)
+        ways: Iterable[tuple[int, ...]] = islice(combinations(members, room), _RESOLUTIONS)
         own = set(kept.tolist())
         if edge == 0 and len(wanted := [token for token in members if token in own]) == room:
             # What lies outside a sliding window is attended to exactly as little: there every choice is as good.

@@ -16,19 +16,21 @@ from secateur.compiler.inputs import RowInput, random_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, prune, read_source, trace_model
+from secateur.compiler.program import Segment
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
+from secateur.passes.attend_in_windows import attend_in_windows, position_input, window_of
+from secateur.passes.edit import is_call, layer_index
 from secateur.passes.recipe_file import load_recipe
 from secateur.runtime.errors import UserError
 from secateur.runtime.request import Request
 from secateur.runtime.session import Session
 
-from . import tiny_gemma3, tiny_model, tiny_qwen
+from . import tiny_gemma3, tiny_model
 from .test_shrinking_caches import write_recipe
-from .tiny_gemma3 import UNITS, load_processor
+from .tiny_gemma3 import load_processor
 
 WINDOW, IMAGES, TEXT, NEW = 20, 2, 56, 8
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "it", "sleeps", "for", "a", "while", "near", "an", "old", "tree"]
 TOLERANCE = 1e-4
 
 
@@ -39,34 +41,34 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hold(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Parity]]:
-    """``hold(recipe, batch)`` -> the pruned programs, and what came of holding them against the oracle."""
-    traces: dict[tuple[Path, int], Any] = {}
-    models: dict[Path, Any] = {}
+def trace(source: Path) -> Any:
+    return trace_model(read_source(source), Geometry(batch=3, images=IMAGES, text_tokens=TEXT, new_tokens=NEW))
 
-    def run(recipe: str, batch: int = 3, path: Path = source) -> tuple[Any, Parity]:
-        if (path, batch) not in traces:
-            geometry = Geometry(batch=batch, images=IMAGES, text_tokens=TEXT, new_tokens=NEW)
-            traces[path, batch] = trace_model(read_source(path), geometry)
-            models.setdefault(path, load_recording_model(traces[path, batch].source))
-        trace, row = traces[path, batch], load_recipe(recipe)
+
+@pytest.fixture(scope="module")
+def hold(trace: Any) -> Callable[..., tuple[Any, Parity]]:
+    """``hold(recipe)`` -> the pruned programs, and what came of holding them against the oracle."""
+    model = load_recording_model(trace.source)
+
+    def run(recipe: str, trace: Any = trace, model: Any = model) -> tuple[Any, Parity]:
+        row = load_recipe(recipe)
         pruned = prune(trace, row, 0.5 if row.stages else None, expose=True)
         told = outline(pruned.job, pruned.programs)
         weights = Weights(trace.source, trace.model)
         ours = CompiledRun(told, Request(EagerBackend(pruned.programs.programs, weights), told))
         found = Parity()
-        rows = choose_rows(random_rows(told, 12, NEW, seed=3), batch)
-        compare_runs(ours, OracleRun(Oracle(pruned.job, models[path])), rows, batch, found)
+        rows = choose_rows(random_rows(told, 12, NEW, seed=3))
+        compare_runs(ours, OracleRun(Oracle(pruned.job, model)), rows, 3, found)
         return pruned, found
 
     return run
 
 
-def choose_rows(rows: list[RowInput], count: int) -> list[RowInput]:
-    """The longest row, the shortest, and so on."""
+def choose_rows(rows: list[RowInput]) -> list[RowInput]:
+    """The longest row, the shortest, and one between them."""
     rows = sorted(rows, key=lambda row: len(row.input_ids))
-    assert len(rows[0].input_ids) < 2 * WINDOW < 3 * WINDOW < len(rows[-1].input_ids) + 2 * UNITS
-    return [rows[-1], rows[0], rows[len(rows) // 2]][:count]
+    assert len(rows[-1].input_ids) > max(2 * WINDOW, len(rows[0].input_ids) + WINDOW)
+    return [rows[-1], rows[0], rows[len(rows) // 2]]
 
 
 def planes(pruned: Any) -> list[str]:
@@ -97,16 +99,13 @@ def test_the_rule_is_transformers_own(given: bool) -> None:
         assert seen[row].tolist() == [*near.tolist(), False]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "batch", "handed"),
-    [("none", 3, []), ("fastv", 3, ["s1"]), ("divprune", 3, []), ("pyramiddrop", 3, []), ("fastv", 1, ["s1"])],
-)
+@pytest.mark.parametrize(("recipe", "handed"), [("none", []), ("fastv", ["s1"]), ("divprune", []), ("pyramiddrop", [])])
 def test_pruned_rows_see_as_far_as_the_oracles(
-    hold: Callable[..., tuple[Any, Parity]], recipe: str, batch: int, handed: list[str]
+    hold: Callable[..., tuple[Any, Parity]], recipe: str, handed: list[str]
 ) -> None:
     """Rows of different length side by side; decode goes on past the window. Where what is left is numbered afresh,
     slots tell."""
-    pruned, found = hold(recipe, batch)
+    pruned, found = hold(recipe)
     assert planes(pruned) == handed
     assert found.chose_differently == 0, found
     assert found.worst[1] <= TOLERANCE, found
@@ -134,27 +133,23 @@ def test_caches_that_shrink_keep_the_positions_of_what_is_left(
 def test_other_decoders_with_windows(
     hold: Callable[..., tuple[Any, Parity]], tmp_path: Path, decoder: str, text: dict[str, Any]
 ) -> None:
-    path = tiny_model.write_model(tmp_path / "model", decoder=decoder, layers=4, text=text)
-    pruned, found = hold("fastv", 3, path)
+    path = tiny_model.write_model(tmp_path / "model", decoder=decoder, layers=3, text=text)
+    trace = trace_model(read_source(path), Geometry(batch=3, images=IMAGES, text_tokens=TEXT, new_tokens=NEW))
+    pruned, found = hold("fastv", trace, load_recording_model(trace.source))
     assert planes(pruned) == ["s1"]
     assert found.chose_differently == 0, found
     assert found.worst[1] <= TOLERANCE, found
 
 
-def test_a_window_that_hides_nothing_leaves_no_trace(source: Path) -> None:
+@pytest.mark.parametrize(("span", "windows"), [(WINDOW, set()), (WINDOW + 1, {0, 1, 3})])
+def test_only_windows_that_hide_something_are_left(trace: Any, span: int, windows: set[int]) -> None:
     """A row's last token sees its first through a window as long as the row, and not through one shorter by one."""
-
-    def shown(window: int, path: Path) -> str:
-        model = tiny_gemma3.write_config(path, text={"sliding_window": window})
-        geometry = Geometry(images=1, text_tokens=20, new_tokens=4)
-        pruned = prune(trace_model(read_source(model), geometry), load_recipe("fastv"), 0.5)
-        return str(pruned.programs)
-
-    length = UNITS + 20 + 4
-    whole = shown(length, source.parent / "whole")
-    assert shown(4096, source.parent / "long") == whole
-    assert "positions" not in whole
-    assert "positions" in shown(length - 1, source.parent / "short")
+    layers = trace.source.family.decoder_layers
+    row = [Segment("s0", 0, 2, 60, 68, 0), Segment("s1", 2, 4, 50, 58, 10)]
+    decoder = attend_in_windows(trace.programs["decoder"], layers, row, ["s1"], span)
+    attends = [n for n in decoder.graph.nodes if is_call(n, ops.attention)]
+    assert {layer_index(n, layers) for n in attends if window_of(n) is not None} == windows
+    assert {layer_index(n, layers) for n in position_input(decoder.graph).users if n in attends} == windows & {3}
 
 
 def test_bundles_answer_through_windows(source: Path, tmp_path: Path) -> None:
@@ -163,7 +158,7 @@ def test_bundles_answer_through_windows(source: Path, tmp_path: Path) -> None:
 
     geometry = Geometry(images=1, text_tokens=TEXT, new_tokens=NEW)
     bundle = pipeline.compile(source, tmp_path / "none", recipe="none", geometry=geometry)
-    prompt = f"{' '.join(WORDS[:4])} <start_of_image> {' '.join(WORDS)}?"
+    prompt = "a quick fox <start_of_image> jumps over dogs?"
     image = tiny_gemma3_picture()
     with Session(bundle, threads=1) as session:  # type: ignore[arg-type]
         answer = session.generate([prompt], [[image]], ignore_eos=True)[0]
@@ -197,10 +192,11 @@ def test_engines_are_built_of_windows(source: Path, tmp_path: Path) -> None:
     assert (bundle / "decode.engine").is_file()  # type: ignore[operator]
 
 
-def test_windows_are_refused_where_positions_have_several_axes(tmp_path: Path) -> None:
-    text = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
-    path = tiny_qwen.write_config(tmp_path / "model", text=text)
-    geometry = Geometry(images=1, image_size=(56, 56), text_tokens=24, new_tokens=8)
-    trace = trace_model(read_source(path), geometry)
-    with pytest.raises(UserError, match="layer 1 attends through a window of 20, shorter than a row of 36 slots"):
-        prune(trace, load_recipe("none"))
+def test_windows_are_refused_where_positions_have_several_axes(trace: Any) -> None:
+    decoder = trace.programs["decoder"]
+    decoder = decoder.with_module(decoder.edit())
+    root = position_input(decoder.graph)
+    root.meta["val"] = root.meta["val"].expand(3, *root.meta["val"].shape)
+    row = [Segment("s0", 0, 4, 60, 68, 0)]
+    with pytest.raises(UserError, match="layer 0 attends through a window of 20, shorter than a row of 68 slots"):
+        attend_in_windows(decoder, trace.source.family.decoder_layers, row, [], 68)

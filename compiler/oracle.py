@@ -109,12 +109,13 @@ class Oracle:
             prunable = mark_prunable(self.job, image)
             from transformers import DynamicCache
 
-            cache: Any = DynamicCache(config=self.decoder.config)
-            walk = Walk(self, row, record, forced, prunable, cache)
+            # Made without the configuration it forgets nothing, not even what windows have passed.
+            cache: Any = DynamicCache()
+            walk = Walk(self, row, record, forced, prunable, cache, positions)
             mask = None
             if self.family.image_masks is not None:
                 mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
-                walk.block_ids = number_blocks(image)
+                walk.block_ids, walk.whole = number_blocks(image), mask["full_attention"]
             with walk.hooked():
                 planes: dict[str, Any] = {"visual_pos_masks": image, "deepstack_visual_embeds": row.planes}
                 out = self.decoder(
@@ -127,7 +128,8 @@ class Oracle:
                 token = forced_tokens[step] if step < len(forced_tokens) else int(row.logits[-1].argmax())
                 at = len(input_ids) + step
                 step_positions = torch.tensor([[behind + step]])
-                with self._decode_positions(removed, at):
+                numbers = self._numbers(removed, at, behind + step)
+                with self._decode_positions(removed, at), walk.windows.decoding(numbers):
                     out = self.decoder(
                         input_ids=torch.tensor([[token]]),
                         position_ids=step_positions,
@@ -332,6 +334,12 @@ class Oracle:
             positions.append(text + number * whole + patch)
             seen += 1
         return torch.tensor(positions)
+
+    def _numbers(self, removed: Mapping[int, int], slot: int, position: int) -> list[int]:
+        """What a new token is numbered in every layer."""
+        fresh = self.job.plan.recipe.positions == "compact"
+        gone = [removed[max(k for k in removed if k <= index)] for index in range(len(self.layers))]
+        return [slot - count if fresh and count else position for count in gone]
 
     @contextmanager
     def _decode_positions(self, removed: Mapping[int, int], slot: int) -> Iterator[None]:

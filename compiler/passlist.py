@@ -15,6 +15,7 @@ from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import Traced, vision_programs
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
+from secateur.passes.attend_in_windows import attend_in_windows, list_uneven
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.drop_planes import drop_planes
 from secateur.passes.expose_sites import expose_sites
@@ -57,6 +58,15 @@ def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
         stages, job.source.decoder_layers, job.sequence, job.geometry.new_tokens, job.plan.recipe.cache
     )
     return replace(programs, segments=segments)
+
+
+def _windows(programs: ProgramSet, job: Job) -> ProgramSet:
+    uneven = list_uneven(programs.segments, job.original_positions, job.plan.recipe.positions == "compact")
+    span = job.sequence + job.position_offset + job.geometry.new_tokens
+    decoder = programs["decoder"]
+    return programs.update(
+        attend_in_windows(decoder, job.source.family.decoder_layers, programs.segments, uneven, span)
+    )
 
 
 def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -169,6 +179,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("append_rows", _extra_rows),
     Pass("join_encoders", _encoders),
     Pass("split_segments", _segments),
+    Pass("attend_in_windows", _windows),
     Pass("split_phases", _phases),
     Pass("insert_decoder_stages", _decoder_stages),
     # Caches: prefill writes where decode reads.

@@ -7,8 +7,8 @@ when interchanging such scores, and nothing else, leads to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import combinations, islice
+from collections.abc import Iterable, Mapping
+from itertools import chain, combinations, islice
 
 import torch
 from torch import Tensor
@@ -84,9 +84,14 @@ def _ranks_to(stage: StageFunction, score: Tensor, kept: Tensor) -> bool:
         if int(tied.sum()) < 2:
             continue
         members, room = tied.nonzero()[:, 0].tolist(), cut - int(above.sum())
-        for chosen in islice(combinations(members, room), _RESOLUTIONS):
+        ways: Iterable[tuple[int, ...]] = islice(combinations(members, room), _RESOLUTIONS)
+        own = set(kept.tolist())
+        if edge == 0 and len(wanted := [token for token in members if token in own]) == room:
+            # What lies outside a sliding window is attended to exactly as little: there every choice is as good.
+            ways = chain([tuple(wanted)], ways)
+        for chosen in ways:
             lifted = score.clone()
-            lifted[list(chosen)] = edge + 2 * tolerance
+            lifted[list(chosen)] = edge + (2 * tolerance or 1.0)
             if torch.equal(stage.choose({"score": lifted[None]})[0], kept):
                 return True
     return torch.equal(stage.choose({"score": score[None]})[0], kept)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.recipe import Recipe
+from secateur.passes.needs import needs_sound, needs_weights
 from secateur.passes.signals import NEED_CLS
 from secateur.passes.vocabulary import bind_stage
 
@@ -47,13 +48,15 @@ class Cell:
 class Tower(NamedTuple):
     """What a layout's tower has: a CLS token; ``merges``: several patches become one token behind it; ``read_last``:
     the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is;
-    ``tiles``: it sees an image in tiles, whose tokens are put together without padding behind the projector."""
+    ``tiles``: it sees an image in tiles, whose tokens are put together without padding behind the projector;
+    ``hears``: a tower for sound stands beside it."""
 
     has_cls: bool
     merges: bool = False
     read_last: bool = False
     linear: bool = False
     tiles: bool = False
+    hears: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ class Layout:
 
 def lacks(recipe: Recipe, tower: Tower) -> str | None:
     """Why a row does not apply to a layout; None where it does."""
+    if needs_weights(recipe):
+        return "it waits for a file of learned weights"
+    if needs_sound(recipe) and not tower.hears:
+        return "it compares what is seen with what is heard, and nothing is heard"
     if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
         return "its stages stand between layers of the tower, behind which patches are put together"
     if tower.tiles and any(not stage.site.kind.startswith("decoder") and stage.select for stage in recipe.stages):

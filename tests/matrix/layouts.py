@@ -158,6 +158,7 @@ def _video(square: int, seconds: int = 0) -> dict[str, Any]:
 
 
 _WITH_CLS = ("visionzip", "none", "fastv", "divprune")
+_HEARING = ("random_omni", "visionzip_omni", "fastv_omni", "contextguard_proxy")
 _WITHOUT_CLS = ("vispruner_siglip", "none", "fastv", "divprune")
 _QWEN_TOWER = Tower(False, merges=True, read_last=True)
 
@@ -256,19 +257,19 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "qwen2_5_omni",
             "the thinker of Qwen2.5-Omni, towers that see and hear",
-            _QWEN_TOWER,
+            _QWEN_TOWER._replace(hears=True),
             partial(_write_qwen2_5, kind="qwen2_5_omni_thinker"),
             _video(_QWEN2_SQUARE, seconds=4),
-            ("seats", *_WITHOUT_CLS),
+            ("seats", *_HEARING, *_WITHOUT_CLS),
             axes=True,
         ),
         Layout(
             "qwen3_omni",
             "the thinker of Qwen3-Omni, towers that see and hear, decoder of experts",
-            _QWEN_TOWER,
+            _QWEN_TOWER._replace(hears=True),
             partial(_write_qwen, kind="qwen3_omni_moe_thinker"),
             _video(_QWEN3_SQUARE, seconds=4),
-            ("seats_qwen3_omni", *_WITHOUT_CLS),
+            ("seats_qwen3_omni", *_HEARING, *_WITHOUT_CLS),
             axes=True,
         ),
     )

@@ -26,8 +26,12 @@ def test_cell(cell: Cell, shop: Workshop) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> None:
     made = shop.bundles(layout, 1, 1)
-    vision = made.source.at(made.geometry).vision
+    source = made.source.at(made.geometry)
+    vision = source.vision
     read_last = vision.feature_layer == vision.layers - 1
-    found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector, vision.tiles is not None)
+    found = Tower(
+        vision.has_cls, vision.merge != 1, read_last, vision.linear_projector, vision.tiles is not None,
+        source.audio is not None,
+    )  # fmt: skip
     assert found == LAYOUTS[layout].tower
     assert (made.source.family.read_media is not None) == LAYOUTS[layout].axes

@@ -104,14 +104,14 @@ def test_features_of_inner_layers_are_noticed(
     trace_of: Callable[[str, str], tuple[Traced, Any]], monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     traced, model = trace_of("qwen3_vl", "video")
-    whole = Oracle._encode
+    whole = Oracle.encode
 
     def without_the_last(self: Oracle, *given: Any) -> Any:
         features = whole(self, *given)
         given[1].planes[-1].zero_()
         return features
 
-    monkeypatch.setattr(Oracle, "_encode", without_the_last)
+    monkeypatch.setattr(Oracle, "encode", without_the_last)
     parity = compare(traced, model, recipe, rows=1)
     assert parity.features <= TOLERANCE < parity.logits / 100
 

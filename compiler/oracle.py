@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.image_sizes import encode_sizes
 from secateur.compiler.oracle_walk import Walk
 from secateur.compiler.prompt_order import from_prompt, to_prompt
 from secateur.compiler.pruned import Job
@@ -44,6 +45,8 @@ class RowRun:
     """Stage -> everything its functions read, by signal; only where the run was asked to keep it."""
     hidden: dict[str, Tensor] = field(default_factory=dict)
     """Decoder stage -> rows it left ``[L',D]``."""
+    sizes: list[RowRun] = field(default_factory=list)
+    """Where images are of several sizes, what was seen of each before the decoder."""
     features: Tensor = field(default_factory=lambda: torch.empty(0))
     planes: list[Tensor] = field(default_factory=list)
     """Features of inner tower layers that the decoder adds (DeepStack), each ``[F,D]`` as ``features``."""
@@ -68,6 +71,7 @@ class Oracle:
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
         self.entry = self.model.get_submodule(family.tower.entry)
+        self.carries = job.carries
         self.carried: Tensor | None = None
         """What the vision side's last score carries into the decoder, ``[1,V]``, of the row that runs."""
         self.keep_signals = False
@@ -93,7 +97,7 @@ class Oracle:
         self.keep_signals, self.carried = keep_signals, None
         forced = forced_kept or {}
         with recording(self.model) as record:
-            row.features = self._encode(pixel_values, row, forced, record)
+            row.features = self.encode(pixel_values, row, forced, record)
             if self.job.source.audio is not None:
                 assert input_features is not None, "this geometry has sound"
                 row.features = self._hear(input_features, row, record)
@@ -137,9 +141,11 @@ class Oracle:
         row.values = [layer.values[0] for layer in cache.layers]
         return row
 
-    def _encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: Record) -> Tensor:
+    def encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: Record) -> Tensor:
         """The features of a row's images ``[F,D]``, with the stages of the vision side run under hooks."""
         facts, stages = self.job.source.vision, self.job.vision_stages
+        if facts.sizes:
+            return encode_sizes(self, pixel_values, row, forced, record)
         state: dict[str, Tensor] = {}
         entering: dict[str, Tensor] = {}
         planes: list[Tensor] = []
@@ -201,7 +207,7 @@ class Oracle:
                 )
                 stack.callback(watching.remove)
                 features, _ = self.family.vision_forward(self.model, pixel_values, facts, {})
-        if self.job.carries:
+        if self.carries:
             self.carried = state["carried"].reshape(1, -1)
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
@@ -211,7 +217,8 @@ class Oracle:
             if facts.tiles is not None:  # the row that was put last has the index -1
                 features = features[:, list(facts.tiles.order)]
         row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
-        return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
+        rows: Tensor = features.reshape(-1, features.shape[-1])
+        return rows
 
     def _hear(self, input_features: Tensor, row: RowRun, record: Record) -> Tensor:
         """What is seen and heard ``[F,D]`` in the prompt's order, with the stages behind the audio tower run."""

@@ -293,9 +293,9 @@ class _Walk:
 
 
 def _pasts(out: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A program's new caches as the next one reads them."""
+    """A program's new caches, and the positions of their rows, as the next one reads them."""
     return {
         name.replace("present_", "past_").replace(".", "_"): value
         for name, value in out.items()
-        if name.startswith("present_")
+        if name.startswith(("present_", "positions."))
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.compiler.families.family import VisionFacts
 from secateur.compiler.pruned import Job
+from secateur.compiler.tile_slots import follow_kept, lay_out_rows, slots_left
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import tower_layers
 from secateur.passes.insert_decoder_stages import split_segments, track_state
@@ -34,6 +35,7 @@ from secateur.passes.signals import (
 )
 from secateur.passes.sites import Seen, Thinned, locate, reduce_patches, reduce_sequence, start_state
 from secateur.passes.stage import StageFunction
+from secateur.passes.tile_rows import TileMap
 
 RECORDING = "secateur_recording"
 
@@ -108,11 +110,13 @@ class Oracle:
             hidden = self.embedding(ids)
             hidden[image] = row.features
             positions, behind = self._positions(ids[0], image[0], row)
-            prunable = mark_prunable(self.job, image)
+            prunable = mark_prunable(self.job, image, row.kept)
             from transformers import DynamicCache
 
             cache: Any = DynamicCache(config=self.decoder.config)
             walk = _Walk(self, row, record, forced, prunable, cache)
+            if self.job.source.vision.tiles is not None:  # counted in the whole prompt
+                walk.question = torch.tensor([image.shape[1] - 1 - int(image[0].nonzero()[-1])])
             mask = None
             if self.family.image_masks is not None:
                 mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
@@ -163,10 +167,10 @@ class Oracle:
                 state.pop("carried", None)
             name, left = stage.planned.name, stage.planned.length_out
             given = None
-            offset = torch.arange(tokens.shape[0])[:, None] * stage.planned.length_in
+            offset = torch.arange(stage.planned.groups)[:, None] * stage.planned.length_in
             if name in forced:
                 chosen = from_prompt(self.job, index, forced[name])
-                given = chosen.reshape(tokens.shape[0], left) - offset
+                given = chosen.reshape(stage.planned.groups, left) - offset
             watch: list[Seen] = []
             tracked = [*track_state(stages, index + 1), "carried"]
             thin = self._thin(stage, tokens, facts, self.tower, self.family.vision_attention, state, extra, record,
@@ -175,7 +179,7 @@ class Oracle:
             self._note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
             if not stage.planned.observes:
                 planes[:] = [thin.thin(plane) for plane in planes]
-            return torch.cat([head, thin.tokens], 1)
+            return torch.cat([head, thin.tokens], 1) if cls else thin.tokens
 
         if facts.projector_merges:
             assert self.family.vision_reference is not None
@@ -210,10 +214,13 @@ class Oracle:
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
             features = features.reshape(facts.items, -1, features.shape[-1])
-            behind = added.reshape(-1, features.shape[-1]).expand(facts.items, -1, -1)
-            features = torch.cat([features, behind], 1)
-            if facts.tiles is not None:  # the row that was put last has the index -1
-                features = features[:, list(facts.tiles.order)]
+            behind = added.reshape(-1, features.shape[-1])
+            if facts.tiles is not None and self.job.removes_before_decoder:
+                features = lay_out_rows(facts, follow_kept(facts, row.kept), features, behind[0])
+            else:
+                features = torch.cat([features, behind.expand(facts.items, -1, -1)], 1)
+                if facts.tiles is not None:  # the row that was put last has the index -1
+                    features = features[:, list(facts.tiles.order)]
         row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
@@ -255,9 +262,11 @@ class Oracle:
             else:
                 heads, scale = record.taken[module]
                 raw[tower_raw(kind, layer)] = heads[kind]
-        begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
+        groups, length = stage.planned.groups, stage.planned.length_in
+        begun = start_state([n for n in stage.signals if n not in state], groups, length)
+        tiles = None if len(tokens) == groups else TileMap.of(facts)
         seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge,
-                         facts.patch_order)  # fmt: skip
+                         facts.patch_order, None if tiles is None else tiles.join)  # fmt: skip
         return reduce_patches(stage, seen, layers, tracked, given, watch)
 
     def _note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
@@ -317,6 +326,7 @@ class Oracle:
         for stage in self.job.vision_stages:
             if stage.planned.name in row.kept:
                 kept = kept[row.kept[stage.planned.name]]
+        lines = None if facts.tiles is None else slots_left(facts, kept)
         text, seen, positions = 0, 0, []
         for flag in image.tolist():
             if not flag:
@@ -324,7 +334,9 @@ class Oracle:
                 text += 1
                 continue
             number, place = divmod(seen, per_item)
-            if place < self.job.kept_per_item:
+            if lines is not None:
+                patch = lines[number][place]
+            elif place < self.job.kept_per_item:
                 patch = int(kept[number * self.job.kept_per_item + place]) - number * facts.tokens_per_item
             else:
                 patch = facts.tokens_per_item + place - self.job.kept_per_item
@@ -387,14 +399,19 @@ def _orders(job: Job, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return media.order(whole, planned.length_in), media.order(whole, planned.length_out)
 
 
-def mark_prunable(job: Job, image: Tensor) -> Tensor:
-    """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows."""
+def mark_prunable(job: Job, image: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows. ``kept`` by stage."""
     prunable, extra = image.clone(), job.source.vision.extra_rows
     if extra:
         slots = image[0].nonzero()[:, 0].reshape(job.source.vision.items, -1)
         tiles = job.source.vision.tiles
-        added = slots[:, -extra:] if tiles is None else slots[:, torch.tensor(tiles.order) < 0]
-        prunable[0, added.flatten()] = False
+        if tiles is None:
+            prunable[0, slots[:, -extra:].flatten()] = False
+            return prunable
+        before = {s.planned.name: kept[s.planned.name] for s in job.vision_stages if s.planned.name in kept}
+        left = slots_left(job.source.vision, follow_kept(job.source.vision, before))
+        added = torch.tensor([[tiles.order[slot] < 0 for slot in image] for image in left])
+        prunable[0, slots[added]] = False
     return prunable
 
 
@@ -407,11 +424,7 @@ class _Walk:
         self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
         self.prunable = prunable
         self.block_ids: Tensor | None = None
-        facts = oracle.job.source.vision
         self.question: Tensor | None = None
-        if facts.tiles is not None:  # counted in the whole prompt
-            behind = int(prunable[0].nonzero()[-1]) + facts.rows_behind
-            self.question = torch.tensor([prunable.shape[1] - 1 - behind])
         self.slots: Tensor | None = None
         """Which of the prompt's slots are left, ``[L']``; None: all."""
         self.tables: list[tuple[Tensor, ...]] = []
@@ -493,7 +506,7 @@ class _Walk:
         raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
         blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
         seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered,
-                            self.oracle.job.source.vision.rows_behind, blocks, self.question)  # fmt: skip
+                            self.oracle.job.source.vision.extra_rows, blocks, self.question)  # fmt: skip
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None
         watch: list[Seen] = []

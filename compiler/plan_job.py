@@ -27,7 +27,7 @@ def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
     source = source.at(geometry)
     plan = plan_for(source, geometry, recipe, keep)
     check_calibrated(plan.stages, source.path / "config.json")
-    job = Job(source, geometry, plan, tuple(stage_function(s) for s in plan.stages))
+    job = Job(source, geometry, plan, tuple(stage_function(s, source.vision.tiles is not None) for s in plan.stages))
     check_stages(job.stages, source.vision, source.audio)
     assert len(job.media_order) == job.features_per_row, "every token of the media has one place"
     return job
@@ -51,7 +51,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         recipe,
         keep=keep,
         images=source.vision.frames,
-        tiles=None if source.vision.tiles is None else (source.vision.items, source.vision.tokens_per_item),
+        tiles=source.vision.images_of_tiles,
         tokens_per_image=source.vision.tokens_per_image,
         media=source.media,
         audio=source.audio,

@@ -26,11 +26,6 @@ class Tiles:
         """Features that are tokens of a grid; padding at the edges of the tiles is none."""
         return sum(place >= 0 for place in self.order)
 
-    @property
-    def rows_behind(self) -> int:
-        """Rows behind the last token."""
-        return next(i for i, place in enumerate(reversed(self.order)) if place >= 0)
-
 
 @dataclass(frozen=True)
 class VisionFacts:
@@ -85,14 +80,14 @@ class VisionFacts:
         return self.grid[0] * self.grid[1]
 
     @property
-    def rows_behind(self) -> int:
-        """Extra rows that stand behind the last token of an item."""
-        return self.extra_rows if self.tiles is None else self.tiles.rows_behind
-
-    @property
     def items(self) -> int:
         """Items of a row."""
         return self.frames // self.grids_per_item
+
+    @property
+    def images_of_tiles(self) -> tuple[int, int] | None:
+        """(images of a row, tokens of one) where images are cut into tiles and put together again."""
+        return None if self.tiles is None else (self.items, self.tokens_per_item)
 
     @property
     def tokens_per_item(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from secateur.compiler.recipe import NothingLeftError, PlannedRecipe
+from secateur.compiler.plan_recipe import NothingLeftError, PlannedRecipe
 from secateur.runtime.errors import UserError
 
 Measure = Callable[[PlannedRecipe], float]

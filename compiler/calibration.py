@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.compiler.learned import WeightsFile, read_weights
-from secateur.compiler.recipe import PlannedStage, Term
+from secateur.compiler.plan_recipe import PlannedStage
+from secateur.compiler.recipe import Term
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file
 

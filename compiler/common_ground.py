@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from secateur.compiler.bundle import outline
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.inputs import Asked, RowInput, question_rows, random_rows
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import Run
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Respaced, Weights
 from secateur.compiler.trace import Source, Traced, read_source
 from secateur.compiler.trail import Footprint, Step, follow_passes

@@ -8,36 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.oracle_walk import Walk
+from secateur.compiler.prompt_order import from_prompt, to_prompt
 from secateur.compiler.pruned import Job
+from secateur.compiler.recording import Record, load_recording_model, recording
 from secateur.compiler.tile_slots import follow_kept, lay_out_rows, slots_left
-from secateur.compiler.trace import Source
 from secateur.passes.check_stages import tower_layers
-from secateur.passes.insert_decoder_stages import split_segments, track_state
+from secateur.passes.insert_decoder_stages import track_state
 from secateur.passes.join_phases import number_blocks
 from secateur.passes.signals import (
     PatchView,
-    Raw,
-    SequenceView,
-    list_raws,
     list_tower_raws,
     make_probes,
-    take_head_rows,
     tower_raw,
 )
-from secateur.passes.sites import Seen, Thinned, locate, reduce_patches, reduce_sequence, start_state
+from secateur.passes.sites import Seen, Thinned, reduce_patches, start_state
 from secateur.passes.stage import StageFunction
 from secateur.passes.tile_rows import TileMap
-
-RECORDING = "secateur_recording"
 
 
 @dataclass
@@ -100,7 +94,7 @@ class Oracle:
         row = RowRun()
         self.keep_signals, self.carried = keep_signals, None
         forced = forced_kept or {}
-        with _recording(self.model) as record:
+        with recording(self.model) as record:
             row.features = self._encode(pixel_values, row, forced, record)
             if self.job.source.audio is not None:
                 assert input_features is not None, "this geometry has sound"
@@ -114,7 +108,7 @@ class Oracle:
             from transformers import DynamicCache
 
             cache: Any = DynamicCache(config=self.decoder.config)
-            walk = _Walk(self, row, record, forced, prunable, cache)
+            walk = Walk(self, row, record, forced, prunable, cache)
             if self.job.source.vision.tiles is not None:  # counted in the whole prompt
                 walk.question = torch.tensor([image.shape[1] - 1 - int(image[0].nonzero()[-1])])
             mask = None
@@ -145,7 +139,7 @@ class Oracle:
         row.values = [layer.values[0] for layer in cache.layers]
         return row
 
-    def _encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: _Record) -> Tensor:
+    def _encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: Record) -> Tensor:
         """The features of a row's images ``[F,D]``, with the stages of the vision side run under hooks."""
         facts, stages = self.job.source.vision, self.job.vision_stages
         state: dict[str, Tensor] = {}
@@ -176,7 +170,7 @@ class Oracle:
             thin = self._thin(stage, tokens, facts, self.tower, self.family.vision_attention, state, extra, record,
                               tracked, given, watch)  # fmt: skip
             state.update(thin.state)
-            self._note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
+            self.note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
             if not stage.planned.observes:
                 planes[:] = [thin.thin(plane) for plane in planes]
             return torch.cat([head, thin.tokens], 1) if cls else thin.tokens
@@ -224,7 +218,7 @@ class Oracle:
         row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
         return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
 
-    def _hear(self, input_features: Tensor, row: RowRun, record: _Record) -> Tensor:
+    def _hear(self, input_features: Tensor, row: RowRun, record: Record) -> Tensor:
         """What is seen and heard ``[F,D]`` in the prompt's order, with the stages behind the audio tower run."""
         job, tower, facts = self.job, self.family.audio, self.job.source.audio
         assert tower is not None
@@ -238,7 +232,7 @@ class Oracle:
             thin = self._thin(stage, heard, facts, layers, tower.tower.attention, state, {}, record, ["carried"], None,
                               watch)  # fmt: skip
             state.update(thin.state)
-            self._note(row, stage, thin.kept.flatten(), watch)
+            self.note(row, stage, thin.kept.flatten(), watch)
         order = torch.tensor(job.media_order)
         if job.carries and self.carried is not None:
             self.carried = torch.cat([self.carried, state["carried"].reshape(1, -1)], 1)[:, order]
@@ -248,7 +242,7 @@ class Oracle:
 
     def _thin(
         self, stage: StageFunction, tokens: Tensor, facts: VisionFacts, tower: Sequence[Any], attention: str,
-        state: Mapping[str, Tensor], extra: Mapping[str, Tensor], record: _Record, tracked: Sequence[str],
+        state: Mapping[str, Tensor], extra: Mapping[str, Tensor], record: Record, tracked: Sequence[str],
         given: Tensor | None, watch: list[Seen],
     ) -> Thinned:  # fmt: skip
         """Run a stage behind or between the layers of a tower on ``tokens [M,N,D]``."""
@@ -269,7 +263,7 @@ class Oracle:
                          facts.patch_order, None if tiles is None else tiles.join)  # fmt: skip
         return reduce_patches(stage, seen, layers, tracked, given, watch)
 
-    def _note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
+    def note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
         """Write down what a stage saw and chose."""
         name = stage.planned.name
         if not stage.planned.observes:
@@ -373,32 +367,6 @@ class Oracle:
         return tables
 
 
-def to_prompt(job: Job, index: int, kept: Tensor) -> Tensor:
-    """What vision stage ``index`` kept, counted as a bundle with sound counts it (passes/join_encoders.py)."""
-    if job.source.audio is None or job.source.media is None or job.vision_stages[index].planned.observes:
-        return kept
-    before, after = _orders(job, index)
-    seen = len(before) - job.source.audio_tokens
-    left = len(kept)
-    return torch.tensor([before.index(int(kept[token]) if token < left else seen + token - left) for token in after])
-
-
-def from_prompt(job: Job, index: int, kept: Tensor) -> Tensor:
-    """The other way round."""
-    if job.source.audio is None or job.source.media is None:
-        return kept
-    before, _ = _orders(job, index)
-    seen = len(before) - job.source.audio_tokens
-    return torch.tensor([token for token in (before[int(place)] for place in kept) if token < seen])
-
-
-def _orders(job: Job, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    planned, media = job.vision_stages[index].planned, job.source.media
-    assert media is not None
-    whole = job.source.vision.tokens_per_image
-    return media.order(whole, planned.length_in), media.order(whole, planned.length_out)
-
-
 def mark_prunable(job: Job, image: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows. ``kept`` by stage."""
     prunable, extra = image.clone(), job.source.vision.extra_rows
@@ -413,208 +381,3 @@ def mark_prunable(job: Job, image: Tensor, kept: Mapping[str, Tensor]) -> Tensor
         added = torch.tensor([[tiles.order[slot] < 0 for slot in image] for image in left])
         prunable[0, slots[added]] = False
     return prunable
-
-
-class _Walk:
-    """Prefill through the decoder: hooks before every layer take rows out and hand on shorter tables."""
-
-    def __init__(
-        self, oracle: Oracle, row: RowRun, record: _Record, forced: Mapping[str, Tensor], prunable: Tensor, cache: Any
-    ) -> None:
-        self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
-        self.prunable = prunable
-        self.block_ids: Tensor | None = None
-        self.question: Tensor | None = None
-        self.slots: Tensor | None = None
-        """Which of the prompt's slots are left, ``[L']``; None: all."""
-        self.tables: list[tuple[Tensor, ...]] = []
-        """Every layer's own rotary tables so far, of all the prompt's slots."""
-        stages = oracle.job.decoder_stages
-        self.stages = {s.planned.site.layer: (i, s) for i, s in enumerate(stages)}
-        self.segments = split_segments([s.planned for s in stages], len(oracle.layers), prunable.shape[1], 0)
-        self.entered = int(prunable.sum())
-        self.state = start_state(track_state(stages, 0), 1, self.entered)
-        if oracle.carried is not None:
-            self.state["carried"] = oracle.carried
-        self.branches: dict[str, Tensor] = {}
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        decoder = self.oracle.decoder
-        if self.row.planes:
-            add = decoder._deepstack_process
-            decoder._deepstack_process = lambda hidden, visual, plane: add(hidden, *self._follow(visual, plane))
-        hooks = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.oracle.layers]
-        for layer in self.oracle.layers:
-            parts: Any = layer
-            # In layers with norms behind their branches as well, those are what adds to the stream.
-            both = hasattr(parts, "post_feedforward_layernorm")
-            for name, module in (
-                ("attention_in", parts.input_layernorm),
-                ("attention_out", parts.post_attention_layernorm if both else parts.self_attn),
-                ("mlp_in", parts.pre_feedforward_layernorm if both else parts.post_attention_layernorm),
-                ("mlp_out", parts.post_feedforward_layernorm if both else parts.mlp),
-            ):
-                hooks.append(module.register_forward_hook(self._remember(name)))
-        try:
-            yield
-        finally:
-            if self.row.planes:
-                del decoder._deepstack_process
-            for hook in hooks:
-                hook.remove()
-
-    def _follow(self, visual: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the rows that are left are visual ``[1,L]``, and theirs ``[V,D]`` of a plane."""
-        slots = torch.arange(visual.shape[1]) if self.slots is None else self.slots
-        left = visual[:, slots]
-        return left, plane[(visual[0].cumsum(0) - 1)[slots[left[0]]]]
-
-    def _remember(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.branches[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden, index = args[0], self.oracle.layers.index(module)
-        self.tables.append(kwargs["position_embeddings"])
-        mask = kwargs.get("attention_mask")
-        assert mask is None or self.block_ids is not None, "one unpadded row needs no mask"
-        if index in self.stages:
-            hidden = self._reduce(*self.stages[index], hidden)
-        kwargs["position_embeddings"] = self._tables(index, hidden)
-        if mask is not None and self.slots is not None:
-            kwargs["attention_mask"] = mask[:, :, self.slots][:, :, :, self.slots]
-        return (hidden, *args[1:]), kwargs
-
-    def _tables(self, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
-        """The rotary tables of a layer for the rows that are left, ``hidden [1,L',D]``."""
-        if self.slots is None:
-            return self.tables[index]
-        if self.oracle.job.plan.recipe.positions == "compact":
-            count = torch.arange(hidden.shape[1])[None]
-            return self.oracle.rotate(self.oracle.layers[index], hidden, count)
-        return tuple(table[:, self.slots] for table in self.tables[index])
-
-    def _reduce(self, place: int, stage: StageFunction, hidden: Tensor) -> Tensor:
-        stages = self.oracle.job.decoder_stages
-        if place and stage.planned.part != stages[place - 1].planned.part:
-            self.state.pop("carried", None)
-        last = torch.tensor([hidden.shape[1] - 1])
-        columns, texts = locate(self.prunable, int(self.prunable.sum()))
-        raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
-        blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
-        seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered,
-                            self.oracle.job.source.vision.extra_rows, blocks, self.question)  # fmt: skip
-        name = stage.planned.name
-        given = self.forced[name][None] if name in self.forced else None
-        watch: list[Seen] = []
-        reduced = reduce_sequence(stage, seen, self.prunable, track_state(stages, place + 1), given, watch)
-        self.state = reduced.state
-        self.oracle._note(self.row, stage, reduced.kept[0], watch)
-        if stage.planned.observes:
-            return hidden
-        self.row.hidden[name] = reduced.hidden[0]
-        self.prunable = reduced.prunable
-        if self.oracle.job.plan.recipe.cache == "shrink":
-            for before in self.cache.layers[: stage.planned.site.layer]:
-                before.keys, before.values = (heads[:, :, reduced.rows[0]] for heads in (before.keys, before.values))
-        self.slots = reduced.rows[0] if self.slots is None else self.slots[reduced.rows[0]]
-        return reduced.hidden
-
-    def _raw(
-        self, stage: StageFunction, hidden: Tensor, slots: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The raw tensors of a stage's signals, from what the layers computed or by running one of them again."""
-        found, scales = {}, {}
-        index = stage.planned.site.layer or 0
-        kept_branches = dict(self.branches)
-        for raw in list_raws(stage):
-            if raw.kind == "normed":
-                found[raw.name] = self.oracle.decoder.norm(hidden)
-            elif not raw.where:
-                found[raw.name] = kept_branches[raw.kind]
-            else:
-                found[raw.name], scales[raw.name] = self._heads(raw, index, hidden, slots)
-        return found, scales
-
-    def _heads(self, raw: Raw, index: int, hidden: Tensor, slots: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-        number = index if raw.where == "next" else index - 1
-        layer: Any = self.oracle.layers[number]
-        tables = self._tables(number, hidden)
-        if raw.where != "previous":
-            # Run the layer's own attention on these rows for its projections; the output is dropped.
-            layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), position_embeddings=tables, attention_mask=None
-            )
-        taken, scale = self.record.taken[layer.self_attn]
-        kind = raw.kind.rpartition("_")[2]
-        heads = taken[kind]
-        if raw.kind.startswith("plain_"):
-            heads = _turn_back(heads, *tables)
-        return (heads if raw.rows == "all" else take_head_rows(heads, slots[raw.rows])), scale
-
-
-def _turn_back(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo a rotary embedding: rotation by the opposite angle. ``heads [B,H,S,d]``, tables ``[B,S,d]``."""
-    first, second = heads.chunk(2, -1)
-    return heads * cos[:, None] - torch.cat((-second, first), -1) * sin[:, None]
-
-
-class _Record:
-    """Rotated queries, rotated keys and values of the last call of every attention module, and its scale."""
-
-    def __init__(self) -> None:
-        self.taken: dict[nn.Module, tuple[dict[str, Tensor], float]] = {}
-        self.calls: dict[nn.Module, list[tuple[dict[str, Tensor], float]]] = {}
-        """All calls, of a tower that attends run by run."""
-
-
-def load_recording_model(source: Source) -> nn.Module:
-    """The checkpoint in fp32, with transformers' sdpa attention wrapped so that queries and keys can be seen."""
-    import transformers
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-    from transformers.utils import logging as hf_logging
-
-    AttentionInterface.register(RECORDING, _attend_and_record)
-    AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        model = getattr(transformers, source.family.auto_class).from_pretrained(
-            Path(source.path), config=deepcopy(source.config), dtype=torch.float32, attn_implementation=RECORDING,
-            local_files_only=True,
-        )  # fmt: skip
-    finally:
-        if bar:
-            hf_logging.enable_progress_bar()
-    return model.eval()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[_Record]:
-    global _active
-    _active = _Record()
-    try:
-        yield _active
-    finally:
-        _active = None
-
-
-_active: _Record | None = None
-
-
-def _attend_and_record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
-) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if _active is not None:
-        scale = kw.get("scaling")
-        heads = {"query": query, "key": key, "value": value}
-        _active.taken[module] = heads, float(query.shape[-1] ** -0.5 if scale is None else scale)
-        if not getattr(module, "is_causal", True):
-            _active.calls.setdefault(module, []).append(_active.taken[module])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from secateur.compiler.budget import Budget, PrefillCost, solve_budget
 from secateur.compiler.calibration import check_calibrated
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.plan_recipe import PlannedRecipe, plan_recipe
 from secateur.compiler.pruned import Job
-from secateur.compiler.recipe import PlannedRecipe, Recipe, plan_recipe
+from secateur.compiler.recipe import Recipe
 from secateur.compiler.site import Site
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import check_stages

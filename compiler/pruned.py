@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from secateur.compiler.geometry import Geometry
+from secateur.compiler.plan_recipe import PlannedRecipe
 from secateur.compiler.program import ProgramSet
-from secateur.compiler.recipe import PlannedRecipe
 from secateur.compiler.trace import Source, Traced
 
 

@@ -6,37 +6,29 @@ transformers' own attention interface; no model code is copied.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Mapping
-from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.compiler import ops
+from secateur.compiler.attention import TowerIndices
 from secateur.compiler.deepstack import as_input, plane_outputs
-from secateur.compiler.experts import use_experts
 from secateur.compiler.families import find_family
 from secateur.compiler.families.family import Family, Forward, VisionFacts
 from secateur.compiler.function import first_line, trace_function
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
+from secateur.compiler.meta_model import DTYPES, build_meta_model, compute_buffers
 from secateur.compiler.order import order_entry
 from secateur.compiler.program import Program, ProgramSet
 from secateur.runtime.errors import UserError
 
-ATTENTION = "secateur"
-PACKED = "secateur_flash"
-"""For towers that take all grids in one row: they hand the bounds of the runs that attend to themselves to attention
-functions of which the name says that they understand them."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
 _TRACE_LENGTH = 19  # any length works: the dimension is symbolic; an odd one meets no other size by chance
 
@@ -213,7 +205,7 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     ) -> Program:
         outputs = ("features", "tower", *plane_outputs(facts.deepstack))
         entering = torch.empty(facts.input_of(batch), dtype=kind, device=meta)
-        held = _Indices(name, indices)
+        held = TowerIndices(name, indices)
         return trace_function(
             name, lambda rows: forward(model, rows, facts, held.read()), {facts.input_name: entering},
             outputs, {**own(*modules), held.path: held}, None, constants | held.values,
@@ -247,60 +239,6 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     return Traced(source, geometry, dtype, model, ProgramSet({p.name: p for p in programs}))
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Rows that attend to each other: ``bounds`` of the runs. Where they are of several lengths, ``taken`` sorts the
-    rows by their run's length and ``back`` undoes it."""
-
-    bounds: tuple[int, ...]
-    taken: Tensor | None = None
-    back: Tensor | None = None
-
-    @property
-    def starts(self) -> dict[int, list[int]]:
-        """Where the runs of each length begin."""
-        found: dict[int, list[int]] = {}
-        for start, end in pairwise(self.bounds):
-            found.setdefault(end - start, []).append(start)
-        return found
-
-
-class _Indices(nn.Module):
-    """The indices of a tower without their values, which are in ``values`` by name. A tower is traced on the ``meta``
-    device, where a tensor's values would be lost."""
-
-    def __init__(self, name: str, indices: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.values: dict[str, Tensor] = {}
-        self.runs: dict[str, Runs] = {}
-        self.path = f"{name}.indices"
-        for key, value in indices.items():
-            if isinstance(value, Tensor):
-                self._hold(key, value)
-                continue
-            self.runs[key] = runs = Runs(tuple(value))
-            if len(runs.starts) > 1:
-                starts = runs.starts.items()
-                order = torch.tensor(
-                    [first + i for length, firsts in starts for first in firsts for i in range(length)]
-                )
-                self._hold(f"{key}_taken", order)
-                self._hold(f"{key}_back", order.argsort())
-
-    def _hold(self, key: str, value: Tensor) -> None:
-        self.register_buffer(key, torch.empty_like(value, device="meta"))
-        self.values[f"{self.path}.{key}"] = value
-
-    def read(self) -> dict[str, Any]:
-        """What a tower takes. To be called while it is traced: the exporter then knows these as its own buffers."""
-        held = dict(self.named_buffers())
-        given: dict[str, Any] = {
-            key: Runs(runs.bounds, held.pop(f"{key}_taken", None), held.pop(f"{key}_back", None))
-            for key, runs in self.runs.items()
-        }
-        return given | held
-
-
 def _trace_parameter(name: str, model: nn.Module, path: str) -> Program:
     """A program without inputs that returns a parameter ``[D]`` or ``[E,D]`` as rows ``[E,D]``."""
     parent, _, leaf = path.rpartition(".")
@@ -313,115 +251,3 @@ def _trace_parameter(name: str, model: nn.Module, path: str) -> Program:
         return rows.reshape(-1, rows.shape[-1])
 
     return trace_function(name, read, {}, ("rows",), {parent: owner})
-
-
-def build_meta_model(source: Source, dtype: str) -> nn.Module:
-    """The Hugging Face model without weights: parameters on ``meta``, computed buffers real on the CPU."""
-    import transformers
-    from transformers.utils import logging as hf_logging
-
-    register_attention()
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    family = source.family
-    try:
-        with torch.device("meta"):
-            model: nn.Module = getattr(transformers, family.auto_class).from_config(
-                deepcopy(source.config), attn_implementation=ATTENTION, dtype=DTYPES[dtype]
-            )
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    use_experts(model)
-    if source.vision.deepstack:
-        # Planes are given for every slot, zero at text, so that nothing is looked up by a mask.
-        model.get_submodule(family.decoder)._deepstack_process = _add_plane  # type: ignore[assignment]
-    if source.vision.packed:
-        audio = family.audio.modules[:1] if family.audio is not None else ()
-        for path in (family.vision_modules[0], *audio):
-            # At construction a name like this is refused: it would have to be a library that is installed.
-            model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
-    return model.eval()
-
-
-def _add_plane(hidden: Tensor, mask: None, plane: Tensor) -> Tensor:
-    return hidden + plane
-
-
-def register_attention() -> None:
-    """Make ``attn_implementation="secateur"`` known to transformers: one custom-op node, no mask arithmetic."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, _attention_function)
-    AttentionInterface.register(PACKED, _packed_attention_function)
-    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-
-
-def _attention_function(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
-    out = ops.attention(
-        query, key, value,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        bool(getattr(module, "is_causal", True) if causal is None else causal),
-        kwargs.get("sliding_window"), kwargs.get("softcap"),
-        *((None, blocks) if (blocks := kwargs.get("block_ids")) is not None else ()),
-    )  # fmt: skip
-    return out.transpose(1, 2), None
-
-
-def _packed_attention_function(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention inside :class:`Runs` of ``[1,H,S,d]``, which the tower hands on as ``cu_seq_lens_q``.
-
-    Runs of one length are a batch, so that a layer whose runs are all alike is one node.
-    """
-    runs: Runs = kwargs["cu_seq_lens_q"]
-    scale = float(kwargs["scaling"])
-    heads, width = query.shape[1], query.shape[3]
-
-    # Rows first, as the projections leave them: then runs become a batch without a move in memory.
-    rows = [part.transpose(1, 2)[0] for part in (query, key, value)]
-
-    def attend(length: int, *parts: Tensor) -> Tensor:
-        batched = [part.reshape(-1, length, heads, width).transpose(1, 2) for part in parts]
-        out = ops.attention(*batched, scale, False)
-        return out.transpose(1, 2).reshape(-1, heads, width)
-
-    if runs.taken is None or runs.back is None:
-        return attend(next(iter(runs.starts)), *rows)[None], None
-    turned = [part.index_select(0, runs.taken) for part in rows]
-    outs, at = [], 0
-    for length, starts in runs.starts.items():
-        end = at + length * len(starts)
-        outs.append(attend(length, *(part[at:end] for part in turned)))
-        at = end
-    return torch.cat(outs).index_select(0, runs.back)[None], None
-
-
-def compute_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that no checkpoint holds (rotary frequencies, position indices), by name, on the CPU.
-
-    They are made by building their module once more, outside the ``meta`` device.
-    """
-    found: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        if module._non_persistent_buffers_set:
-            if isinstance(module, nn.Embedding):  # built anew it would have its table
-                twin = _fill_buffers(model, module)
-            else:
-                wanted = list(inspect.signature(type(module)).parameters)
-                twin = type(module)(*(getattr(module, name) for name in wanted if hasattr(module, name)))
-            found.update({f"{path}.{n}": getattr(twin, n).detach() for n in module._non_persistent_buffers_set})
-    return found
-
-
-def _fill_buffers(model: Any, module: nn.Module) -> nn.Module:
-    """A copy of a module that cannot be built from a configuration alone, its computed buffers filled by the model's
-    own initialisation; parameters stay on ``meta``."""
-    twin = copy(module)
-    twin._buffers = {n: torch.empty_like(b, device="cpu") for n, b in module._buffers.items() if b is not None}
-    model._init_weights(twin)
-    return twin

@@ -9,9 +9,10 @@ from typing import Any
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.inputs import random_rows
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pruned import Job
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.compiler.trace import Source, read_source
 from secateur.passes.check_function import digest_plan

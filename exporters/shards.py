@@ -11,24 +11,22 @@ import hashlib
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
 from secateur.exporters.checkpoint import FLOATS, Checkpoint, Stored
+from secateur.exporters.digests import Digests
 from secateur.exporters.tensor_names import tied_names
 from secateur.exporters.weights import MODES, Placed, WeightLayout, plan_weights, require_space
 from secateur.runtime.errors import UserError
-from secateur.runtime.manifest import hash_file
 
 FOLDER = "weights"
 _PIECE = 1 << 22
-_HASHERS = 4
-_TELL_SECONDS = 0.2
+_LEAST_USED = 0.5
 _UNLINKABLE = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -45,7 +43,8 @@ def refer_weights(
     """Find the parameters the programs use in the checkpoint's files; nothing is read but headers.
 
     Tensors that must be put together from parts, such as experts that the files keep apart, are laid out in a file of
-    their own. ``turnable`` names those the graphs may also read with their last two dimensions exchanged.
+    their own, and with them what else a shard holds that has little but such parts. ``turnable`` names those the
+    graphs may also read with their last two dimensions exchanged.
     Raises UserError that lists why when tensors would have to be cast to ``dtype`` or do not start at a multiple of
     their element's size.
     """
@@ -75,27 +74,55 @@ def refer_weights(
         shape = entry.shape if turned else tuple(tensor.shape)
         tensors[name] = Placed(shape, kind, entry.offset, entry.length, path, turned)
     _refuse(mode, checkpoint, cast, uneven)
+    if parts:
+        for path in _list_left(tensors, shards):
+            parts |= {name: wanted[name] for name, place in tensors.items() if place.file == path}
+            del shards[path]
+        tensors = {name: place for name, place in tensors.items() if name not in parts}
     own = plan_weights(parts, checkpoint.model, dtype) if parts else None
     tensors |= own.tensors if own else {}
     return WeightLayout(tensors, own.header if own else b"", aliases, mode, dict(sorted(shards.items())))
 
 
+def _list_left(tensors: Mapping[str, Placed], shards: Mapping[str, Path]) -> list[str]:
+    """Shards of which the graphs would point at the lesser part, because they hold experts apart: to link such a file
+    is to read it for its digest and to carry its bytes about, beside the stacks that were made of them."""
+    held = dict.fromkeys(shards, 0)
+    fixed = {place.file for place in tensors.values() if place.turned}
+    for place in tensors.values():
+        held[place.file] += place.length
+    return [path for path in shards if path not in fixed and held[path] < _LEAST_USED * shards[path].stat().st_size]
+
+
+def list_unread(files: Iterable[Path]) -> list[Path]:
+    """Of a checkpoint's files those whose digest has to be computed, as they are behind links."""
+    return [file for file in dict.fromkeys(one.resolve() for one in files) if _digest_of_blob(file) is None]
+
+
 def place_shards(
-    layout: WeightLayout, directory: Path, on_bytes: Callable[[int, int], None] = lambda done, total: None
+    layout: WeightLayout,
+    directory: Path,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    digests: Digests | None = None,
 ) -> dict[str, str]:
     """Put the checkpoint's files into a bundle in the making; returns the SHA-256 of each by its path there.
 
     Mode ``reference`` links them and copies, with one warning, what cannot be linked: to another file system, say.
     A file of a download cache whose name is its digest is not read; any other is, and ``on_bytes`` is told how many
-    bytes of how many. Raises UserError for a disk that is too full, and for a copied file of a cache that is damaged.
+    bytes of how many; ``digests`` may have begun on them. Raises UserError for a disk that is too full, and for a
+    copied file of a cache that is damaged.
     """
     sources = {path: source.resolve() for path, source in layout.shards.items()}
     sizes = {path: source.stat().st_size for path, source in sources.items()}
     linking = layout.mode == "reference"
     if not linking:
         require_space(directory, sum(sizes.values()))
-    told = _Count(sum(sizes.values()), on_bytes)
-    digests: dict[str, str] = {}
+    total, placed = sum(sizes.values()), 0
+
+    def told(before: int) -> Callable[[int], None]:
+        return lambda done: on_bytes(before + done, total)
+
+    known: dict[str, str] = {}
     unread: dict[str, Path] = {}
     for path, source in sources.items():
         target = directory / path
@@ -104,51 +131,19 @@ def place_shards(
             _log.warning("weights are copied: %s cannot be linked into the bundle (%s)", layout.shards[path], reason)
             linking = False
         if not linking:
-            digests[path] = _copy(source, target, layout.shards[path], told)
+            known[path] = _copy(source, target, layout.shards[path], told(placed))
+            placed += sizes[path]
         elif (named := _digest_of_blob(source)) is not None:
-            digests[path] = named
-            told.add(sizes[path])
+            known[path] = named
+            placed += sizes[path]
+            on_bytes(placed, total)
         else:
-            unread[path] = target
-    return dict(sorted((digests | _hash_files(unread, told)).items()))
-
-
-class _Count:
-    """Bytes that are done, counted by any thread; ``tell`` passes them on. A count that was stopped raises."""
-
-    def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
-        self._done, self._total, self._on_bytes = 0, total, on_bytes
-        self._lock = threading.Lock()
-        self.stopped = False
-
-    def count(self, read: int) -> None:
-        if self.stopped:
-            raise InterruptedError
-        with self._lock:
-            self._done += read
-
-    def tell(self) -> None:
-        self._on_bytes(self._done, self._total)
-
-    def add(self, read: int) -> None:
-        self.count(read)
-        self.tell()
-
-
-def _hash_files(files: Mapping[str, Path], told: _Count) -> dict[str, str]:
-    """SHA-256 of each file, several at a time: hashing keeps a core busy and lets go of Python's lock."""
-    if not files:
-        return {}
-    with ThreadPoolExecutor(min(len(files), _HASHERS, os.cpu_count() or 1)) as pool:
-        jobs = {path: pool.submit(hash_file, file, told.count) for path, file in files.items()}
-        try:
-            while wait(jobs.values(), timeout=_TELL_SECONDS).not_done:
-                told.tell()
-            told.tell()
-            return {path: job.result() for path, job in jobs.items()}
-        except BaseException:
-            told.stopped = True
-            raise
+            unread[path] = source
+    with ExitStack() as stack:
+        digests = digests or stack.enter_context(Digests())
+        found = digests.get(unread.values(), told(placed))
+    known |= {path: found[source] for path, source in unread.items()}
+    return dict(sorted(known.items()))
 
 
 def _link(source: Path, target: Path) -> str | None:
@@ -162,14 +157,15 @@ def _link(source: Path, target: Path) -> str | None:
     return None
 
 
-def _copy(source: Path, target: Path, shown: Path, told: _Count) -> str:
+def _copy(source: Path, target: Path, shown: Path, on_bytes: Callable[[int], None]) -> str:
     require_space(target.parent, source.stat().st_size)
-    digest = hashlib.sha256()
+    digest, done = hashlib.sha256(), 0
     with source.open("rb") as read, target.open("wb") as write:
         while piece := read.read(_PIECE):
             write.write(piece)
             digest.update(piece)
-            told.add(len(piece))
+            done += len(piece)
+            on_bytes(done)
     if _digest_of_blob(source) not in (None, digest.hexdigest()):
         raise UserError(
             "damaged: the cache says it has another SHA-256", where=str(shown), fix="delete it and download it again"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.compiler.blame import blame_error
 from secateur.compiler.function import first_line, trace_function
-from secateur.compiler.recipe import PlannedRecipe
+from secateur.compiler.plan_recipe import PlannedRecipe
 from secateur.passes.methods.learned import Weights
 from secateur.passes.methods.own import digest_own, is_own, place_of
 from secateur.passes.signal_table import SIGNALS

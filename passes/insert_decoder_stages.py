@@ -15,8 +15,9 @@ from torch import fx
 from secateur.compiler import ops
 from secateur.compiler.deepstack import is_plane
 from secateur.compiler.function import trace_function
+from secateur.compiler.plan_recipe import PlannedStage
 from secateur.compiler.program import Program, Segment, args_of, splice
-from secateur.compiler.recipe import Cache, PlannedStage
+from secateur.compiler.recipe import Cache
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
 from secateur.passes.edit import Node, aten, clone_slice, is_call

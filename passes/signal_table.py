@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from secateur.compiler.recipe import SITE_KINDS
+from secateur.compiler.site import SITE_KINDS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.compiler import ops
-from secateur.compiler.recipe import PlannedStage
+from secateur.compiler.plan_recipe import PlannedStage
 from secateur.passes.stage import StageFunction
 from secateur.passes.units import Merge, mean_units, sum_units
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.compiler import ops
-from secateur.compiler.recipe import PlannedStage
+from secateur.compiler.plan_recipe import PlannedStage
 from secateur.compiler.token_map import TokenMap
 from secateur.passes.signals import (
     PatchView,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.compiler.recipe import PlannedStage
+from secateur.compiler.plan_recipe import PlannedStage
 from secateur.compiler.token_map import TokenMap
 from secateur.passes.check_function import check_stage
 from secateur.passes.methods.rows import Scored

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from secateur.compiler.learned import WeightsFile
-from secateur.compiler.recipe import PlannedStage, Site, Stage, Term
+from secateur.compiler.plan_recipe import PlannedStage
+from secateur.compiler.recipe import Site, Stage, Term
 from secateur.passes.methods.learned import Weights, load_weights
 from secateur.passes.methods.registry import MERGES, SCORES, SELECTORS
 from secateur.passes.signal_table import SIGNALS, Number, Option, TowerLayers

@@ -8,16 +8,17 @@ of that follows from the size of the image, which is fixed when a bundle is comp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from secateur.compiler.families.family import (
-    Family,
     Tiles,
     VisionFacts,
     check_strategy,
     read_feature_layer,
     read_grid,
 )
+from secateur.compiler.families.llava import LLAVA
 from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError
 
@@ -84,18 +85,10 @@ def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: 
     return inner.multi_modal_projector(outputs.hidden_states[layer][:, 1:]), outputs.last_hidden_state
 
 
-LLAVA_NEXT = Family(
+LLAVA_NEXT = replace(
+    LLAVA,
     name="llava_next",
     model_types=("llava_next",),
-    decoder_types=("llama", "mistral", "qwen2"),
-    vision_types=("clip_vision_model",),
-    decoder="model.language_model",
-    decoder_layers="model.language_model.layers",
-    vision_layers="model.vision_tower.encoder.layers",
-    projector="model.multi_modal_projector",
-    vision_modules=("model.vision_tower", "model.multi_modal_projector"),
-    embedding="model.language_model.embed_tokens",
-    head="lm_head",
     read_vision=_read_vision,
     vision_forward=_vision_forward,
     extra_rows="model.image_newline",

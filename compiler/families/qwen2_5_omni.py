@@ -7,11 +7,13 @@ A video may bring its sound along: then the tokens of every two seconds follow e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from secateur.compiler.families import qwen_vision
-from secateur.compiler.families.family import AudioTower, Family, Tower, VisionFacts
+from secateur.compiler.families.family import AudioTower, Tower, VisionFacts
+from secateur.compiler.families.qwen2_vl import QWEN2_VL
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.layout import Layout
 from secateur.compiler.media import Axes, Item, MediaLayout
@@ -148,23 +150,13 @@ def _reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) 
     return found[0][:, 0]
 
 
-QWEN2_5_OMNI = Family(
+QWEN2_5_OMNI = replace(
+    QWEN2_VL,
     name="qwen2_5_omni",
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
     decoder_types=("qwen2_5_omni_text",),
     vision_types=("qwen2_5_omni_vision_encoder",),
-    decoder="model.language_model",
-    decoder_layers="model.language_model.layers",
-    vision_layers="model.visual.blocks",
-    vision_attention="attn",
-    projector="model.visual.merger",
-    vision_modules=("model.visual",),
-    embedding="model.language_model.embed_tokens",
-    head="lm_head",
     read_vision=qwen_vision.read_vision,
-    vision_forward=qwen_vision.vision_forward,
-    vision_indices=qwen_vision.vision_indices,
-    vision_reference=qwen_vision.reference_forward,
     auto_class="AutoModelForMultimodalLM",
     inner_config="thinker_config",
     read_media=_read_media,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from secateur.compiler.families import qwen_vision
-from secateur.compiler.families.family import Family, VisionFacts
+from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.families.qwen2_vl import QWEN2_VL
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
 
@@ -23,23 +25,12 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     return qwen_vision.plain_media(config, geometry, seen, times, whole_span=False)
 
 
-QWEN2_5_VL = Family(
+QWEN2_5_VL = replace(
+    QWEN2_VL,
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
     decoder_types=("qwen2_5_vl_text",),
     vision_types=("qwen2_5_vl_vision", "qwen2_5_vl"),
-    decoder="model.language_model",
-    decoder_layers="model.language_model.layers",
-    vision_layers="model.visual.blocks",
-    vision_attention="attn",
-    projector="model.visual.merger",
-    vision_modules=("model.visual",),
-    embedding="model.language_model.embed_tokens",
-    head="lm_head",
     read_vision=_read_vision,
-    vision_forward=qwen_vision.vision_forward,
-    vision_indices=qwen_vision.vision_indices,
-    vision_reference=qwen_vision.reference_forward,
     read_media=_read_media,
-    reference_positions=qwen_vision.reference_positions,
 )

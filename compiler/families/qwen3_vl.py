@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.compiler.families import qwen_vision
-from secateur.compiler.families.family import Family, VisionFacts
+from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.families.qwen2_vl import QWEN2_VL
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import Item, MediaLayout, grid_axes
 from secateur.runtime.errors import UserError
@@ -62,25 +63,15 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     return replace(plain, items=(item,) * seen.frames, offsets=offsets, timestamp=TIMESTAMP)
 
 
-QWEN3_VL = Family(
+QWEN3_VL = replace(
+    QWEN2_VL,
     name="qwen3_vl",
     model_types=("qwen3_vl",),
     decoder_types=("qwen3_vl_text",),
     vision_types=("qwen3_vl_vision",),
-    decoder="model.language_model",
-    decoder_layers="model.language_model.layers",
-    vision_layers="model.visual.blocks",
-    vision_attention="attn",
-    projector="model.visual.merger",
-    vision_modules=("model.visual",),
-    embedding="model.language_model.embed_tokens",
-    head="lm_head",
     read_vision=_read_vision,
-    vision_forward=qwen_vision.vision_forward,
     vision_indices=vision_indices,
-    vision_reference=qwen_vision.reference_forward,
     read_media=_read_media,
-    reference_positions=qwen_vision.reference_positions,
 )
 
 QWEN3_VL_MOE = replace(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.compiler.recipe import Grid
+from secateur.compiler.layout import Grid
 from secateur.passes.methods.score_change import frame_layout
 from secateur.passes.methods.select import Selection
 

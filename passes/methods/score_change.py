@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from secateur.compiler.recipe import Grid
+from secateur.compiler.layout import Grid
 from secateur.passes.methods.rows import Scored, unit_rows
 
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.compiler.recipe import Grid
+from secateur.compiler.layout import Grid
 from secateur.passes.methods.score_change import frame_layout
 from secateur.passes.methods.select import Selection
 

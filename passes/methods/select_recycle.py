@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.compiler.recipe import Grid
+from secateur.compiler.layout import Grid
 from secateur.passes.methods.rows import ranks, take_rows, unit_rows
 from secateur.passes.methods.select import Selection, top_k
 

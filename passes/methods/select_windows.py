@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 
-from secateur.compiler.recipe import Grid
+from secateur.compiler.layout import Grid
 from secateur.passes.methods.rows import take_rows, unit_rows
 from secateur.passes.methods.select import Selection
 

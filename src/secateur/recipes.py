@@ -6,8 +6,9 @@ from secateur.recipes import Recipe, Site, Stage, Term, score
 from __future__ import annotations
 
 from secateur.compiler.calibration import read_reference
+from secateur.compiler.layout import Grid, Layout
 from secateur.compiler.learned import read_weights
-from secateur.compiler.recipe import Grid, Layout, Recipe, Setting, Stage, Term
+from secateur.compiler.recipe import Recipe, Setting, Stage, Term
 from secateur.compiler.site import Site
 from secateur.passes.methods.learned import Weights
 from secateur.passes.methods.own import merge, score, selector

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from secateur.compiler.inputs import RowInput, random_rows
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, export, plan_job, prune, trace_model
 from secateur.compiler.recipe import Recipe
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.exporters.checkpoint import Checkpoint
 from secateur.exporters.lint import lint_graph

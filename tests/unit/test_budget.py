@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.compiler.budget import Budget, PrefillCost, solve_budget, visual_lengths
-from secateur.compiler.recipe import PlannedRecipe, Recipe, Site, Stage, Term, plan_recipe
+from secateur.compiler.plan_recipe import PlannedRecipe, plan_recipe
+from secateur.compiler.recipe import Recipe, Site, Stage, Term
 from secateur.compiler.schedule import Exponential
 from secateur.passes.recipe_file import load_recipe, recipe_from_yaml, recipe_to_yaml
 from secateur.runtime.errors import UserError

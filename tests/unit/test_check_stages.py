@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from secateur.compiler.families.family import VisionFacts
-from secateur.compiler.recipe import Recipe, Site, Stage, Term, plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
+from secateur.compiler.recipe import Recipe, Site, Stage, Term
 from secateur.passes.check_stages import check_stages, tower_layers
 from secateur.passes.stage import stage_function
 from secateur.runtime.errors import UserError

@@ -15,10 +15,10 @@ from PIL import Image
 from secateur.compiler import pipeline
 from secateur.compiler.bundle import outline
 from secateur.compiler.inputs import RowInput, random_rows, respace
-from secateur.compiler.oracle import load_recording_model
 from secateur.compiler.parity import TOLERANCE
 from secateur.compiler.pipeline import PASSES, Geometry, Pass, compare, plan_job, read_questions
 from secateur.compiler.program import Program, ProgramSet, args_of
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.trail import follow_passes
 from secateur.passes.edit import aten, is_call
 from secateur.passes.recipe_file import load_recipe

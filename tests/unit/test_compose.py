@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.compiler.recipe import NothingLeftError, PlannedRecipe, plan_recipe
+from secateur.compiler.plan_recipe import NothingLeftError, PlannedRecipe, plan_recipe
 from secateur.passes.recipe_file import load_recipe, recipe_to_data
 from secateur.runtime.errors import UserError
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from secateur.compiler import ops
+from secateur.compiler.attention import ATTENTION, register_attention
 from secateur.compiler.experts import use_experts
 from secateur.compiler.flops import count_flops
 from secateur.compiler.function import trace_function
+from secateur.compiler.meta_model import compute_buffers
 from secateur.compiler.program import Program
-from secateur.compiler.trace import ATTENTION, compute_buffers, register_attention
 from secateur.runtime.errors import UserError
 
 from .tiny_experts import BLOCKS, HIDDEN, LOADS, TEXT, WIDTH, draw, make_block

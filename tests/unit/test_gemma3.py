@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from secateur.compiler import ops, pipeline
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.pipeline import Geometry, plan_job, read_source
+from secateur.compiler.recording import load_recording_model
 from secateur.passes.join_phases import number_blocks
 from secateur.runtime.errors import UserError
 from secateur.runtime.images import ImagePipeline

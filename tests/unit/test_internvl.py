@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from secateur.compiler import pipeline
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.pipeline import Geometry, plan_job, read_source
+from secateur.compiler.recording import load_recording_model
 from secateur.passes.units import mean_units, sum_units
 from secateur.runtime.errors import UserError
 from secateur.runtime.images import ImagePipeline

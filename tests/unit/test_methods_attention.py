@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.compiler.recipe import Grid
+from secateur.compiler.layout import Grid
 from secateur.passes.methods import calibrate
 from secateur.passes.methods.merge_pairs import merge_assigned
 from secateur.passes.methods.rows import ranks

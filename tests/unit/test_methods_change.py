@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.compiler.recipe import Grid, plan_recipe
+from secateur.compiler.layout import Grid
+from secateur.compiler.plan_recipe import plan_recipe
 from secateur.passes.methods.merge_pairs import merge_assigned
 from secateur.passes.methods.merge_runs import run_mean
 from secateur.passes.methods.score_change import frame_change, mean_query_importance, token_transition_variation

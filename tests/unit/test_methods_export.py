@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from secateur.compiler.recipe import plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
 from secateur.passes.methods.select import max_min
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import StageFunction, stage_function

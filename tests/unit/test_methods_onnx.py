@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.compiler.function import trace_function
-from secateur.compiler.recipe import plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
 from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.onnx import export_program
 from secateur.exporters.weights import WeightLayout

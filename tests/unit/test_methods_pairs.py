@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.compiler.recipe import plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
 from secateur.passes.methods.merge_pairs import (
     SELECTORS,
     bipartite_keys,

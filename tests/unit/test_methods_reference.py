@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.compiler.recipe import PlannedStage, plan_recipe
+from secateur.compiler.plan_recipe import PlannedStage, plan_recipe
 from secateur.passes.methods.merge import nearest_target
 from secateur.passes.methods.score import cls_attention_mean, last_query_attention_mean
 from secateur.passes.methods.select import Selection, max_min

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.compiler.layout import Layout, share_out
-from secateur.compiler.recipe import Recipe, Site, Stage, Term, plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
+from secateur.compiler.recipe import Recipe, Site, Stage, Term
 from secateur.passes.methods.select import top_k, weighted_max_min
 from secateur.passes.methods.windows_in_time import _share_out, unlike_sound, window_modality_quotas, windowed_max_min
 from secateur.passes.recipes import RECIPES

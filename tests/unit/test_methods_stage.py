@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.compiler.recipe import SITE_KINDS, Grid, Layout, PlannedStage, Site, Term
+from secateur.compiler.layout import Grid, Layout
+from secateur.compiler.plan_recipe import PlannedStage
+from secateur.compiler.recipe import Site, Term
+from secateur.compiler.site import SITE_KINDS
 from secateur.passes.recipes import RECIPES
 from secateur.passes.signal_table import SIGNALS
 from secateur.passes.stage import stage_function

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.compiler.recipe import Grid, plan_recipe
+from secateur.compiler.layout import Grid
+from secateur.compiler.plan_recipe import plan_recipe
 from secateur.passes.methods.merge_nearest import centres_by_keys, merge_centres, nearest_mean, top_k_and_centres
 from secateur.passes.methods.score_tower import (
     cls_attention_layers_mean,

@@ -9,16 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from secateur.compiler.recipe import (
-    NothingLeftError,
-    PlannedRecipe,
-    PlannedStage,
-    Recipe,
-    Site,
-    Stage,
-    Term,
-    plan_recipe,
-)
+from secateur.compiler.plan_recipe import NothingLeftError, PlannedRecipe, PlannedStage, plan_recipe
+from secateur.compiler.recipe import Recipe, Site, Stage, Term
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from secateur.compiler import pipeline
 from secateur.compiler.bundle import Target, outline
 from secateur.compiler.inputs import random_rows
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import RECIPES, Geometry, export, prune, read_source, trace_model
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
 from secateur.exporters.checkpoint import Checkpoint
 from secateur.exporters.lint import lint_graph

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from secateur.compiler.bundle import outline
 from secateur.compiler.function import trace_function
 from secateur.compiler.inputs import random_rows
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.meta_model import build_meta_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, load_recipe, prune
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
-from secateur.compiler.trace import Traced, build_meta_model, read_source, trace_model
+from secateur.compiler.trace import Traced, read_source, trace_model
 from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.onnx import export_program
 from secateur.exporters.weights import WeightLayout

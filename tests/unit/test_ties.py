@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.compiler.recipe import Recipe, Site, Stage, Term, plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
+from secateur.compiler.recipe import Recipe, Site, Stage, Term
 from secateur.compiler.ties import is_tied
 from secateur.passes.stage import StageFunction, stage_function
 

@@ -13,10 +13,11 @@ from secateur.compiler import pipeline
 from secateur.compiler.bundle import outline
 from secateur.compiler.families.family import Tiles
 from secateur.compiler.inputs import random_rows
-from secateur.compiler.oracle import Oracle, load_recording_model
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import TOLERANCE, Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, read_source
 from secateur.compiler.pruned import Job
+from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
 from secateur.compiler.tile_slots import slots_left
 from secateur.compiler.trace import Traced, trace_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.compiler.recipe import PlannedRecipe, plan_recipe
+from secateur.compiler.plan_recipe import PlannedRecipe, plan_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import stage_function
 

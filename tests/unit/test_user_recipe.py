@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from secateur.compiler.recipe import plan_recipe
+from secateur.compiler.plan_recipe import plan_recipe
 from secateur.passes import recipe_module
 from secateur.passes.methods import own
 from secateur.passes.methods.own import digest_own

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.compiler.output import check_output
 from secateur.compiler.pipeline import build, check_target, export
-from secateur.exporters import shards
+from secateur.exporters import digests
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.manifest import check_files, read_manifest
 from secateur.runtime.session import Session
@@ -168,7 +168,7 @@ def cached(checkpoint: Any, tmp_path: Path) -> Path:
 
 def test_links_of_a_cache_are_followed(bundle: Make, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = contents(bundle("reference", name="plain"))
-    monkeypatch.setattr(shards, "hash_file", lambda *_: pytest.fail("a blob was read, its name is its digest"))
+    monkeypatch.setattr(digests, "hash_file", lambda *_: pytest.fail("a blob was read, its name is its digest"))
     path = bundle("reference", cached, name="cached")
     check_files(path, read_manifest(path), "full")
     for name in shards_of(cached):

@@ -53,7 +53,7 @@ def write_config(directory: Path, **options: Any) -> Path:
     return directory
 
 
-def write_model(directory: Path, *, seed: int = 0, **options: Any) -> Path:
+def write_model(directory: Path, *, seed: int = 0, shard_size: str = "1GB", **options: Any) -> Path:
     """A whole model directory: configuration, weights, tokenizer, processor; options of :func:`make_config`."""
     write_config(directory, **options)
     tiny_model.write_processor(directory)
@@ -71,7 +71,7 @@ def write_model(directory: Path, *, seed: int = 0, **options: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "lambda_" in name:
                 parameter.normal_(1, 0.1, generator=source)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=shard_size)
     return directory
 
 

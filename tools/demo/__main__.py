@@ -6,17 +6,12 @@ Writes bundles, a picture per image and demo.json into build/demo.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from secateur.runtime.errors import UserError
 from secateur.runtime.session import Session
-from secateur.tools.console import notes, results, set_up_logging
 from secateur.tools.demo import ask
+from secateur.tools.demo.command import compile_bundles, make_parser, run_command, show_bars, write_results
 from secateur.tools.demo.pictures import draw_picture
 from secateur.tools.demo.show import draw_table
 
@@ -26,43 +21,22 @@ TEXT_TOKENS, NEW_TOKENS = 32, 8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    from secateur.tools.cli import fail
-
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        if options.debug:
-            raise
-        sys.exit(fail(error))
+    run_command(run, parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m secateur.tools.demo", description=__doc__)
-    parser.add_argument(
-        "--recipes",
-        nargs="+",
-        default=list(RECIPES),
-        metavar="NAME",
-        help="rows, or YAML files, to compare (%(default)s)",
+    parser = make_parser(
+        "secateur.tools.demo", __doc__, recipes=RECIPES, keep=KEEP, demo=Path("demo"), out=Path("build/demo")
     )
-    parser.add_argument("--keep", type=float, default=KEEP, help="share of visual tokens left (%(default)s)")
-    parser.add_argument("--model", type=Path, default=Path("demo/model"), help="Hugging Face directory (%(default)s)")
-    parser.add_argument("--questions", type=Path, default=Path("demo/questions.json"), help="what to ask (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where everything goes (%(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of timing; 0 leaves times out (%(default)s)")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime; all cores if not given")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of the table")
-    parser.add_argument("--debug", action="store_true", help="show the traceback when something fails")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Compile, ask, time, draw; returns the figures."""
     questions = ask.read_questions(options.questions)
-    with ExitStack() as stack, _progress() as progress:
-        paths = compile_bundles(options, progress)
+    with ExitStack() as stack, show_bars() as progress:
+        paths = compile_bundles(options, progress, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
         bundles = [
             ask.Bundle(label, stack.enter_context(Session(path, threads=options.threads)))
             for label, path in paths.items()
@@ -80,42 +54,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             progress.advance(drawing)
         figures = ask.report(bundles, questions)
         table = draw_table(bundles, questions)
-    text = json.dumps(figures, indent=1, ensure_ascii=False)
-    (options.out / "demo.json").write_text(text + "\n", encoding="utf-8")
-    if options.json:
-        sys.stdout.write(text + "\n")
-    else:
-        results.print(table)
-    notes.print(f"pictures of what was pruned: {options.out}/{images[0].stem}.png and {len(images) - 1} more")
+    write_results(options, figures, table, [image.stem for image in images])
     return figures
-
-
-def compile_bundles(options: argparse.Namespace, progress: Progress) -> dict[str, Path]:
-    """Label -> bundle, the unpruned one first."""
-    task = progress.add_task("load the compiler", total=1 + len(options.recipes))
-    from secateur.compiler.pipeline import RECIPES, Geometry, compile, load_recipe
-
-    if not 0 < options.keep <= 1:
-        raise UserError(f"keep ratio {options.keep:g} is out of (0, 1]", where="--keep")
-    rows = {"none": RECIPES["none"], **{recipe: load_recipe(recipe) for recipe in options.recipes}}
-    geometry = Geometry(batch=1, images=1, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
-    made: dict[str, Path] = {}
-    for name, recipe in ((Path(given).stem, row) for given, row in rows.items()):
-        keep = options.keep if recipe.stages else None
-        progress.update(task, description=f"compile {name}")
-        notes.print(f"compiling {options.model} with {name}")
-        out = options.out / (name if keep is None else f"{name}-{keep:g}")
-        compile(options.model, out, recipe=recipe, keep=keep, geometry=geometry, force=True)
-        made["unpruned" if keep is None else f"{name} {keep:g}"] = out
-        progress.advance(task)
-    progress.update(task, description="compile")
-    return made
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=notes
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

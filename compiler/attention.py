@@ -1,0 +1,128 @@
+"""What transformers calls for attention while a model is traced: a custom-op node, in towers one per length of run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.compiler import ops
+
+ATTENTION = "secateur"
+
+
+PACKED = "secateur_flash"
+"""For towers that take all grids in one row: they hand the bounds of the runs that attend to themselves to attention
+functions of which the name says that they understand them."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows that attend to each other: ``bounds`` of the runs. Where they are of several lengths, ``taken`` sorts the
+    rows by their run's length and ``back`` undoes it."""
+
+    bounds: tuple[int, ...]
+    taken: Tensor | None = None
+    back: Tensor | None = None
+
+    @property
+    def starts(self) -> dict[int, list[int]]:
+        """Where the runs of each length begin."""
+        found: dict[int, list[int]] = {}
+        for start, end in pairwise(self.bounds):
+            found.setdefault(end - start, []).append(start)
+        return found
+
+
+class TowerIndices(nn.Module):
+    """The indices of a tower without their values, which are in ``values`` by name. A tower is traced on the ``meta``
+    device, where a tensor's values would be lost."""
+
+    def __init__(self, name: str, indices: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+        self.runs: dict[str, Runs] = {}
+        self.path = f"{name}.indices"
+        for key, value in indices.items():
+            if isinstance(value, Tensor):
+                self._hold(key, value)
+                continue
+            self.runs[key] = runs = Runs(tuple(value))
+            if len(runs.starts) > 1:
+                starts = runs.starts.items()
+                order = torch.tensor(
+                    [first + i for length, firsts in starts for first in firsts for i in range(length)]
+                )
+                self._hold(f"{key}_taken", order)
+                self._hold(f"{key}_back", order.argsort())
+
+    def _hold(self, key: str, value: Tensor) -> None:
+        self.register_buffer(key, torch.empty_like(value, device="meta"))
+        self.values[f"{self.path}.{key}"] = value
+
+    def read(self) -> dict[str, Any]:
+        """What a tower takes. To be called while it is traced: the exporter then knows these as its own buffers."""
+        held = dict(self.named_buffers())
+        given: dict[str, Any] = {
+            key: Runs(runs.bounds, held.pop(f"{key}_taken", None), held.pop(f"{key}_back", None))
+            for key, runs in self.runs.items()
+        }
+        return given | held
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="secateur"`` known to transformers: one custom-op node, no mask arithmetic."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention_function)
+    AttentionInterface.register(PACKED, _packed_attention_function)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def _attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
+    out = ops.attention(
+        query, key, value,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        bool(getattr(module, "is_causal", True) if causal is None else causal),
+        kwargs.get("sliding_window"), kwargs.get("softcap"),
+        *((None, blocks) if (blocks := kwargs.get("block_ids")) is not None else ()),
+    )  # fmt: skip
+    return out.transpose(1, 2), None
+
+
+def _packed_attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention inside :class:`Runs` of ``[1,H,S,d]``, which the tower hands on as ``cu_seq_lens_q``.
+
+    Runs of one length are a batch, so that a layer whose runs are all alike is one node.
+    """
+    runs: Runs = kwargs["cu_seq_lens_q"]
+    scale = float(kwargs["scaling"])
+    heads, width = query.shape[1], query.shape[3]
+
+    # Rows first, as the projections leave them: then runs become a batch without a move in memory.
+    rows = [part.transpose(1, 2)[0] for part in (query, key, value)]
+
+    def attend(length: int, *parts: Tensor) -> Tensor:
+        batched = [part.reshape(-1, length, heads, width).transpose(1, 2) for part in parts]
+        out = ops.attention(*batched, scale, False)
+        return out.transpose(1, 2).reshape(-1, heads, width)
+
+    if runs.taken is None or runs.back is None:
+        return attend(next(iter(runs.starts)), *rows)[None], None
+    turned = [part.index_select(0, runs.taken) for part in rows]
+    outs, at = [], 0
+    for length, starts in runs.starts.items():
+        end = at + length * len(starts)
+        outs.append(attend(length, *(part[at:end] for part in turned)))
+        at = end
+    return torch.cat(outs).index_select(0, runs.back)[None], None

@@ -263,13 +263,16 @@ def _recipe(job: Job) -> m.Recipe:
 
 def _geometry(job: Job) -> m.GeometrySizes:
     geometry, vision = job.geometry, job.source.vision
-    size = vision.image_size if vision.tiles is None else vision.tiles.image_size
+    cut = vision.tiles or vision.split
+    size = vision.image_size if cut is None else cut.image_size
+    grids = 1 if vision.split is None else vision.split.grids
     return m.GeometrySizes(
-        batch=geometry.batch, images=vision.items, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
-        image_height=size[0], image_width=size[1], tiles=vision.grids_per_item if vision.tiles is not None else 0,
-        tokens_per_tile=vision.tokens_per_image if vision.tiles is not None else 0,
-        tokens_per_image=vision.tokens_per_item,
-        features_per_image=job.features_per_item, extra_rows=vision.extra_rows, sequence=job.sequence,
+        batch=geometry.batch, images=vision.items // grids,
+        text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
+        image_height=size[0], image_width=size[1], tiles=vision.grids_per_item * grids if cut else 0,
+        tokens_per_tile=vision.tokens_per_image if cut else 0,
+        tokens_per_image=vision.tokens_per_item * grids,
+        features_per_image=job.features_per_item * grids, extra_rows=vision.extra_rows, sequence=job.sequence,
         frames=geometry.frames, fps=geometry.fps if geometry.frames else 0.0, audio_seconds=geometry.audio_seconds,
         audio_tokens=job.source.audio_tokens,
     )  # fmt: skip

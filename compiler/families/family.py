@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from secateur.compiler.geometry import Geometry
@@ -25,6 +27,15 @@ class Tiles:
     def tokens(self) -> int:
         """Features that are tokens of a grid; padding at the edges of the tiles is none."""
         return sum(place >= 0 for place in self.order)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An image shown in several grids that stay apart. To stages each of them is an image of its own."""
+
+    image_size: tuple[int, int]
+    """Height and width of the image, in pixels."""
+    grids: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class VisionFacts:
     video."""
     tiles: Tiles | None = None
     """How the tokens of an image that is cut into tiles are put together; None where a grid stays a grid."""
+    split: Split | None = None
+    """Where the grids of an image count as images; None where an image is one grid, or is put together again."""
     single_image: str = ""
     """What a bundle for one image per prompt does otherwise than transformers; empty if it does the same."""
 
@@ -223,6 +236,20 @@ def fixed_size(config: Any, geometry: Geometry, videos: bool = False) -> int:
             fix="leave --image-size out",
         )  # fmt: skip
     return geometry.frames or geometry.images
+
+
+def read_image_processor(config: Any) -> dict[str, Any]:
+    """What the checkpoint's files say of processing images; empty where there are none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = Path(config.name_or_path) / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text())
+            return dict(found.get("image_processor") or found)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise UserError("not a JSON object", where=str(path), fix="download the file again") from None
+    return {}
 
 
 def read_feature_layer(config: Any, where: str, usual: str) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import BundleError
-from secateur.runtime.images import ImageLike, ImagePipeline, read_part, read_rgb
+from secateur.runtime.images import ImageLike, ImagePipeline, fit_longest, read_part, read_rgb
 from secateur.runtime.tiles import Size, fit_image
 
 _log = logging.getLogger(__name__)
@@ -36,14 +36,26 @@ class CropPipeline:
     """(height, width of an image) -> height and width it is resized to before it is cut."""
     size: Size
     """Of the image that the bundle was compiled for."""
+    longest: int | None = None
+    """Length of the longer edge that an image is brought to first of all; None: it is not."""
+    whole_of_canvas: bool = False
+    """Whether the whole is made of the image that is cut, and not of the given one."""
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], size: Size) -> CropPipeline:
-        """Read the ``preprocessor_config.json`` of an InternVL3 for images of ``size``."""
+        """Read a ``preprocessor_config.json``, of a SmolVLM2 or an InternVL3, for images of ``size``."""
         view = ImagePipeline.from_config(config)
         edges = view.output_size
         values = read_part(config, "image_processor")
+        if edges is not None and "SmolVLM" in str(values.get("image_processor_type")):
+            longest = view.longest
+
+            def whole_tiles(image: Size) -> Size:
+                across, down = (image[1], image[0]) if longest is None else fit_longest(image[1], image[0], longest)
+                return fill_tiles((down, across), edges[0])
+
+            return cls(replace(view, longest=None), edges, whole_tiles, size, longest, True)
         least, most = (values.get(key) or usual for key, usual in (("min_patches", _LEAST), ("max_patches", _MOST)))
         if edges is None or not all(isinstance(n, int) and n >= 1 for n in (least, most)) or least > most:
             raise BundleError(f"min_patches {least!r} and max_patches {most!r} do not say how to cut", where=_WHERE)
@@ -67,6 +79,8 @@ class CropPipeline:
         if self.canvas((rgb.height, rgb.width)) != wanted:
             self._tell((rgb.height, rgb.width))
             rgb = fit_image(rgb, self.size, self.view.resample)
+        if self.longest is not None:
+            rgb = rgb.resize(fit_longest(rgb.width, rgb.height, self.longest), resample=self.view.resample)
         height, width = self.edges
         whole = rgb.resize((wanted[1], wanted[0]), resample=self.view.resample)
         views = [
@@ -74,7 +88,9 @@ class CropPipeline:
             for top in range(0, wanted[0], height)
             for left in range(0, wanted[1], width)
         ]
-        return np.stack([self.view(each) for each in [*views, *([rgb] if len(views) > 1 else [])]])
+        if len(views) > 1:
+            views.append(whole if self.whole_of_canvas else rgb)
+        return np.stack([self.view(each) for each in views])
 
     def _tell(self, size: Size) -> None:
         if self._said:
@@ -85,6 +101,18 @@ class CropPipeline:
             "that size with black edges",
             *size, *self.size,
         )  # fmt: skip
+
+
+def fill_tiles(size: Size, edge: int) -> Size:
+    """Height and width of whole tiles that an image is stretched to: the longer edge is rounded up first, then what the
+    shorter one is beside it. The rule is that of transformers' ``resize_for_vision_encoder`` of SmolVLM."""
+    height, width = size
+    ratio = width / height
+    if width >= height:
+        width = math.ceil(width / edge) * edge
+        return math.ceil(int(width / ratio) / edge) * edge, width
+    height = math.ceil(height / edge) * edge
+    return height, math.ceil(int(height * ratio) / edge) * edge
 
 
 def choose_grid(size: Size, tile: Size, least: int, most: int) -> Size:

@@ -118,7 +118,8 @@ class Processor:
         kinds = self.prompts.kinds
         self._expect_placeholders([kinds[token] for token in ids if token in kinds], where)
         expanded = self._expand()
-        words = len(ids) - len(items) + sum(len(before) + len(behind) for before, _, behind in expanded)
+        placed = manifest.model.image_token_id
+        words = len(ids) - len(items) + sum(token != placed for tokens in expanded for token in tokens)
         if words > manifest.geometry.text_tokens:
             raise MisfitError(
                 f"the prompt has {words} text tokens, the bundle was compiled for at most "
@@ -126,7 +127,7 @@ class Processor:
                 where=where,
                 fix=f"shorten it, or compile with --text-tokens {words}",
             )
-        if ids[-1] in kinds and not expanded[-1][2]:
+        if ids[-1] in kinds and expanded[-1][-1] == placed:
             # Its token would be a patch: a stage may drop it, and its logits would be another token's.
             kind = kinds[ids[-1]]
             raise UserError(
@@ -135,11 +136,7 @@ class Processor:
         self._expect_marks(ids, where)
         rest, found = iter(expanded), []
         for token in ids:
-            if token in kinds:
-                before, count, behind = next(rest)
-                found += [*before, *[manifest.model.image_token_id] * count, *behind]
-            else:
-                found.append(token)
+            found += next(rest) if token in kinds else [token]
         return found
 
     def tower_input(self, media: RowMedia, where: str = "row") -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -220,14 +217,15 @@ class Processor:
                     fix=f"write {''.join(written)}, or leave the placeholder to the chat template",
                 )  # fmt: skip
 
-    def _expand(self) -> list[tuple[list[int], int, list[int]]]:
-        """Of each item: tokens put before it, its own number of tokens, tokens put behind it."""
+    def _expand(self) -> list[list[int]]:
+        """What stands in a prompt for each item: its placeholders, and the tokens put around and between them."""
         media, model, sizes = self._manifest.media, self._manifest.model, self._manifest.geometry
+        token = model.image_token_id
         if media is None:
-            return [(model.image_before, sizes.features_per_image, model.image_behind)] * sizes.images
-        found: list[tuple[list[int], int, list[int]]] = []
+            return [sizes.place(token, model.image_before, model.image_behind)] * sizes.images
+        found: list[list[int]] = []
         for item in media.items:
             brings = item.kind == "video with sound"
             marks = (media.sound_before, media.sound_behind) if brings else ([], [])
-            found.append((marks[0], item.tokens, marks[1]))
+            found.append([*marks[0], *[token] * item.tokens, *marks[1]])
         return found

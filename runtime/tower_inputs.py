@@ -51,7 +51,7 @@ class TileInputs:
         config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
         size = (sizes.image_height, sizes.image_width)
         self.pipeline: TilePipeline | CropPipeline
-        if manifest.model.family == "internvl":
+        if manifest.model.family in ("internvl", "smolvlm"):
             self.pipeline = CropPipeline.from_config(config, size)
         else:
             self.pipeline = TilePipeline.from_config(config, size, sizes.tokens_per_tile)

@@ -36,6 +36,9 @@ class Split:
     image_size: tuple[int, int]
     """Height and width of the image, in pixels."""
     grids: int
+    texts: tuple[str, ...] = ()
+    """What a prompt has before each grid and behind the last, with marks by their names in braces; empty: the grids
+    follow each other between :attr:`Family.image_marks`."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def blame_error(error: BaseException) -> str:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]  # the loop ends at None
     # The exporter wraps what a function raised: the first cause knows the line.
     for cause in reversed(seen):
         if found := _innermost(traceback.extract_tb(cause.__traceback__)):

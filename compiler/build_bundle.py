@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -169,12 +170,14 @@ def _build_engines(graphs: Sequence[str], target: Target, work: Path, tell: Prog
     for graph in graphs:
         name = graph.removesuffix(".onnx")
         with phase(f"engine {name}", tell):
-            build_engine(
-                work / graph, work / f"{name}.engine", flavour=target.name, sm=target.sm,
-                progress=lambda what, done, total, name=name: tell(f"engine {name}: {what}", done, total),  # type: ignore[misc]
-            )  # fmt: skip
+            told = partial(_tell_of, tell, f"engine {name}")
+            build_engine(work / graph, work / f"{name}.engine", flavour=target.name, sm=target.sm, progress=told)
         made[graph] = f"{name}.engine"
     return made
+
+
+def _tell_of(tell: Progress, name: str, what: str, done: int, total: int) -> None:
+    tell(f"{name}: {what}", done, total)
 
 
 @contextmanager

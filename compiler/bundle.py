@@ -140,9 +140,9 @@ def make_manifest(
     return m.Manifest(
         secateur=secateur.__version__,
         model=_model(job, _digest_weights(weights)),
-        target=target.name,  # type: ignore[arg-type]
+        target=target.name,  # type: ignore[arg-type]  # pydantic checks
         dialect=exported.dialect,
-        dtype=target.dtype,  # type: ignore[arg-type]
+        dtype=target.dtype,  # type: ignore[arg-type]  # pydantic checks
         opset=exported.opset,
         provider=target.provider,
         sm=target.sm,
@@ -213,7 +213,8 @@ def _programs(
 
 
 def _port(name: str, value: Tensor) -> m.Port:
-    return m.Port(name=name, dtype=_KINDS[value.dtype], shape=[int(n) for n in value.shape])  # type: ignore[arg-type]
+    shape = [int(n) for n in value.shape]
+    return m.Port(name=name, dtype=_KINDS[value.dtype], shape=shape)  # type: ignore[arg-type]  # pydantic checks
 
 
 def _model(job: Job, weights_sha256: str) -> m.Model:
@@ -310,7 +311,7 @@ def _media(job: Job) -> m.Media | None:
     if media is None:
         return None
     items = [
-        m.MediaItem(kind=item.kind, tokens=left, span=item.span, reach=item.reach)  # type: ignore[arg-type]
+        m.MediaItem(kind=item.kind, tokens=left, span=item.span, reach=item.reach)  # type: ignore[arg-type]  # pydantic
         for item, left in zip(media.items, job.items_left, strict=True)
     ]
     around = {

@@ -40,7 +40,8 @@ def _experts_function(
     Raises UserError for experts of another form than the operator's.
     """
     _check_form(module)
-    return ops.experts(hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj)  # type: ignore[no-any-return]
+    out: Tensor = ops.experts(hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj)
+    return out
 
 
 def _check_form(module: nn.Module) -> None:

@@ -37,12 +37,13 @@ def build_meta_model(source: Source, dtype: str) -> nn.Module:
     use_experts(model)
     if source.vision.deepstack:
         # Planes are given for every slot, zero at text, so that nothing is looked up by a mask.
-        model.get_submodule(family.decoder)._deepstack_process = _add_plane  # type: ignore[assignment]
+        model.get_submodule(family.decoder)._deepstack_process = _add_plane  # type: ignore[assignment]  # a method is replaced
     if source.vision.packed:
         audio = family.audio.modules[:1] if family.audio is not None else ()
         for path in (family.vision_modules[0], *audio):
             # At construction a name like this is refused: it would have to be a library that is installed.
-            model.get_submodule(path).config._attn_implementation_internal = PACKED  # type: ignore[union-attr]
+            tower: Any = model.get_submodule(path)
+            tower.config._attn_implementation_internal = PACKED
     return model.eval()
 
 

@@ -18,6 +18,9 @@ sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only th
 ``gate_up [E,2F,D]``, ``down [E,D,F]`` -> ``[T,D]``: the weighted sum of what each token's experts make of it.
 """
 
+# The schemas below type the kernels.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch
@@ -75,7 +78,7 @@ def same_block(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 @torch.library.impl(LIB, "attention", "CompositeExplicitAutograd")
-def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):  # type: ignore[no-untyped-def]
+def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):
     mask = None
     if causal:
         mask = causal_mask(torch.zeros(q.shape[0], dtype=torch.int64), q.shape[2], k.shape[2], window, block_ids)
@@ -85,7 +88,7 @@ def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, blo
 
 
 @torch.library.impl(LIB, "cached_attention", "CompositeExplicitAutograd")
-def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):  # type: ignore[no-untyped-def]
+def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):
     rows = start[:, None] + torch.arange(q.shape[2])
     at = rows[:, None, :, None].expand(k.shape)
     present_k, present_v = past_k.scatter(2, at, k), past_v.scatter(2, at, v)
@@ -97,26 +100,26 @@ def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None,
 
 
 @torch.library.impl(LIB, "write_rows", "CompositeExplicitAutograd")
-def _write_rows(past, new, start, fresh):  # type: ignore[no-untyped-def]
+def _write_rows(past, new, start, fresh):
     at = start[:, None] + torch.arange(new.shape[2])
     return past.scatter(2, at[:, None, :, None].expand(new.shape), new)
 
 
 @torch.library.impl(LIB, "rotary", "CompositeExplicitAutograd")
-def _rotary(x, cos, sin):  # type: ignore[no-untyped-def]
+def _rotary(x, cos, sin):
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
 @torch.library.impl(LIB, "rms_norm", "CompositeExplicitAutograd")
-def _rms_norm(x, weight, eps, offset=False):  # type: ignore[no-untyped-def]
+def _rms_norm(x, weight, eps, offset=False):
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).to(x.dtype) if offset else weight * normed.to(x.dtype)
 
 
 @torch.library.impl(LIB, "experts", "CompositeExplicitAutograd")
-def _experts(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def]
+def _experts(x, indices, weights, gate_up, down):
     """Expert by expert over the rows that chose it: each expert is ``down(silu(gate(x)) * up(x))``."""
     out = torch.zeros_like(x)
     for expert in indices.unique().tolist():
@@ -128,44 +131,44 @@ def _experts(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def
 
 
 @torch.library.register_fake("secateur::attention", lib=LIB)
-def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):  # type: ignore[no-untyped-def]
+def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):
     # Contiguous strides: a later view() of a fake with q's strides would fail at run time only.
     return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("secateur::cached_attention", lib=LIB)
-def _cached_attention_fake(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):  # type: ignore[no-untyped-def]
+def _cached_attention_fake(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):
     return q.new_empty(q.shape), past_k.new_empty(past_k.shape), past_v.new_empty(past_v.shape)
 
 
 @torch.library.impl(LIB, "take_rows", "CompositeExplicitAutograd")
-def _take_rows(x, index):  # type: ignore[no-untyped-def]
+def _take_rows(x, index):
     rows = index.reshape(*index.shape, *[1] * (x.dim() - 2))
     return x.gather(1, rows.expand(*index.shape, *x.shape[2:]))
 
 
 @torch.library.register_fake("secateur::write_rows", lib=LIB)
-def _write_rows_fake(past, new, start, fresh):  # type: ignore[no-untyped-def]
+def _write_rows_fake(past, new, start, fresh):
     return past.new_empty(past.shape)
 
 
 @torch.library.register_fake("secateur::take_rows", lib=LIB)
-def _take_rows_fake(x, index):  # type: ignore[no-untyped-def]
+def _take_rows_fake(x, index):
     return x.new_empty((*index.shape, *x.shape[2:]))
 
 
 @torch.library.register_fake("secateur::rotary", lib=LIB)
-def _rotary_fake(x, cos, sin):  # type: ignore[no-untyped-def]
+def _rotary_fake(x, cos, sin):
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("secateur::rms_norm", lib=LIB)
-def _rms_norm_fake(x, weight, eps, offset=False):  # type: ignore[no-untyped-def]
+def _rms_norm_fake(x, weight, eps, offset=False):
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("secateur::experts", lib=LIB)
-def _experts_fake(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def]
+def _experts_fake(x, indices, weights, gate_up, down):
     return x.new_empty(x.shape)
 
 

@@ -216,7 +216,8 @@ class Oracle:
                 if facts.tiles is not None:  # the row that was put last has the index -1
                     features = features[:, list(facts.tiles.order)]
         row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
-        return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
+        rows: Tensor = features.reshape(-1, features.shape[-1])
+        return rows
 
     def _hear(self, input_features: Tensor, row: RowRun, record: Record) -> Tensor:
         """What is seen and heard ``[F,D]`` in the prompt's order, with the stages behind the audio tower run."""

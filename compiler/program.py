@@ -37,7 +37,7 @@ class Program:
     @property
     def results(self) -> tuple[Node, ...]:
         """The nodes behind ``outputs``."""
-        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]  # an output node holds its results
 
     def edit(self) -> fx.GraphModule:
         """A copy whose graph may be changed; tensors are shared."""

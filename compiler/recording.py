@@ -37,14 +37,14 @@ def load_recording_model(source: Source) -> nn.Module:
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model = getattr(transformers, source.family.auto_class).from_pretrained(
+        model: nn.Module = getattr(transformers, source.family.auto_class).from_pretrained(
             Path(source.path), config=deepcopy(source.config), dtype=torch.float32, attn_implementation=RECORDING,
             local_files_only=True,
         )  # fmt: skip
     finally:
         if bar:
             hf_logging.enable_progress_bar()
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 @contextmanager

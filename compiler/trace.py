@@ -192,8 +192,8 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
         given: dict[str, Any] = dict(zip((*blocks, "position_ids"), rest[len(planes) :], strict=True))
         if planes:
             given["deepstack_visual_embeds"] = list(rest[: len(planes)])
-        out = decoder(inputs_embeds=hidden, use_cache=False, **given).last_hidden_state
-        return out  # type: ignore[no-any-return]
+        out: Tensor = decoder(inputs_embeds=hidden, use_cache=False, **given).last_hidden_state
+        return out
 
     constants = compute_buffers(model)
 

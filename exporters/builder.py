@@ -203,7 +203,7 @@ class Builder:
 
 def shape_of(value: ir.Value) -> list[int]:
     assert value.shape is not None
-    return [int(n) for n in value.shape]  # type: ignore[arg-type]
+    return [int(n) for n in value.shape]  # type: ignore[arg-type]  # static by then
 
 
 def type_of(value: ir.Value) -> ir.DataType:

@@ -35,7 +35,7 @@ def shape_of(node: ir.Node, index: int = 0) -> tuple[int, ...] | None:
     value = given(node, index)
     if value is None or value.shape is None or not value.shape.is_static():
         return None
-    return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]  # static by then
 
 
 def constant_of(value: ir.Value | None) -> list[int] | None:

@@ -143,11 +143,12 @@ def _index(b: Builder, node: fx.Node) -> ir.Value:
     return emit(b, node, "Gather", read(b, x), read(b, places[axis]), axis=axis)
 
 
-@lowers(aten.split_with_sizes.default)
+@lowers(aten.split_with_sizes.default, aten.split.Tensor)
 def _split(b: Builder, node: fx.Node) -> list[ir.Value]:
-    x, sizes, axis = fill(args_of(node), (None, None, 0))
-    ends = list(itertools.accumulate(int(n) for n in sizes))
-    return [b.slice(read(b, x), int(axis), end - int(n), end) for n, end in zip(sizes, ends, strict=True)]
+    x, _, axis = fill(args_of(node), (None, None, 0))
+    sizes = [int(part.shape[axis]) for part in node.meta["val"]]
+    ends = list(itertools.accumulate(sizes))
+    return [b.slice(read(b, x), int(axis), end - n, end) for n, end in zip(sizes, ends, strict=True)]
 
 
 @lowers(aten.unbind.int)
@@ -207,7 +208,8 @@ def _argsort(b: Builder, node: fx.Node) -> ir.Value:
 def _direction(node: fx.Node, plain: Any) -> tuple[int, bool]:
     """Axis and whether to descend; the stable overload takes both by name only."""
     axis, descending = fill(args_of(node)[1:] if node.target is plain else (), (-1, False))
-    return int(node.kwargs.get("dim", axis)), bool(node.kwargs.get("descending", descending))  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(node.kwargs)
+    return int(given.get("dim", axis)), bool(given.get("descending", descending))
 
 
 def _top(b: Builder, node: fx.Node, x: ir.Value, k: int, axis: int, largest: bool) -> list[ir.Value]:

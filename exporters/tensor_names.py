@@ -69,7 +69,8 @@ class Rearrangement:
             raise UserError(f"tensor {self.keys[0]} and its like do not make {self._name} ({reason})") from None
         # One part, or operations that had nothing to do, come back as a list.
         (tensor,) = made.values()
-        return tensor[0] if isinstance(tensor, list) else tensor  # type: ignore[no-any-return]
+        found: Tensor = tensor[0] if isinstance(tensor, list) else tensor
+        return found
 
     def keeps_bytes(self, part: Tensor) -> bool:
         """Whether the bytes of the one part given, a ``meta`` tensor, are those of the result in the same order."""
@@ -96,7 +97,7 @@ def map_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str | Rearrang
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    table = get_model_conversion_mapping(model)  # type: ignore[arg-type]  # any module will do
     renamings = [t for t in table if isinstance(t, WeightRenaming)]
     converters = [t for t in table if isinstance(t, WeightConverter)]
     owners = {pattern: c for c in converters for pattern in c.source_patterns}

@@ -46,7 +46,7 @@ class Watch:
         """This watch as the library's own kind of object."""
         watch = self
 
-        class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # of an optional library
             def __init__(self) -> None:
                 trt.IProgressMonitor.__init__(self)
 

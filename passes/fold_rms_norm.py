@@ -71,4 +71,4 @@ def _narrowed(product: Node, x: Node) -> Node | None:
 
 
 def _uncast(value: Node) -> Node:
-    return args_of(value)[0] if is_call(value, aten._to_copy.default) else value  # type: ignore[return-value]
+    return args_of(value)[0] if is_call(value, aten._to_copy.default) else value  # type: ignore[return-value]  # a cast of a node

@@ -190,7 +190,7 @@ class Session:
         """
         start = perf_counter()
         single = _is_single(prompt)
-        prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item, assignment]
+        prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item, assignment]  # by `single`
         rows = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
 
         def process(processor: Processor) -> Inputs:

@@ -89,7 +89,7 @@ class VerbGroup(TyperGroup):
         except KeyboardInterrupt as error:
             raise typer.Exit(fail(error)) from error
 
-    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]  # fewer options
         arguments = sys.argv[1:] if args is None else list(args)
         set_up_logging()
         extra["standalone_mode"] = False

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from secateur.compiler import ops, pipeline
 from secateur.compiler.oracle import Oracle
@@ -26,18 +25,10 @@ from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 
 from . import tiny_model
+from .layout_checks import bundle_maker, check_answers, check_parity, load_model, pictures
 from .tiny_gemma3 import END, SOFT, START, UNITS, load_processor, make_config, write_model
 
-NEW = 8
 PROMPTS = {1: "what is <start_of_image>?", 2: "<start_of_image>a<start_of_image>what?"}
-SIZES = ((40, 57), (36, 36), (31, 90), (64, 9))
-TOLERANCE = 1e-4
-
-
-def pictures(seed: int, count: int) -> list[Image.Image]:
-    draw = np.random.default_rng(seed)
-    sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(count)]
-    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -48,31 +39,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(source: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    return load_model(source)
 
 
 @pytest.fixture(scope="module")
 def compile_for(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``compile_for(recipe, images, keep, target)`` -> a bundle; traced once per geometry."""
-    made: dict[tuple[object, ...], Path] = {}
-    traces: dict[Geometry, Any] = {}
-    trace = pipeline.trace_model
-
-    def make(recipe: str = "none", images: int = 2, keep: float | None = None, target: str = "onnxruntime") -> Path:
-        key = (recipe, images, keep, target)
-        if key not in made:
-            geometry = Geometry(images=images, text_tokens=40, new_tokens=NEW)
-            if geometry not in traces:
-                traces[geometry] = trace(read_source(source), geometry)
-            made[key] = tmp_path_factory.mktemp("bundles") / "bundle"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline, "trace_model", lambda *_: traces[geometry])
-                pipeline.compile(source, made[key], recipe=recipe, geometry=geometry, keep=keep, target=target)
-        return made[key]
-
-    return make
+    return bundle_maker(source, tmp_path_factory, text_tokens=40)
 
 
 # -- the processor ----------------------------------------------------------------------------------------
@@ -134,38 +106,24 @@ def test_an_unpruned_bundle_answers_as_transformers_does(
     source: Path, model: Any, compile_for: Callable[..., Path], images: int, recipe: str
 ) -> None:
     given = pictures(3, images)
-    with Session(compile_for(recipe, images, None if recipe == "none" else 1.0), threads=1) as session:
-        answer = session.generate([PROMPTS[images]], [given], ignore_eos=True)[0]
-        inputs = session.processor([PROMPTS[images]], [given])
-        request = session.request()
-        seen = [session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)]
-        seen += [session.decode(request, np.array([token])) for token in answer.tokens[: NEW - 1]]
     feed = load_processor(source)(text=PROMPTS[images], images=given, return_tensors="pt")
     assert int(feed["token_type_ids"].sum()) == images * UNITS
-    with torch.no_grad():
-        want = model.generate(
-            **feed, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, return_dict_in_generate=True,
-            output_logits=True,
-        )  # fmt: skip
-    tokens = want.sequences[0, feed["input_ids"].shape[1] :].tolist()
-    assert answer.tokens == tokens
-    assert len(set(tokens)) > 2
-    for ours, theirs in zip(seen, want.logits, strict=True):
-        np.testing.assert_allclose(ours[0], theirs[0].numpy(), rtol=0, atol=TOLERANCE)
+    path = compile_for(recipe, images, None if recipe == "none" else 1.0)
+    check_answers(path, model, [PROMPTS[images]], [given], lambda row, inputs: feed)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "plain"])
 @pytest.mark.parametrize(
-    "recipe", ["none", "fastv", "vispruner_siglip", "divprune", "pyramiddrop", "zoo_prune", "transprune", "todre"]
-)
+    ("recipe", "target"),
+    [
+        ("none", "onnxruntime"), ("fastv", "plain"), ("vispruner_siglip", "onnxruntime"), ("divprune", "plain"),
+        ("pyramiddrop", "onnxruntime"), ("zoo_prune", "onnxruntime"), ("transprune", "plain"),
+        ("todre", "onnxruntime"),
+    ],
+)  # fmt: skip
 def test_bundles_compute_what_the_oracle_does(
     source: Path, compile_for: Callable[..., Path], recipe: str, target: str
 ) -> None:
-    path = compile_for(recipe, keep=None if recipe == "none" else 0.5, target=target)
-    found = pipeline.verify(path, source, threads=1).parity
-    assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= TOLERANCE, found
+    check_parity(compile_for(recipe, keep=None if recipe == "none" else 0.5, target=target), source)
 
 
 @pytest.mark.parametrize("recipe", ["seats", "sparsevlm"])
@@ -173,10 +131,7 @@ def test_caches_that_shrink_and_signals_of_visual_queries(
     source: Path, compile_for: Callable[..., Path], recipe: str
 ) -> None:
     """Evicted rows leave attention without a cache; visual rows are scored as they attend, in both directions."""
-    found = pipeline.verify(compile_for(recipe, 1, 0.5), source, threads=1).parity
-    assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= TOLERANCE, found
+    check_parity(compile_for(recipe, 1, 0.5), source)
 
 
 def test_the_decoders_signals_are_its_own_attention(source: Path, tmp_path: Path) -> None:

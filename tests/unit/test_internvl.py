@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from secateur.compiler import pipeline
 from secateur.compiler.oracle import Oracle
@@ -24,19 +23,11 @@ from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 
 from . import tiny_model
+from .layout_checks import NEW, bundle_maker, check_answers, check_parity, load_model, pictures
 from .tiny_internvl import END, START, UNITS, VIDEO, load_processor, make_config, write_config, write_model
 from .tiny_model import IMAGE
 
-NEW = 8
 PROMPTS = {1: "what is <image>?", 2: "<image>a<image>what?"}
-SIZES = ((40, 57), (36, 36), (31, 90), (64, 9))
-TOLERANCE = 1e-4
-
-
-def pictures(seed: int, count: int) -> list[Image.Image]:
-    draw = np.random.default_rng(seed)
-    sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(count)]
-    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -47,32 +38,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(source: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    return load_model(source)
 
 
 @pytest.fixture(scope="module")
 def compile_for(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``compile_for(recipe="none", images=2, batch=1, keep=None)`` -> a bundle; traced once per geometry."""
-    made: dict[tuple[object, ...], Path] = {}
-    traces: dict[Geometry, Any] = {}
-    trace = pipeline.trace_model
-
-    def make(recipe: str = "none", images: int = 2, batch: int = 1, keep: float | None = None) -> Path:
-        key = (recipe, images, batch, keep)
-        if key not in made:
-            geometry = Geometry(batch=batch, images=images, text_tokens=32, new_tokens=NEW)
-            if geometry not in traces:
-                traces[geometry] = trace(read_source(source), geometry)
-            out = tmp_path_factory.mktemp("bundles") / "bundle"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline, "trace_model", lambda *_: traces[geometry])
-                pipeline.compile(source, out, recipe=recipe, geometry=geometry, keep=keep)
-            made[key] = out
-        return made[key]
-
-    return make
+    return bundle_maker(source, tmp_path_factory, text_tokens=32)
 
 
 # -- the processor ----------------------------------------------------------------------------------------
@@ -121,33 +92,14 @@ def test_an_unpruned_bundle_answers_as_transformers_does(
     source: Path, model: Any, compile_for: Callable[..., Path], images: int, recipe: str
 ) -> None:
     given = pictures(3, images)
-    path = compile_for(recipe, images, keep=None if recipe == "none" else 1.0)
-    with Session(path, threads=1) as session:
-        answer = session.generate([PROMPTS[images]], [given], ignore_eos=True)[0]
-        inputs = session.processor([PROMPTS[images]], [given])
-        request = session.request()
-        seen = [session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)]
-        seen += [session.decode(request, np.array([token])) for token in answer.tokens[: NEW - 1]]
     feed = load_processor(source)(text=PROMPTS[images], images=given, max_patches=1, return_tensors="pt")
-    with torch.no_grad():
-        want = model.generate(
-            **feed, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, return_dict_in_generate=True,
-            output_logits=True,
-        )  # fmt: skip
-    tokens = want.sequences[0, feed["input_ids"].shape[1] :].tolist()
-    assert answer.tokens == tokens
-    assert len(set(tokens)) > 2
-    for ours, theirs in zip(seen, want.logits, strict=True):
-        np.testing.assert_allclose(ours[0], theirs[0].numpy(), rtol=0, atol=TOLERANCE)
+    path = compile_for(recipe, images, keep=None if recipe == "none" else 1.0)
+    check_answers(path, model, [PROMPTS[images]], [given], lambda row, inputs: feed)
 
 
 @pytest.mark.parametrize("recipe", ["none", "fastv", "fastervlm", "visionzip", "divprune"])
 def test_bundles_compute_what_the_oracle_does(source: Path, compile_for: Callable[..., Path], recipe: str) -> None:
-    path = compile_for(recipe, keep=None if recipe == "none" else 0.5)
-    found = pipeline.verify(path, source, threads=1).parity
-    assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= TOLERANCE, found
+    check_parity(compile_for(recipe, keep=None if recipe == "none" else 0.5), source)
 
 
 # -- squares of patches -----------------------------------------------------------------------------------
@@ -209,10 +161,7 @@ def test_other_towers_of_the_family(tmp_path: Path, vision: dict[str, Any], laye
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     out = tmp_path / "out"
     pipeline.compile(path, out, recipe="fastervlm", geometry=Geometry(text_tokens=8, new_tokens=2), keep=0.5)
-    found = pipeline.verify(out, path, rows=3, threads=1).parity
-    assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= TOLERANCE, found
+    check_parity(out, path, rows=3)
 
 
 # -- what is said, and refused ----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from secateur.compiler import pipeline
 from secateur.compiler.pipeline import Geometry, read_source
@@ -21,19 +20,11 @@ from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 
 from . import tiny_model
+from .layout_checks import NEW, TOLERANCE, bundle_maker, check_answers, load_model, pictures
 from .tiny_model import IMAGE
 from .tiny_onevision import PATCHES, VIDEO, load_processor, make_config, write_config, write_model
 
-NEW = 8
 PROMPTS = ("<image>a<image>what?", "tell <image><image> more of it")
-SIZES = ((40, 57), (31, 30), (30, 30), (64, 9))
-TOLERANCE = 1e-4
-
-
-def pictures(seed: int, count: int = 2) -> list[Image.Image]:
-    draw = np.random.default_rng(seed)
-    sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(count)]
-    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -44,32 +35,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(source: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    return load_model(source)
 
 
 @pytest.fixture(scope="module")
 def compile_for(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``compile_for(recipe="none", batch=1, images=2)`` -> a bundle; models are traced once per geometry."""
-    made: dict[tuple[object, ...], Path] = {}
-    traces: dict[Geometry, Any] = {}
-    trace = pipeline.trace_model
-
-    def make(recipe: str = "none", batch: int = 1, images: int = 2) -> Path:
-        key = (recipe, batch, images)
-        if key not in made:
-            geometry = Geometry(batch=batch, images=images, text_tokens=32, new_tokens=NEW)
-            if geometry not in traces:
-                traces[geometry] = trace(read_source(source), geometry)
-            out = tmp_path_factory.mktemp("bundles") / "bundle"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline, "trace_model", lambda *_: traces[geometry])
-                pipeline.compile(source, out, recipe=recipe, geometry=geometry)
-            made[key] = out
-        return made[key]
-
-    return make
+    return bundle_maker(source, tmp_path_factory, text_tokens=32)
 
 
 def write_recipe(directory: Path, site: str, positions: str = "original", share: float = 0.5) -> str:
@@ -99,7 +70,7 @@ def test_several_images_are_processed_as_transformers_does(options: dict[str, An
 def test_prompts_are_processed_as_transformers_does(source: Path, compile_for: Callable[..., Path]) -> None:
     processor = load_processor(source)
     with Session(compile_for(batch=2), threads=1) as session:
-        images = [pictures(0), pictures(1)]
+        images = [pictures(0, 2), pictures(1, 2)]
         ours = session.processor(PROMPTS, images)
     for row, (prompt, given) in enumerate(zip(PROMPTS, images, strict=True)):
         want = processor(text=prompt, images=[given], return_tensors="np")
@@ -116,27 +87,12 @@ def test_an_unpruned_bundle_answers_as_transformers_does(
     source: Path, model: Any, compile_for: Callable[..., Path], batch: int
 ) -> None:
     processor = load_processor(source)
-    images = [pictures(row) for row in range(batch)]
-    with Session(compile_for(batch=batch), threads=1) as session:
-        answers = session.generate(list(PROMPTS[:batch]), images, ignore_eos=True)
-        inputs = session.processor(PROMPTS[:batch], images)
-        request = session.request()
-        seen = [session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)]
-        forced = np.array([answer.tokens for answer in answers])
-        seen += [session.decode(request, forced[:, step]) for step in range(NEW - 1)]
-    assert len({len(inputs.prompt_ids(row)) for row in range(batch)}) == batch
-    for row, (prompt, given) in enumerate(zip(PROMPTS, images, strict=False)):
-        feed = processor(text=prompt, images=[given], return_tensors="pt")
-        with torch.no_grad():
-            want = model.generate(
-                **feed, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, return_dict_in_generate=True,
-                output_logits=True,
-            )  # fmt: skip
-        tokens = want.sequences[0, feed["input_ids"].shape[1] :].tolist()
-        assert answers[row].tokens == tokens
-        assert len(set(tokens)) > 2
-        for step, logits in enumerate(want.logits):
-            np.testing.assert_allclose(seen[step][row], logits[0].numpy(), rtol=0, atol=TOLERANCE)
+    images = [pictures(row, 2) for row in range(batch)]
+
+    def feed(row: int, inputs: Any) -> Any:
+        return processor(text=PROMPTS[row], images=[images[row]], return_tensors="pt")
+
+    check_answers(compile_for(batch=batch), model, PROMPTS[:batch], images, feed)
 
 
 def test_the_row_behind_an_image_is_felt(model: Any, source: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from secateur.compiler import pipeline
 from secateur.compiler.bundle import outline
@@ -21,19 +20,11 @@ from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 
 from . import tiny_model
+from .layout_checks import bundle_maker, check_answers, check_parity, load_model, pictures
 from .tiny_model import IMAGE
 from .tiny_smolvlm import AROUND, GLOBAL, UNITS, VIDEO, make_config, write_config, write_model
 
-NEW = 8
 PROMPTS = {1: "what is <image>?", 2: "<image>a<image>what?"}
-SIZES = ((40, 57), (36, 36), (31, 90), (64, 9))
-TOLERANCE = 1e-4
-
-
-def pictures(seed: int, count: int) -> list[Image.Image]:
-    draw = np.random.default_rng(seed)
-    sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(count)]
-    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compile_for(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``compile_for(recipe="none", images=2, keep=None)`` -> a bundle."""
-    made: dict[tuple[object, ...], Path] = {}
-
-    def make(recipe: str = "none", images: int = 2, keep: float | None = None) -> Path:
-        key = (recipe, images, keep)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("bundles") / "bundle"
-            geometry = Geometry(images=images, text_tokens=32, new_tokens=NEW)
-            pipeline.compile(source, made[key], recipe=recipe, geometry=geometry, keep=keep)
-        return made[key]
-
-    return make
+    return bundle_maker(source, tmp_path_factory, text_tokens=32)
 
 
 @pytest.mark.parametrize(
@@ -106,37 +86,18 @@ def test_marks_without_a_name_are_those_transformers_takes(source: Path, tmp_pat
 def test_an_unpruned_bundle_answers_as_transformers_does(
     source: Path, compile_for: Callable[..., Path], images: int, recipe: str
 ) -> None:
-    from transformers import AutoModelForImageTextToText
+    def feed(row: int, inputs: Any) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([inputs.prompt_ids(row)])
+        pixels = torch.from_numpy(inputs.pixel_values)[None]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
-    given = pictures(3, images)
-    with Session(compile_for(recipe, images, None if recipe == "none" else 1.0), threads=1) as session:
-        answer = session.generate([PROMPTS[images]], [given], ignore_eos=True)[0]
-        inputs = session.processor([PROMPTS[images]], [given])
-        request = session.request()
-        seen = [session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)]
-        seen += [session.decode(request, np.array([token])) for token in answer.tokens[: NEW - 1]]
-    ids = torch.tensor([inputs.prompt_ids(0)])
-    with torch.no_grad():
-        want = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids),
-            pixel_values=torch.from_numpy(inputs.pixel_values)[None],
-            do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-    tokens = want.sequences[0, ids.shape[1] :].tolist()
-    assert answer.tokens == tokens
-    assert len(set(tokens)) > 2
-    for ours, theirs in zip(seen, want.logits, strict=True):
-        np.testing.assert_allclose(ours[0], theirs[0].numpy(), rtol=0, atol=TOLERANCE)
+    path = compile_for(recipe, images, None if recipe == "none" else 1.0)
+    check_answers(path, load_model(source), [PROMPTS[images]], [pictures(3, images)], feed)
 
 
 @pytest.mark.parametrize("recipe", ["none", "fastv", "random", "vispruner_siglip", "divprune"])
 def test_bundles_compute_what_the_oracle_does(source: Path, compile_for: Callable[..., Path], recipe: str) -> None:
-    path = compile_for(recipe, keep=None if recipe == "none" else 0.5)
-    found = pipeline.verify(path, source, threads=1).parity
-    assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= TOLERANCE, found
+    check_parity(compile_for(recipe, keep=None if recipe == "none" else 0.5), source)
 
 
 @pytest.mark.parametrize(("image", "patch", "merge"), [(60, 4, 3), (378, 14, 3), (36, 6, 2)])

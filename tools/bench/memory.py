@@ -85,7 +85,8 @@ def run_child(bundle: Path, threads: int, repeat: int, prepack: bool, arena: boo
 def resident() -> dict[str, int]:
     """Bytes of this process by the kernel's count."""
     text = Path("/proc/self/smaps_rollup").read_text()
-    return {name: int(re.search(rf"^{name}:\s+(\d+) kB", text, re.M)[1]) * 1024 for name in _FIELDS}  # type: ignore[index]
+    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.M))
+    return {name: int(found[name]) * 1024 for name in _FIELDS}
 
 
 def draw(report: dict[str, Any]) -> Table:

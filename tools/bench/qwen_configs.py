@@ -1,4 +1,5 @@
-"""Configurations of true size of Qwen2.5-VL-7B and of the thinker of Qwen2.5-Omni-7B, and what stands beside them."""
+"""Configurations of true size of Qwen2.5-VL-7B and of the thinkers of Qwen2.5-Omni-7B and Qwen3-Omni-30B-A3B, and what
+stands beside them."""
 
 from __future__ import annotations
 
@@ -38,6 +39,32 @@ QWEN2_5_OMNI_7B: dict[str, Any] = {
     },
 }  # fmt: skip
 
+QWEN3_OMNI_30B: dict[str, Any] = {
+    "architectures": ["Qwen3OmniMoeThinkerForConditionalGeneration"], "model_type": "qwen3_omni_moe_thinker",
+    "image_token_id": 151655, "video_token_id": 151656, "audio_token_id": 151675, **_MARKS,
+    "audio_start_token_id": 151669, "audio_end_token_id": 151670, "pad_token_id": 151643,
+    "position_id_per_seconds": 13,
+    "text_config": {
+        "model_type": "qwen3_omni_moe_text", "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064,
+        "max_position_embeddings": 65536, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+        },
+    },
+    "vision_config": {
+        "model_type": "qwen3_omni_moe_vision_encoder", "depth": 27, "hidden_size": 1152, "num_heads": 16,
+        "intermediate_size": 4304, "out_hidden_size": 2048, "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24], "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+    "audio_config": {
+        "model_type": "qwen3_omni_moe_audio_encoder", "num_mel_bins": 128, "encoder_layers": 32, "d_model": 1280,
+        "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "max_source_positions": 1500, "n_window": 50,
+        "n_window_infer": 800, "conv_chunksize": 500, "downsample_hidden_size": 480, "output_dim": 2048,
+    },
+}  # fmt: skip
+
 QWEN_PIXELS: dict[str, Any] = {
     "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14,
     "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -50,3 +77,4 @@ QWEN_SOUND: dict[str, Any] = {
 
 QWEN_TOKENS = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
 OMNI_TOKENS = {"<|AUDIO|>": 151646, "<|audio_bos|>": 151647, "<|audio_eos|>": 151648, **QWEN_TOKENS}
+OMNI3_TOKENS = {"<|audio_start|>": 151669, "<|audio_end|>": 151670, "<|audio_pad|>": 151675, **QWEN_TOKENS}

@@ -110,7 +110,7 @@ def run_sweep(
         raise UserError("nobody knows the best patches of these questions", where="--oracle", fix="leave it out")
     geometry = Geometry(1, asked.images, text_tokens, new_tokens, image_size)
     bundles = Bundles(model_dir, geometry, out)
-    cells: list[Cell] = list_cells(chosen, keeps, oracle=oracle, budget=budget)  # type: ignore[arg-type]
+    cells: list[Cell] = list_cells(chosen, keeps, oracle=oracle, budget=budget)  # type: ignore[arg-type]  # checked above
     for cell in cells:
         cell.asked  # noqa: B018  a ratio out of range is refused now
     frontier.check_plot()

@@ -77,9 +77,14 @@ def check_processor_files(job: Job, directory: Path | None = None) -> None:
         model=_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
     )
     try:
-        Processor(directory or source, manifest)
+        processor = Processor(directory or source, manifest)
     except UserError as error:
         raise _blame_source(source, str(error)) from None
+    if (least := processor.media_words) >= job.geometry.text_tokens:
+        raise UserError(
+            f"the texts and marks that stand between the media of a row take {least} text tokens already",
+            where="--text-tokens", fix="give more, for the question and the chat template as well",
+        )  # fmt: skip
 
 
 def copy_processor_files(job: Job, work: Path) -> None:
@@ -267,15 +272,26 @@ def _geometry(job: Job) -> m.GeometrySizes:
     cut = vision.tiles or vision.split
     size = vision.image_size if cut is None else cut.image_size
     grids = 1 if vision.split is None else vision.split.grids
+    tokens, features = vision.tokens_per_item * grids, job.features_per_item * grids
+    sizes = []
+    if job.sizes:
+        each = [(job.sizes[size], vision.sizes[size]) for size in vision.size_of]
+        sizes = [
+            m.ImageSize(
+                height=facts.image_size[0], width=facts.image_size[1], tokens=facts.tokens_per_image,
+                features=own.kept_per_image,
+            )
+            for own, facts in each
+        ]  # fmt: skip
+        tokens, features = max((one.tokens, one.features) for one in sizes)
     return m.GeometrySizes(
-        batch=geometry.batch, images=vision.items // grids,
-        text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens,
+        batch=geometry.batch, images=len(sizes) or vision.items // grids, text_tokens=geometry.text_tokens,
+        new_tokens=geometry.new_tokens,
         image_height=size[0], image_width=size[1], tiles=vision.grids_per_item * grids if cut else 0,
         tokens_per_tile=vision.tokens_per_image if cut else 0, tile_marks=_tile_marks(job),
-        tokens_per_image=vision.tokens_per_item * grids, features_per_image=job.features_per_item * grids,
-        extra_rows=vision.extra_rows, sequence=job.sequence,
+        tokens_per_image=tokens, features_per_image=features, extra_rows=vision.extra_rows, sequence=job.sequence,
         frames=geometry.frames, fps=geometry.fps if geometry.frames else 0.0, audio_seconds=geometry.audio_seconds,
-        audio_tokens=job.source.audio_tokens,
+        audio_tokens=job.source.audio_tokens, sizes=sizes,
     )  # fmt: skip
 
 
@@ -321,7 +337,7 @@ def _media(job: Job) -> m.Media | None:
     before, behind = ([int(getattr(config, name))] if name else [] for name in media.sound_marks)
     return m.Media(
         items=items, around=around, sound_before=before, sound_behind=behind,
-        sound_marks_count=media.sound_marks_count, timestamp=media.timestamp,
+        sound_marks_count=media.sound_marks_count, sound_padding=media.sound_padding, timestamp=media.timestamp,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from secateur.compiler.calibration import (
     read_calibration,
     read_reference,
 )
-from secateur.compiler.geometry import Geometry
+from secateur.compiler.geometry import Geometry, Sizes
 from secateur.compiler.inputs import Asked, question_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import run_oracle
@@ -81,7 +81,7 @@ def calibrate_model(
     tau: float = TAU,
     mass: float = MASS,
     curve: bool = True,
-    image_size: tuple[int, int] | None = None,
+    image_size: Sizes | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Calibration:
     """Run a recipe's stages on the first ``questions`` of ``data`` in the eager oracle and measure their scores.
@@ -102,6 +102,11 @@ def calibrate_model(
     scored = [stage for stage in job.stages if stage.bound.score is not None]
     if not scored:
         raise UserError(f"recipe {row.name} has no score to calibrate", where="--recipe")
+    if job.sizes and any(stage in scored for stage in job.vision_stages):
+        raise UserError(
+            f"recipe {row.name} scores before the decoder, where images of several sizes are apart",
+            where="--image-size", fix="calibrate with images of one size",
+        )  # fmt: skip
     manifest = outline(job)
     items = question_rows(Processor(model_dir, manifest), geometry.images, asked)
     oracle = Oracle(job)

@@ -133,7 +133,7 @@ class OpenRun:
         manifest = ground.bundles.get(name, ground.manifest)
         self.layout = layout_of(manifest)
         run = self._open(manifest)
-        before, after = (m.geometry.features_per_run for m in (ground.manifest, manifest))
+        before, after = (m.geometry.features_of_images for m in (ground.manifest, manifest))
         if before != after:
             run = Respaced(run, manifest.model.image_token_id, before, after)
         self.run = run

@@ -74,7 +74,9 @@ class Explanation:
     tokens_per_image: int
     """Visual tokens of one image, padding of its tiles left out, or of one grid of a video, before pruning."""
     grids: int
-    """Images of a row, or grids of its video."""
+    """Images of a row, or grids of its video. Images of several sizes count as one grid of all their tokens."""
+    image_tokens: tuple[int, ...]
+    """Of every image its visual tokens, where they are of several sizes."""
     audio_tokens: int
     """Tokens of a row's sound before pruning."""
     stages: tuple[ExplainedStage, ...]
@@ -108,9 +110,16 @@ class Explanation:
     @property
     def row(self) -> str:
         """What a row holds, in tokens."""
-        seen = f"{self.tokens_per_image * self.grids} visual tokens ({self.grids} grids of {self.tokens_per_image})"
+        each = ", ".join(map(str, self.image_tokens))
+        grids = f"images of {each}" if each else f"{self.grids} grids of {self.tokens_per_image}"
+        seen = f"{self.tokens_per_image * self.grids} visual tokens ({grids})"
         heard = f", {self.audio_tokens} audio tokens" if self.audio_tokens else ""
         return f"{seen}{heard}, {self.geometry.text_tokens} text tokens"
+
+    @property
+    def _images(self) -> str:
+        each = self.image_tokens
+        return f"{len(each)} of {', '.join(map(str, each))}" if each else f"{self.grids} of {self.tokens_per_image}"
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Runs of layers of one length: (first, last inclusive, visual tokens)."""
@@ -141,7 +150,7 @@ class Explanation:
         lines[0] += f" cache {self.cache}" if self.cache != "ragged" else ""
         lines += [f"  {key} {value}" for key, value in self.paper() if value]
         lines.append(
-            f"model {self.model} {self.dtype} batch {g.batch} images {self.grids} of {self.tokens_per_image} tokens "
+            f"model {self.model} {self.dtype} batch {g.batch} images {self._images} tokens "
             + (f"audio tokens {self.audio_tokens} " if self.audio_tokens else "")
             + f"text tokens {g.text_tokens} new tokens {g.new_tokens}"
         )
@@ -176,6 +185,7 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
               f"{source.decoder_layers} layers)",
         dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=tokens, grids=grids,
         audio_tokens=source.audio_tokens,
+        image_tokens=tuple(image.tokens_per_image for image in source.vision.images) if source.vision.sizes else (),
         stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(s.length - fixed for s in segments),
         cached_tokens=tuple(s.length - s.evicted - fixed for s in segments), extra_tokens=extra,
         flops={

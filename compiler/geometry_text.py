@@ -1,7 +1,9 @@
-"""Geometries as users write them: ``images=2,text_tokens=128``, or a YAML file with a list of mappings.
+"""Geometries as users write them: ``images=2,text_tokens=128``, or a YAML file with a list of mappings. Sizes of
+several images follow each other: ``image_size=448x448,224x336``.
 
     - {images: 1, text_tokens: 64}
     - {images: 2, text_tokens: 128, image_size: 448x448}
+    - {image_size: [448x448, 224x336], text_tokens: 128}
 
 Sizes that are left out are those of the plain options.
 """
@@ -55,6 +57,9 @@ def _split(text: str) -> dict[Any, Any]:
     where, values = f"--geometry {text}", dict[Any, Any]()
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and key and [*values][-1:] == ["image_size"]:  # the next of several sizes
+            values["image_size"] += f",{key}"
+            continue
         if not equals or not key or not value:
             raise UserError(
                 f"{part.strip()!r} is not key=value", where=where, available=FIELDS,
@@ -106,11 +111,7 @@ def _read_value(name: str, value: Any, where: str) -> Any:
     """A value as its field holds it, from text or from YAML."""
     text = str(value).strip().lower()
     if name == "image_size":
-        if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
-            return tuple(value)
-        if match := re.fullmatch(r"(\d+)x(\d+)", text):
-            return int(match[1]), int(match[2])
-        raise UserError(f"{value!r} is not height x width", where=where, fix="write 448x448, in pixels")
+        return read_sizes(value, where)
     if name == "audio_in_video":
         if text not in _BOOLEANS:
             raise UserError(f"no choice {value!r}", where=where, available=("true", "false"))
@@ -122,3 +123,19 @@ def _read_value(name: str, value: Any, where: str) -> Any:
     if isinstance(value, bool) or not re.fullmatch(r"-?\d+", text):
         raise UserError(f"{value!r} is not a whole number", where=where)
     return int(text)
+
+
+def read_sizes(value: Any, where: str) -> Any:
+    """``448x336``, or one such pair for every image: several with commas between them, or a list of them. A list of
+    two numbers is one pair."""
+    if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+        return tuple(value)
+    parts = value if isinstance(value, list) else str(value).split(",")
+    found = [re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", str(part).strip().lower()) for part in parts]
+    sizes = tuple((int(match[1]), int(match[2])) for match in found if match is not None)
+    if not sizes or len(sizes) < len(found):
+        raise UserError(
+            f"{value!r} is not height x width", where=where,
+            fix="write 448x448, in pixels, or one for each image: 448x448,224x336",
+        )  # fmt: skip
+    return sizes if len(sizes) > 1 else sizes[0]

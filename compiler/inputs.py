@@ -90,21 +90,26 @@ def question_rows(processor: Processor, images: int, questions: Sequence[Asked])
                 fix=f"give --images {len(question.images)} if every question has as many",
             )
         try:
-            pixels, _ = processor.tower_input(RowMedia(question.images))
-            items.append(RowInput(processor.encode(question.text), pixels))
+            read = processor.tower_input(RowMedia(question.images))
+            items.append(RowInput(processor.encode(question.text), read.pixel_values))
         except UserError as error:
             raise UserError(str(error), where=question.where) from None
     return items
 
 
-def respace(item: RowInput, image_token: int, before: int, after: int) -> RowInput:
-    """The row with ``after`` placeholders an image instead of ``before``: for a run that prunes otherwise."""
+def respace(item: RowInput, image_token: int, before: Sequence[int], after: Sequence[int]) -> RowInput:
+    """The row with ``after`` placeholders an image instead of ``before``: for a run that prunes otherwise. There are
+    as many numbers as images, or one for all of them."""
     ids: list[int] = []
-    at = 0
+    at = image = 0
     while at < len(item.input_ids):
-        image = item.input_ids[at] == image_token
-        ids += [image_token] * after if image else [item.input_ids[at]]
-        at += before if image else 1
+        if item.input_ids[at] != image_token:
+            ids.append(item.input_ids[at])
+            at += 1
+            continue
+        place = image % len(before)
+        ids += [image_token] * after[place]
+        at, image = at + before[place], image + 1
     return replace(item, input_ids=ids)
 
 

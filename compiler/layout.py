@@ -28,7 +28,12 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_images(cls, images: int, tokens_per_image: int) -> Layout:
-        frames = tuple(image for image in range(images) for _ in range(tokens_per_image))
+        return cls.of_counts([tokens_per_image] * images)
+
+    @classmethod
+    def of_counts(cls, counts: Sequence[int]) -> Layout:
+        """Of images with so many tokens each."""
+        frames = tuple(image for image, count in enumerate(counts) for _ in range(count))
         return cls(frames, (0,) * len(frames))
 
     def cells(self, frames: int) -> tuple[tuple[int, ...], int]:

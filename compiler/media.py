@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from secateur.compiler.layout import Layout
 from secateur.runtime.errors import UserError
@@ -45,6 +46,8 @@ class MediaLayout:
     itself have the same position ids, but for ``sound_marks_count``. Empty where there is none."""
     sound_marks_count: bool = False
     """Whether the marks of sound have position ids of their own, as words do."""
+    sound_padding: Literal["max_length", "longest"] = "max_length"
+    """As in the manifest."""
     timestamp: str = ""
     """As in the manifest."""
 
@@ -79,8 +82,14 @@ class MediaLayout:
         seen = sum(count for heard, count in self.runs if not heard)
         return tuple(place for place, index in enumerate(order) if index < seen)
 
+    def layout_of(self, left: Sequence[int]) -> Layout:
+        """Moment and kind of the tokens that enter the decoder, where every image has ``left`` of them."""
+        seen, heard = Layout.of_counts(left), [at for at, kind in enumerate(self.layout.modalities) if kind]
+        frames = (*seen.frames, *(self.layout.frames[at] for at in heard))
+        return Layout(frames, (*seen.modalities, *(1 for _ in heard)))
+
     def layout_after(self, before: int, after: int) -> Layout:
-        """Moment and kind of the tokens that enter the decoder."""
+        """The same where of every ``before`` tokens of what is seen ``after`` are left."""
         frames: list[int] = []
         kinds: list[int] = []
         at = 0

@@ -5,11 +5,13 @@ one node: attention (with and without a cache), rotary embedding, RMS normalisat
 Every operator has an eager kernel, so that a graph runs in plain PyTorch after any pass.
 
 ``attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]``. ``block_ids [B,S]`` int64: causal attention, but rows of
-one non-negative number see each other in both directions; -1 is in no block. ``window`` w: no row sees slots that lie
-w or more before its own, whatever the block.
+one non-negative number see each other in both directions; -1 is in no block. ``window`` w: no row sees what lies w or
+more before it, whatever the block, counted in ``positions [B,S]`` int64 or, without them, in slots.
 ``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers,
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
-sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only then may ``block_ids`` be given.
+sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only then may ``block_ids`` be given. A
+``window`` in ``positions [B,S]`` needs ``past_positions [B,C]`` where rows are not fresh: those of the prompt's tokens,
+and ``BEHIND`` in all slots behind them; new tokens have consecutive ones, so that their slots tell.
 ``rms_norm``: over the last dimension, in float32. ``offset``: the weight counts from 1 and is applied in float32 too.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.
@@ -27,14 +29,17 @@ import torch
 from torch import Tensor
 
 LIB = torch.library.Library("secateur", "DEF")
+BEHIND = 1 << 30
+"""As a slot's position: it is behind the prompt."""
 
 LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int? window=None, "
-    "float? softcap=None, Tensor? bias=None, Tensor? block_ids=None) -> Tensor"
+    "float? softcap=None, Tensor? bias=None, Tensor? block_ids=None, Tensor? positions=None) -> Tensor"
 )
 LIB.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor start, bool fresh, "
-    "float scale, int? window=None, float? softcap=None, Tensor? block_ids=None) -> (Tensor, Tensor, Tensor)"
+    "float scale, int? window=None, float? softcap=None, Tensor? block_ids=None, Tensor? positions=None, "
+    "Tensor? past_positions=None) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define("write_rows(Tensor past, Tensor new, Tensor start, bool fresh) -> Tensor")
 LIB.define("take_rows(Tensor x, Tensor index) -> Tensor")
@@ -59,16 +64,29 @@ def scaled_attention(
     return torch.softmax(logits.float(), -1).to(q.dtype) @ v
 
 
-def causal_mask(start: Tensor, queries: int, keys: int, window: int | None, block_ids: Tensor | None = None) -> Tensor:
+def causal_mask(
+    start: Tensor,
+    queries: int,
+    keys: int,
+    window: int | None,
+    block_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    past_positions: Tensor | None = None,
+) -> Tensor:
     """``[B,1,queries,keys]``: query i of row b stands at slot ``start[b] + i`` and sees slots up to its own, and those
-    of its block (``block_ids [B,keys]``, as many queries as keys)."""
+    of its block (``block_ids [B,keys]``, as many queries as keys), as far as the window reaches: in ``positions
+    [B,queries]`` of queries and ``past_positions [B,keys]`` of keys, which are the same where none are given."""
     slot = start[:, None] + torch.arange(queries, device=start.device)
     key = torch.arange(keys, device=start.device)
     mask = key[None, None] <= slot[..., None]
     if block_ids is not None:
         mask = mask | same_block(block_ids[..., None], block_ids[:, None])
     if window is not None:
-        mask = mask & (key[None, None] > slot[..., None] - window)
+        if positions is None or past_positions is not None:
+            mask = mask & (key[None, None] > slot[..., None] - window)
+        if positions is not None:
+            seen = positions if past_positions is None else past_positions
+            mask = mask & (seen[:, None] > positions[..., None] - window)
     return mask[:, None]
 
 
@@ -78,24 +96,28 @@ def same_block(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 @torch.library.impl(LIB, "attention", "CompositeExplicitAutograd")
-def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):
+def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None, positions=None):
     mask = None
     if causal:
-        mask = causal_mask(torch.zeros(q.shape[0], dtype=torch.int64), q.shape[2], k.shape[2], window, block_ids)
+        start = torch.zeros(q.shape[0], dtype=torch.int64)
+        mask = causal_mask(start, q.shape[2], k.shape[2], window, block_ids, positions)
     if bias is not None:
         raise NotImplementedError("secateur::attention: an additive bias has no eager kernel yet")
     return scaled_attention(q, k, v, scale, mask, softcap).contiguous()
 
 
 @torch.library.impl(LIB, "cached_attention", "CompositeExplicitAutograd")
-def _cached_attention(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):
+def _cached_attention(
+    q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None, positions=None,
+    past_positions=None,
+):  # fmt: skip
     rows = start[:, None] + torch.arange(q.shape[2])
     at = rows[:, None, :, None].expand(k.shape)
     present_k, present_v = past_k.scatter(2, at, k), past_v.scatter(2, at, v)
     if fresh:  # the cache holds nothing older: attending to the new rows alone is the same and cheaper
-        mask = causal_mask(start, q.shape[2], k.shape[2], window, block_ids)
+        mask = causal_mask(start, q.shape[2], k.shape[2], window, block_ids, positions)
         return scaled_attention(q, k, v, scale, mask, softcap).contiguous(), present_k, present_v
-    mask = causal_mask(start, q.shape[2], past_k.shape[2], window)
+    mask = causal_mask(start, q.shape[2], past_k.shape[2], window, None, positions, past_positions)
     return scaled_attention(q, present_k, present_v, scale, mask, softcap).contiguous(), present_k, present_v
 
 
@@ -131,13 +153,16 @@ def _experts(x, indices, weights, gate_up, down):
 
 
 @torch.library.register_fake("secateur::attention", lib=LIB)
-def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None):
+def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None, positions=None):
     # Contiguous strides: a later view() of a fake with q's strides would fail at run time only.
     return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("secateur::cached_attention", lib=LIB)
-def _cached_attention_fake(q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None):
+def _cached_attention_fake(
+    q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None, positions=None,
+    past_positions=None,
+):  # fmt: skip
     return q.new_empty(q.shape), past_k.new_empty(past_k.shape), past_v.new_empty(past_v.shape)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler.families.family import VisionFacts
+from secateur.compiler.image_sizes import encode_sizes
 from secateur.compiler.oracle_walk import Walk
 from secateur.compiler.prompt_order import from_prompt, to_prompt
 from secateur.compiler.pruned import Job
@@ -46,6 +47,8 @@ class RowRun:
     """Stage -> everything its functions read, by signal; only where the run was asked to keep it."""
     hidden: dict[str, Tensor] = field(default_factory=dict)
     """Decoder stage -> rows it left ``[L',D]``."""
+    sizes: list[RowRun] = field(default_factory=list)
+    """Where images are of several sizes, what was seen of each before the decoder."""
     features: Tensor = field(default_factory=lambda: torch.empty(0))
     planes: list[Tensor] = field(default_factory=list)
     """Features of inner tower layers that the decoder adds (DeepStack), each ``[F,D]`` as ``features``."""
@@ -70,6 +73,7 @@ class Oracle:
         self.embedding = self.model.get_submodule(family.embedding)
         self.projector = self.model.get_submodule(family.projector)
         self.entry = self.model.get_submodule(family.tower.entry)
+        self.carries = job.carries
         self.carried: Tensor | None = None
         """What the vision side's last score carries into the decoder, ``[1,V]``, of the row that runs."""
         self.keep_signals = False
@@ -95,7 +99,7 @@ class Oracle:
         self.keep_signals, self.carried = keep_signals, None
         forced = forced_kept or {}
         with recording(self.model) as record:
-            row.features = self._encode(pixel_values, row, forced, record)
+            row.features = self.encode(pixel_values, row, forced, record)
             if self.job.source.audio is not None:
                 assert input_features is not None, "this geometry has sound"
                 row.features = self._hear(input_features, row, record)
@@ -107,14 +111,15 @@ class Oracle:
             prunable = mark_prunable(self.job, image, row.kept)
             from transformers import DynamicCache
 
-            cache: Any = DynamicCache(config=self.decoder.config)
-            walk = Walk(self, row, record, forced, prunable, cache)
+            # Made without the configuration it forgets nothing, not even what windows have passed.
+            cache: Any = DynamicCache()
+            walk = Walk(self, row, record, forced, prunable, cache, positions)
             if self.job.source.vision.tiles is not None:  # counted in the whole prompt
                 walk.question = torch.tensor([image.shape[1] - 1 - int(image[0].nonzero()[-1])])
             mask = None
             if self.family.image_masks is not None:
                 mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
-                walk.block_ids = number_blocks(image)
+                walk.block_ids, walk.whole = number_blocks(image), mask["full_attention"]
             with walk.hooked():
                 planes: dict[str, Any] = {"visual_pos_masks": image, "deepstack_visual_embeds": row.planes}
                 out = self.decoder(
@@ -127,7 +132,8 @@ class Oracle:
                 token = forced_tokens[step] if step < len(forced_tokens) else int(row.logits[-1].argmax())
                 at = len(input_ids) + step
                 step_positions = torch.tensor([[behind + step]])
-                with self._decode_positions(removed, at):
+                numbers = self._numbers(removed, at, behind + step)
+                with self._decode_positions(removed, at), walk.windows.decoding(numbers):
                     out = self.decoder(
                         input_ids=torch.tensor([[token]]),
                         position_ids=step_positions,
@@ -139,9 +145,11 @@ class Oracle:
         row.values = [layer.values[0] for layer in cache.layers]
         return row
 
-    def _encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: Record) -> Tensor:
+    def encode(self, pixel_values: Tensor, row: RowRun, forced: Mapping[str, Tensor], record: Record) -> Tensor:
         """The features of a row's images ``[F,D]``, with the stages of the vision side run under hooks."""
         facts, stages = self.job.source.vision, self.job.vision_stages
+        if facts.sizes:
+            return encode_sizes(self, pixel_values, row, forced, record)
         state: dict[str, Tensor] = {}
         entering: dict[str, Tensor] = {}
         planes: list[Tensor] = []
@@ -203,7 +211,7 @@ class Oracle:
                 )
                 stack.callback(watching.remove)
                 features, _ = self.family.vision_forward(self.model, pixel_values, facts, {})
-        if self.job.carries:
+        if self.carries:
             self.carried = state["carried"].reshape(1, -1)
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
@@ -338,6 +346,12 @@ class Oracle:
             positions.append(text + number * whole + patch)
             seen += 1
         return torch.tensor(positions)
+
+    def _numbers(self, removed: Mapping[int, int], slot: int, position: int) -> list[int]:
+        """What a new token is numbered in every layer."""
+        fresh = self.job.plan.recipe.positions == "compact"
+        gone = [removed[max(k for k in removed if k <= index)] for index in range(len(self.layers))]
+        return [slot - count if fresh and count else position for count in gone]
 
     @contextmanager
     def _decode_positions(self, removed: Mapping[int, int], slot: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from secateur.compiler.oracle_windows import Windows
 from secateur.compiler.recording import Record
 from secateur.passes.insert_decoder_stages import split_segments, track_state
 from secateur.passes.signals import (
@@ -28,10 +29,16 @@ class Walk:
     """Prefill through the decoder: hooks before every layer take rows out and hand on shorter tables."""
 
     def __init__(
-        self, oracle: Oracle, row: RowRun, record: Record, forced: Mapping[str, Tensor], prunable: Tensor, cache: Any
-    ) -> None:
+        self, oracle: Oracle, row: RowRun, record: Record, forced: Mapping[str, Tensor], prunable: Tensor, cache: Any,
+        positions: Tensor,
+    ) -> None:  # fmt: skip
         self.oracle, self.row, self.record, self.forced, self.cache = oracle, row, record, forced, cache
         self.prunable = prunable
+        self.numbers = positions
+        """Position ids of the rows that are left ``[L']``, or ``[3,L']``."""
+        self.windows = Windows(oracle.layers)
+        self.whole: Tensor | None = None
+        """The prompt's mask without a window ``[1,1,N,N]``, where it is not causal."""
         self.block_ids: Tensor | None = None
         self.question: Tensor | None = None
         self.slots: Tensor | None = None
@@ -88,13 +95,19 @@ class Walk:
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden, index = args[0], self.oracle.layers.index(module)
         self.tables.append(kwargs["position_embeddings"])
-        mask = kwargs.get("attention_mask")
-        assert mask is None or self.block_ids is not None, "one unpadded row needs no mask"
         if index in self.stages:
             hidden = self._reduce(*self.stages[index], hidden)
         kwargs["position_embeddings"] = self._tables(index, hidden)
-        if mask is not None and self.slots is not None:
-            kwargs["attention_mask"] = mask[:, :, self.slots][:, :, :, self.slots]
+        whole, numbers = self.whole, self.numbers if self.numbers.dim() == 1 else torch.arange(hidden.shape[1])
+        if whole is not None and self.slots is not None:
+            whole = whole[:, :, self.slots][:, :, :, self.slots]
+        mask = self.windows.narrow(index, whole, numbers)
+        given = kwargs.get("attention_mask")
+        known = mask is not None or self.windows.size(index) is not None
+        assert given is None or known, "one unpadded row needs no mask"
+        if self.slots is not None or not torch.equal(numbers, torch.arange(len(numbers))):
+            # The model's own mask is right for whole rows alone.
+            kwargs["attention_mask"] = mask
         return (hidden, *args[1:]), kwargs
 
     def _tables(self, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +128,8 @@ class Walk:
         raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
         blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
         seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered,
-                            self.oracle.job.source.vision.extra_rows, blocks, self.question)  # fmt: skip
+                            self.oracle.job.source.vision.extra_rows, blocks, self.question,
+                            self._windows_of(stage), self.numbers[None])  # fmt: skip
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None
         watch: list[Seen] = []
@@ -126,11 +140,20 @@ class Walk:
             return hidden
         self.row.hidden[name] = reduced.hidden[0]
         self.prunable = reduced.prunable
+        fresh = stage.planned.positions == "compact"
+        self.numbers = torch.arange(reduced.hidden.shape[1]) if fresh else self.numbers[..., reduced.rows[0]]
         if self.oracle.job.plan.recipe.cache == "shrink":
+            self.windows.keep(stage.planned.site.layer or 0, reduced.rows[0])
             for before in self.cache.layers[: stage.planned.site.layer]:
                 before.keys, before.values = (heads[:, :, reduced.rows[0]] for heads in (before.keys, before.values))
         self.slots = reduced.rows[0] if self.slots is None else self.slots[reduced.rows[0]]
         return reduced.hidden
+
+    def _windows_of(self, stage: StageFunction) -> dict[str, int]:
+        """The windows of the layers whose attention a stage's signals are made of."""
+        index = stage.planned.site.layer or 0
+        sizes = {raw.name: self.windows.size(index - (raw.where != "next")) for raw in list_raws(stage) if raw.where}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def _raw(
         self, stage: StageFunction, hidden: Tensor, slots: Mapping[str, Tensor]

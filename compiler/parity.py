@@ -15,9 +15,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from secateur.compiler.image_sizes import split_kept
 from secateur.compiler.inputs import RowInput, batches
 from secateur.compiler.oracle import Oracle, RowRun
+from secateur.compiler.prompt_order import from_prompt
+from secateur.compiler.pruned import Job
 from secateur.compiler.ties import is_tied
+from secateur.passes.stage import StageFunction
 
 TOLERANCE = 1e-4
 """Largest difference allowed at fp32 in features, hidden rows, keys, values and logits, where the largest
@@ -270,11 +274,27 @@ def judge(
             verdicts[name], forced[name] = "equal", kept
             continue
         seen = run_oracle(oracle, item, forced, keep_signals=True)
-        tied = is_tied(stage, kept, seen.score.get(name), seen.signals[name])
+        tied = all(is_tied(*each) for each in _split_choice(oracle.job, stage, kept, seen))
         verdicts[name], forced[name] = "tied" if tied else "different", kept
         # Later stages are judged on what this choice left, not on what another would have.
         run = run_oracle(oracle, item, forced)
     return verdicts, run
+
+
+def _split_choice(
+    job: Job, stage: StageFunction, kept: Tensor, seen: RowRun
+) -> list[tuple[StageFunction, Tensor, Tensor | None, Mapping[str, Tensor]]]:
+    """A stage, what it chose, its score and signals; of images of several sizes those of each."""
+    name = stage.planned.name
+    names = [s.planned.name for s in job.vision_stages]
+    if name not in names or not job.sizes:
+        return [(stage, kept, seen.score.get(name), seen.signals[name])]
+    index = names.index(name)
+    parts = split_kept(job, index, from_prompt(job, index, kept))
+    return [
+        (one.vision_stages[index], part, found.score.get(name), found.signals[name])
+        for one, part, found in zip(job.sizes, parts, seen.sizes, strict=True)
+    ]
 
 
 def run_oracle(

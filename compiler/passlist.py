@@ -12,9 +12,10 @@ from secateur.compiler.plan_job import plan_job
 from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.recipe import Recipe
-from secateur.compiler.trace import Traced
+from secateur.compiler.trace import Traced, vision_programs
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
+from secateur.passes.attend_in_windows import attend_in_windows, list_uneven
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.drop_planes import drop_planes
 from secateur.passes.expose_sites import expose_sites
@@ -26,6 +27,7 @@ from secateur.passes.insert_decoder_stages import insert_decoder_stages, split_s
 from secateur.passes.insert_vision_stages import insert_vision_stages
 from secateur.passes.join_encoders import join_encoders
 from secateur.passes.join_phases import Axes, join_decode, join_prefill
+from secateur.passes.join_sizes import join_sizes
 from secateur.passes.recipes import RECIPES
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.straighten_heads import straighten_heads
@@ -46,7 +48,7 @@ def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job],
 
 def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
     return lambda programs, job: programs.update(
-        *(function(p) for name, p in programs.programs.items() if name in ("vision", "audio"))
+        *(function(p) for name, p in programs.programs.items() if name.startswith(("vision", "audio")))
     )
 
 
@@ -56,6 +58,15 @@ def _segments(programs: ProgramSet, job: Job) -> ProgramSet:
         stages, job.source.decoder_layers, job.sequence, job.geometry.new_tokens, job.plan.recipe.cache
     )
     return replace(programs, segments=segments)
+
+
+def _windows(programs: ProgramSet, job: Job) -> ProgramSet:
+    uneven = list_uneven(programs.segments, job.original_positions, job.plan.recipe.positions == "compact")
+    span = job.sequence + job.position_offset + job.geometry.new_tokens
+    decoder = programs["decoder"]
+    return programs.update(
+        attend_in_windows(decoder, job.source.family.decoder_layers, programs.segments, uneven, span)
+    )
 
 
 def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
@@ -68,7 +79,14 @@ def _phases(programs: ProgramSet, job: Job) -> ProgramSet:
 def _vision_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     source, audio = job.source, job.source.family.audio
     carries = job.carries and (source.audio is None or bool(job.vision_stages))
-    pruned = [insert_vision_stages(programs["vision"], job.vision_stages, source.family.tower, source.vision, carries)]
+    names = vision_programs(source.vision)
+    pruned = [
+        insert_vision_stages(programs[name], one.vision_stages, source.family.tower, one.source.vision, carries)
+        for name, one in zip(names, job.sizes or (job,), strict=True)
+    ]
+    if job.sizes:
+        pruned = [join_sizes(pruned, [one.vision_stages for one in job.sizes], source.vision, job.geometry.batch)]
+        programs = programs.update(drop=names)
     if source.audio is not None and audio is not None:
         if job.carries and not (job.vision_stages and job.audio_stages):
             lacks = "projector.out" if job.audio_stages else "audio.out"
@@ -162,6 +180,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("append_rows", _extra_rows),
     Pass("join_encoders", _encoders),
     Pass("split_segments", _segments),
+    Pass("attend_in_windows", _windows),
     Pass("split_phases", _phases),
     Pass("insert_decoder_stages", _decoder_stages),
     # Caches: prefill writes where decode reads.

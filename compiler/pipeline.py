@@ -22,7 +22,7 @@ from secateur.compiler.compare import Comparison, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
-from secateur.compiler.geometry_text import list_geometries, read_geometries
+from secateur.compiler.geometry_text import list_geometries, read_geometries, read_sizes
 from secateur.compiler.meta_model import DTYPES, build_meta_model
 from secateur.compiler.output import check_output
 from secateur.compiler.passlist import PASSES, Pass, check_pass, count_unpruned, prune
@@ -277,6 +277,7 @@ __all__ = [
     "prune",
     "read_geometries",
     "read_questions",
+    "read_sizes",
     "verify",
     "write_calibrated",
 ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from secateur.compiler.budget import Budget, PrefillCost, solve_budget
 from secateur.compiler.calibration import check_calibrated
 from secateur.compiler.geometry import Geometry
-from secateur.compiler.plan_recipe import PlannedRecipe, plan_recipe
+from secateur.compiler.plan_recipe import PlannedRecipe, PlannedStage, plan_recipe
 from secateur.compiler.pruned import Job
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.site import Site
 from secateur.compiler.trace import Source
 from secateur.passes.check_stages import check_stages
-from secateur.passes.stage import stage_function
+from secateur.passes.stage import StageFunction, stage_function
+from secateur.passes.vocabulary import bind_stage
 from secateur.runtime.errors import UserError
 
 FLOPS_MISS = 0.02
@@ -27,11 +29,35 @@ def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
     """Fix every number of a recipe for a model and geometry and resolve its functions."""
     source = source.at(geometry)
     plan = plan_for(source, geometry, recipe, keep)
-    check_calibrated(plan.stages, source.path / "config.json")
-    job = Job(source, geometry, plan, tuple(stage_function(s, source.vision.tiles is not None) for s in plan.stages))
+    # Stages of images of several sizes are those of each size.
+    check_calibrated([s for s in plan.stages if not plan.sizes or _apart(s)], source.path / "config.json")
+    for size in plan.sizes:
+        check_calibrated(size.stages, source.path / "config.json")
+    sizes = tuple(
+        Job(replace(source, vision=facts, audio=None, media=None), geometry, part, _functions(part.stages))
+        for part, facts in zip(plan.sizes, source.vision.sizes, strict=True)
+    )
+    job = Job(source, geometry, plan, _functions(plan.stages, bool(sizes), source.vision.tiles is not None), sizes)
     check_stages(job.stages, source.vision, source.audio)
     assert len(job.media_order) == job.features_per_row, "every token of the media has one place"
     return job
+
+
+def _apart(stage: PlannedStage) -> bool:
+    """Whether a stage stands in no tower for what is seen."""
+    return stage.site.kind in ("decoder.layer", "audio.out")
+
+
+def _functions(
+    stages: Sequence[PlannedStage], several_sizes: bool = False, tiles: bool = False
+) -> tuple[StageFunction, ...]:
+    """With ``several_sizes`` those of the vision side are never called: each size has its own."""
+    return tuple(
+        StageFunction(stage, bind_stage(stage, stage.name))
+        if several_sizes and not _apart(stage)
+        else stage_function(stage, tiles)
+        for stage in stages
+    )
 
 
 def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | None) -> PlannedRecipe:
@@ -60,6 +86,8 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         decoder_layers=source.decoder_layers,
         grid=source.vision.grid,
         vision_running=source.vision.feature_layer + 1,
+        sizes=source.vision.sizes,
+        size_of=source.vision.size_of,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,8 @@ class PlannedRecipe:
     recipe: Recipe
     keep: float
     stages: tuple[PlannedStage, ...]
+    sizes: tuple[PlannedRecipe, ...] = ()
+    """Where images are of several sizes: what is planned before the decoder for the images of each."""
 
     def __str__(self) -> str:
         # Named only where it is not the usual one: the digests of all other plans stay what they were.
@@ -105,6 +107,9 @@ def plan_recipe(
     media: MediaLayout | None = None,
     audio: Tokens | None = None,
     tiles: tuple[int, int] | None = None,
+    sizes: Sequence[Tokens] = (),
+    size_of: Sequence[int] = (),
+    before_decoder: bool = False,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
 
@@ -116,7 +121,9 @@ def plan_recipe(
     ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how
     the tokens of several media lie, ``audio`` which of them are heard: those reach the decoder as they are, beside
     what the stages before it leave of what is seen. ``tiles`` is (images, tokens of one) where the ``images`` of the
-    tower are tiles, which nothing behind the tower's layers tells apart.
+    tower are tiles, which nothing behind the tower's layers tells apart. Where images are of several ``sizes``,
+    ``size_of`` every image, ``images`` is 1 and ``tokens_per_image`` counts the tokens of all; stages before the
+    decoder then are those planned for each size. ``before_decoder`` leaves the decoder's out.
     """
     keep = recipe.default_keep if keep is None else keep
     if audio is None:
@@ -127,6 +134,15 @@ def plan_recipe(
             where="--keep",
             fix="1 keeps every visual token, 0.25 a quarter of them",
         )
+    planned = tuple(
+        plan_recipe(
+            recipe, keep=keep, images=size.frames, tokens_per_image=size.tokens_per_image, vision_layers=vision_layers,
+            decoder_layers=decoder_layers, grid=size.grid, vision_running=vision_running, audio=audio,
+            before_decoder=True,
+        )
+        for size in sizes
+    )  # fmt: skip
+    counts = [sizes[size].tokens_per_image for size in size_of]
     layers = {"vision": vision_layers, "decoder": decoder_layers}
     running = {"vision": vision_running or vision_layers}
     recipe = drop_crowded(recipe, layers, running)
@@ -145,6 +161,12 @@ def plan_recipe(
                 stages.append(_plan_sound(recipe, index, stage, audio, part.recipe.positions, number))
                 index += 1
                 continue
+            inside = site.kind.startswith("decoder")
+            if inside and before_decoder:
+                return PlannedRecipe(recipe, keep, tuple(stages))
+            if sizes or before_decoder:
+                _check_scope(recipe, index, site)
+            whole = whole and not sizes
             if heard and site.kind == "decoder.layer":
                 # From here on what is seen and what is heard is one row of tokens.
                 groups, length, images, whole = 1, groups * length + heard, 1, False
@@ -169,10 +191,12 @@ def plan_recipe(
                 tokens_per_image = length
             groups, length = _regroup(recipe, index, site, groups, length, images)
             count = _count_left(recipe, index, fraction, entered // groups, length)
-            inside = site.kind.startswith("decoder")
+            if sizes and not inside:
+                counts = [planned[size].stages[len(stages)].length_out for size in size_of]
+                count = sum(counts)
             layout = Layout.of_images(images // groups, reaching if inside else tokens_per_image)
             if inside and media is not None and groups == 1:
-                layout = media.layout_after(tokens_per_image, reaching)
+                layout = media.layout_of(counts) if sizes else media.layout_after(tokens_per_image, reaching)
             reaching = reaching if inside else count
             shape = Grid(images // groups, *grid) if grid is not None and whole else None
             stages.append(
@@ -183,7 +207,18 @@ def plan_recipe(
             )  # fmt: skip
             whole = whole and count == length and stage.merge is None
             length, index = count, index + 1
-    return PlannedRecipe(recipe, keep, tuple(stages))
+    return PlannedRecipe(recipe, keep, tuple(stages), planned)
+
+
+def _check_scope(recipe: Recipe, index: int, site: Site) -> None:
+    """Raise UserError where a stage shares a budget among some of the images, and these are of several sizes."""
+    scope, wanted = recipe.stages[index].scope, "whole" if site.kind == "decoder.layer" else "image"
+    if scope != wanted:
+        raise UserError(
+            f"stage {index} has scope {scope!r} at {site}, but the images have different numbers of tokens",
+            where=f"recipe {recipe.name}",
+            fix=f"use scope {wanted!r} there, or compile for images of one size",
+        )
 
 
 def _plan_sound(

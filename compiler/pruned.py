@@ -21,6 +21,9 @@ class Job:
     plan: PlannedRecipe
     stages: tuple[Any, ...]
     """``passes.stage.StageFunction`` per stage, in order."""
+    sizes: tuple[Job, ...] = ()
+    """Where images are of several sizes: for each the job of its images up to the decoder. The stages above that stand
+    there count the tokens of all of them together."""
 
     @cached_property
     def vision_stages(self) -> tuple[Any, ...]:
@@ -72,6 +75,9 @@ class Job:
         media = self.source.media
         if media is None:
             return [self.features_per_item] * self.source.vision.items
+        if self.sizes:
+            sounds = [item.tokens for item in media.items if item.kind == "audio"]
+            return [*(self.sizes[size].kept_per_image for size in self.source.vision.size_of), *sounds]
         whole, left = self.source.vision.tokens_per_image, self.kept_per_image
         sizes, runs = [], list(media.runs)
         for item in media.items:

@@ -109,7 +109,7 @@ class CompiledRun:
 class Respaced:
     """A run whose prompts hold another number of placeholders per image than the rows it is given."""
 
-    def __init__(self, run: Run, image_token: int, before: int, after: int) -> None:
+    def __init__(self, run: Run, image_token: int, before: Sequence[int], after: Sequence[int]) -> None:
         self.inner, self.spacing = run, (image_token, before, after)
 
     @property

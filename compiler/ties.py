@@ -7,8 +7,8 @@ when interchanging such scores, and nothing else, leads to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import combinations, islice
+from collections.abc import Iterable, Mapping
+from itertools import chain, combinations, islice
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, signals: M
     if score is not None and not select.signals:
         if all(_ranks_to(stage, row, own) for row, own in zip(score, groups, strict=True)):
             return True
-        # A score made of others may lift one of two tied tokens far above the other: quotas do.
+        # A score made of others may lift one of two tied tokens far above the other: quotas do. A selector that ranks
+        # kinds of token apart has cuts of its own in each.
         assert stage.bound.score is not None
-        return bool(stage.bound.score.of) and _wavers_to(stage, signals, groups)
+        apart = bool(stage.bound.score.of) or "layout" in select.reserved
+        return apart and _wavers_to(stage, signals, groups)
     if score is None and select.signals == ("tokens",) and select.name == "max_min":
         return all(_walks_to(group, own) for group, own in zip(signals["tokens"], groups, strict=True))
     return _wavers_to(stage, signals, groups)
@@ -82,9 +84,14 @@ def _ranks_to(stage: StageFunction, score: Tensor, kept: Tensor) -> bool:
         if int(tied.sum()) < 2:
             continue
         members, room = tied.nonzero()[:, 0].tolist(), cut - int(above.sum())
-        for chosen in islice(combinations(members, room), _RESOLUTIONS):
+        ways: Iterable[tuple[int, ...]] = islice(combinations(members, room), _RESOLUTIONS)
+        own = set(kept.tolist())
+        if edge == 0 and len(wanted := [token for token in members if token in own]) == room:
+            # What lies outside a sliding window is attended to exactly as little: there every choice is as good.
+            ways = chain([tuple(wanted)], ways)
+        for chosen in ways:
             lifted = score.clone()
-            lifted[list(chosen)] = edge + 2 * tolerance
+            lifted[list(chosen)] = edge + (2 * tolerance or 1.0)
             if torch.equal(stage.choose({"score": lifted[None]})[0], kept):
                 return True
     return torch.equal(stage.choose({"score": score[None]})[0], kept)

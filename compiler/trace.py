@@ -168,7 +168,8 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     other, ``block_ids [B,s]`` -> normed ``hidden``. ``embedding``: ids ``[B,s]`` -> ``[B,s,D]``. ``head``: ``[B,D]`` ->
     float32 logits. Features of inner tower layers leave ``vision`` as ``deepstack.<i>`` and enter ``decoder`` as
     ``deepstack_<i> [B,s,D]``. A family with rows behind each image also has ``extra_rows``: -> ``[E,D]``; a geometry
-    with sound ``audio``: ``input_features`` -> ``features``, ``tower``.
+    with sound ``audio``: ``input_features`` -> ``features``, ``tower``. Images of several sizes have programs of their
+    own instead of ``vision``: ``vision_0``, ``vision_1``, ...
     """
     source = source.at(geometry)
     model = build_meta_model(source, dtype)
@@ -211,11 +212,12 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
             outputs, {**own(*modules), held.path: held}, None, constants | held.values,
         )  # fmt: skip
 
+    def trace_vision(name: str, facts: VisionFacts) -> Program:
+        made = family.vision_indices(source.config, facts, batch) if family.vision_indices is not None else {}
+        return trace_tower(name, facts, family.vision_forward, family.vision_modules, made)
+
+    towers = [trace_vision(*each) for each in zip(vision_programs(facts), facts.sizes or (facts,), strict=True)]
     programs = [
-        trace_tower(
-            "vision", facts, family.vision_forward, family.vision_modules,
-            family.vision_indices(source.config, facts, batch) if family.vision_indices is not None else {},
-        ),
         trace_function(
             "decoder", run_decoder, entering, ("hidden",), own(family.decoder),
             {name: {value.dim() - 1 if name == "position_ids" else 1: length} for name, value in entering.items()},
@@ -230,13 +232,18 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
         ),
     ]  # fmt: skip
     if len(set(getattr(source.text, "layer_types", None) or ())) > 1:
-        programs[1] = order_entry(programs[1], family.decoder_layers)
+        programs[0] = order_entry(programs[0], family.decoder_layers)
     if family.extra_rows:
         programs.append(_trace_parameter("extra_rows", model, family.extra_rows))
     if source.audio is not None and family.audio is not None:
         indices = family.audio.indices(source.config, source.audio, batch)
         programs.append(trace_tower("audio", source.audio, family.audio.forward, family.audio.modules, indices))
-    return Traced(source, geometry, dtype, model, ProgramSet({p.name: p for p in programs}))
+    return Traced(source, geometry, dtype, model, ProgramSet({p.name: p for p in (*towers, *programs)}))
+
+
+def vision_programs(facts: VisionFacts) -> list[str]:
+    """Names of the programs that encode what is seen, before they are joined: one for each size of images."""
+    return [f"vision_{place}" for place in range(len(facts.sizes))] or ["vision"]
 
 
 def _trace_parameter(name: str, model: nn.Module, path: str) -> Program:

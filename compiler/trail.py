@@ -144,7 +144,7 @@ class _Reference:
         image_token, facts = job.source.config.image_token_id, job.source.vision
         placeholders = sum(token == image_token for token in item.input_ids) // facts.items
         assert placeholders <= facts.tokens_per_item + facts.extra_rows, "an item has as many slots at most"
-        self.item = respace(item, image_token, placeholders, job.features_per_item)
+        self.item = respace(item, image_token, [placeholders], [job.features_per_item])
         self.entered = self.enter({})
 
     @property

@@ -21,9 +21,12 @@ from secateur.exporters.builder import Builder, Lower, shape_of, type_of
 from secateur.exporters.lowering import aten, output, read
 from secateur.exporters.lowering_experts import lower_scanned
 from secateur.exporters.lowering_experts_batched import lower_batched
+from secateur.exporters.masks import add_mask, read_limits, see_cached, see_fresh
 
 MICROSOFT = "com.microsoft"
 _LONG_CACHE = 32768
+_AT_ONCE, _CACHED = (5, 8, 9), (8, 10, 11, 12)
+"""Where attention nodes without and with a cache have window, block_ids, positions and past_positions."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,9 @@ def _attend_at_once(b: Builder, node: fx.Node) -> ir.Value:
             attributes={"num_heads": heads, "scale": scale, "unidirectional": 0},
         )  # fmt: skip
         return _as_heads(b, made, heads)
-    softcap, block_ids = _attention_arguments(node, (6, 8))
-    if block_ids is not None:
-        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), scale, False)
+    (softcap,), limits = _attention_arguments(node, (6,)), read_limits(b, node, *_AT_ONCE)
+    if not limits.causal_alone:
+        return _attend(b, q, k, v, see_fresh(b, limits, batch, length), scale, False)
     last, total = b.constant(np.full(batch, length - 1, np.int32)), b.constant(np.array(length, np.int32))
     own = [batch, shape_of(k)[1], length, width]
     outputs = b.ops(
@@ -149,22 +152,26 @@ def _attend_at_once(b: Builder, node: fx.Node) -> ir.Value:
 def _group_query(b: Builder, node: fx.Node) -> list[ir.Value]:
     q, k, v, past_k, past_v, start = (read(b, a) for a in args_of(node)[:6])
     fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
-    softcap, block_ids = _attention_arguments(node, (9, 10))
-    if block_ids is not None:
+    (softcap,), limits = _attention_arguments(node, (9,)), read_limits(b, node, *_CACHED)
+    if fresh and not limits.causal_alone:
         # Its kernel is causal whatever bias it is given.
         return _attend_with_cache(b, node)
     batch, heads, length, width = shape_of(q)
     cache = shape_of(past_k)
+    more: list[ir.Value | None] = []
     if fresh:
         last = b.constant(np.full(batch, length - 1, np.int32))
         total = b.constant(np.array(length, np.int32))
     else:
         last = b.cast(start, torch.int32)
         total = b.constant(np.array(cache[2], np.int32))
+        if limits.window is not None:
+            seen = see_cached(b, start, cache[2], limits)
+            more = [None, None, None, add_mask(b, seen, args_of(node)[0].meta["val"].dtype)]
     kind = type_of(q)
     outputs = b.ops(
-        "GroupQueryAttention", *(_as_rows(b, x) for x in (q, k, v)), past_k, past_v, last, total, domain=MICROSOFT,
-        types=[(kind, [batch, length, heads * width]), (kind, cache), (kind, cache)],
+        "GroupQueryAttention", *(_as_rows(b, x) for x in (q, k, v)), past_k, past_v, last, total, *more,
+        domain=MICROSOFT, types=[(kind, [batch, length, heads * width]), (kind, cache), (kind, cache)],
         attributes={"num_heads": heads, "kv_num_heads": cache[1], "scale": scale, "softcap": float(softcap or 0.0)},
     )  # fmt: skip
     return [_as_heads(b, outputs[0], heads), *outputs[1:]]
@@ -191,43 +198,11 @@ def _attend(
 def _attend_plainly(b: Builder, node: fx.Node) -> ir.Value:
     """Attention without a cache."""
     q, k, v = (read(b, a) for a in args_of(node)[:3])
-    (block_ids,) = _attention_arguments(node, (8,))
-    if block_ids is not None:
-        return _attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), float(args_of(node)[3]), False)
-    return _attend(b, q, k, v, None, float(args_of(node)[3]), bool(args_of(node)[4]))
-
-
-def _see_blocks(b: Builder, block_ids: ir.Value) -> ir.Value:
-    """bool ``[B,1,S,S]``: what each of S fresh rows may attend to: rows up to its own, and those of its block, by
-    ``block_ids [B,S]``. (No window: windows that hide anything are refused before.)"""
-
-    def make() -> ir.Value:
-        batch, length = shape_of(block_ids)
-        whole, square = [batch, 1, length, length], [1, 1, length, length]
-
-        def flags(name: str, left: ir.Value, right: ir.Value, shape: list[int]) -> ir.Value:
-            return b.op(name, left, right, dtype=torch.bool, shape=shape)
-
-        row, column = b.reshape(block_ids, [batch, 1, length, 1]), b.reshape(block_ids, [batch, 1, 1, length])
-        slots = np.arange(length, dtype=np.int64)
-        own, key = b.constant(slots.reshape(1, 1, length, 1)), b.constant(slots.reshape(1, 1, 1, length))
-        blocked = flags("GreaterOrEqual", column, b.constant(np.array(0, np.int64)), [batch, 1, 1, length])
-        same = flags("And", flags("Equal", row, column, whole), blocked, whole)
-        return flags("Or", flags("LessOrEqual", key, own, square), same, whole)
-
-    return b.remember(("blocks", block_ids), make)
-
-
-def _visible(b: Builder, start: ir.Value, capacity: int) -> ir.Value:
-    """bool ``[B,1,1,C]``: slots a new token at slot ``start [B]`` may attend to."""
-
-    def make() -> ir.Value:
-        batch = shape_of(start)[0]
-        slots = b.constant(np.arange(capacity, dtype=np.int64).reshape(1, 1, 1, capacity))
-        own = b.reshape(start, [batch, 1, 1, 1])
-        return b.op("LessOrEqual", slots, own, dtype=torch.bool, shape=[batch, 1, 1, capacity])
-
-    return b.remember(("visible", start, capacity), make)
+    scale, causal = float(args_of(node)[3]), bool(args_of(node)[4])
+    if not causal or (limits := read_limits(b, node, *_AT_ONCE)).causal_alone:
+        return _attend(b, q, k, v, None, scale, causal)
+    batch, _, length, _ = shape_of(q)
+    return _attend(b, q, k, v, see_fresh(b, limits, batch, length), scale, False)
 
 
 def _cached(
@@ -238,12 +213,13 @@ def _cached(
         q, k, v, past_k, past_v, start = (read(b, a) for a in args_of(node)[:6])
         fresh, scale = bool(args_of(node)[6]), float(args_of(node)[7])
         present = [write(b, past, new, start, fresh) for past, new in ((past_k, k), (past_v, v))]
-        if fresh:  # attend to the fresh rows: causal over equal lengths needs no mask
-            (block_ids,) = _attention_arguments(node, (10,))
-            if block_ids is not None:
-                return [_attend(b, q, k, v, _see_blocks(b, read(b, block_ids)), scale, False), *present]
+        limits = read_limits(b, node, *_CACHED)
+        if fresh and limits.causal_alone:  # attend to the fresh rows: causal over equal lengths needs no mask
             return [_attend(b, q, k, v, None, scale, True), *present]
-        mask = _visible(b, start, shape_of(past_k)[2])
+        if fresh:
+            batch, _, length, _ = shape_of(q)
+            return [_attend(b, q, k, v, see_fresh(b, limits, batch, length), scale, False), *present]
+        mask = see_cached(b, start, shape_of(past_k)[2], limits)
         return [attend(b, q, *present, mask, scale, False), *present]
 
     return lower

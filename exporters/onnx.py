@@ -80,7 +80,7 @@ def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> 
 
 def port_name(name: str) -> str:
     """FX names hold no dots: ``past_key_3`` -> ``past_key.3``, ``slot_s0`` -> ``slot.s0``."""
-    return re.sub(r"^(past_key|past_value|slot|deepstack)_(\w+)$", r"\1.\2", name)
+    return re.sub(r"^(past_key|past_value|slot|positions|deepstack)_(\w+)$", r"\1.\2", name)
 
 
 def save_model(model: ir.Model, path: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from secateur.compiler import ops
 from secateur.compiler.program import Program, Segment, args_of
+from secateur.passes.attend_in_windows import lay_out_positions, position_input
 from secateur.passes.crossing import find_crossing
 from secateur.passes.edit import Node, aten, is_call, layer_index
 from secateur.passes.insert_decoder_stages import recompute_tables
-from secateur.runtime.errors import UserError
 
 
 def attach_caches(program: Program, layers: str, segments: Sequence[Segment], batch: int, *, fresh: bool) -> Program:
@@ -24,7 +24,8 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
 
     New inputs per layer i: ``past_key_i``, ``past_value_i`` ``[B,Hkv,C,d]`` with C its segment's capacity; new outputs
     ``present_key.i``, ``present_value.i``. In prefill (``fresh``) rows go to slots 0…, of a segment with ``evicted``
-    rows the survivors of all later stages; in decode to the input ``slot_<segment> [B]``.
+    rows the survivors of all later stages; in decode to the input ``slot_<segment> [B]``. Of a segment whose windows
+    count positions, prefill returns those of the cached rows as ``positions.<segment> [B,C]``, and decode reads them.
     """
     module = program.edit()
     graph = module.graph
@@ -34,18 +35,22 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
     survivors = _find_survivors(graph, segments) if fresh else {}
     presents: list[Node] = []
     names: list[str] = []
+    planes: dict[str, Node] = {}
     found = [n for n in graph.nodes if is_call(n, ops.attention)]
     for node in found:
         layer = layer_index(node, layers)
         segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
         q, k, v, scale = args_of(node)[:4]
-        window, softcap, _, block_ids = [*args_of(node)[5:], None, None, None, None][:4]
-        if window is not None and window < segment.capacity + segment.removed + segment.evicted:
-            raise UserError(
-                f"layer {layer} attends through a window of {window}, shorter than a row of {segment.capacity} slots",
-                where="attach_caches",
-                fix="choose fewer text and new tokens; windows inside the sequence are not supported yet",
-            )
+        window, softcap, _, block_ids, positions = [*args_of(node)[5:], None, None, None, None, None][:5]
+        if positions is not None and segment.name not in planes:
+            with graph.inserting_before(graph.output_node() if fresh else anchor):
+                if fresh:
+                    last = next(n for n in graph.find_nodes(op="placeholder") if n.name == "last")
+                    plane = lay_out_positions(module, segment, positions, survivors.get(segment.name), last, batch)
+                else:
+                    plane = graph.placeholder(f"positions_{segment.name}")
+                    plane.meta["val"] = torch.empty(batch, segment.capacity, dtype=torch.int64, device="meta")
+            planes[segment.name] = plane
         heads, width, kind = k.meta["val"].shape[1], k.meta["val"].shape[3], k.meta["val"].dtype
         with graph.inserting_before(anchor):
             past = [graph.placeholder(f"past_{role}_{layer}") for role in ("key", "value")]
@@ -65,7 +70,8 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
             continue
         with graph.inserting_before(node):
             # A new token sees all that came before it: blocks matter in prefill alone.
-            more = [None, softcap, block_ids if fresh else None]
+            known = None if fresh or positions is None else planes[segment.name]
+            more = [window, softcap, block_ids if fresh else None, positions, known]
             while len(more) > 1 and more[-1] is None:
                 more.pop()
             cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, *more))
@@ -76,6 +82,9 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         presents += present
+    if fresh:
+        presents += planes.values()
+        names += [f"positions.{name}" for name in planes]
     output = graph.output_node()
     output.args = ((*args_of(output)[0], *presents),)
     for node in graph.find_nodes(op="placeholder"):
@@ -99,9 +108,11 @@ def renumber_decode(program: Program, layers: str, segments: Sequence[Segment]) 
             positions = graph.call_function(aten.unsqueeze.default, (number, 1))
         with graph.inserting_before(_last(crossing.tables)):
             twins = recompute_tables(graph, crossing.tables, positions, 1)
-        for table, twin in twins.items():
-            for user in crossing.users[table]:
-                user.replace_input_with(table, twin)
+        # Windows that count positions count the same.
+        counted = {n: positions for n in crossing.carried if n is position_input(graph)}
+        for old, new in {**twins, **counted}.items():
+            for user in crossing.users[old]:
+                user.replace_input_with(old, new)
     return program.with_module(module)
 
 

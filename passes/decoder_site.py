@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from secateur.compiler import ops
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import args_of, splice
+from secateur.passes.attend_in_windows import window_of
 from secateur.passes.crossing import Crossing, attention_of, find_crossing
 from secateur.passes.edit import Node, aten, clone_slice, is_call
 from secateur.passes.signals import Raw, SequenceView, list_raws
@@ -32,6 +33,8 @@ class DecoderSite:
     extra_rows: int
     block_ids: Node | None = None
     question: Node | None = None
+    positions: Node | None = None
+    """Of the rows that stand at the site ``[B,L]``, where layers attend through windows."""
 
     def __post_init__(self) -> None:
         self.graph = self.module.graph
@@ -39,6 +42,7 @@ class DecoderSite:
         self.raw: dict[str, Node] = {}
         self.feed: dict[str, Tensor] = {}
         self.scale: dict[str, float] = {}
+        self.window: dict[str, int] = {}
         self.slots: dict[str, Node] = {}
 
     def locate(self, prunable: Node) -> None:
@@ -127,6 +131,8 @@ class DecoderSite:
         count = self.length if raw.rows == "all" else int(self.slots[raw.rows].meta["val"].shape[1])
         self._add(raw, node, (heads, count, width))
         self.scale[raw.name] = float(args_of(attention)[3])
+        if (window := window_of(attention)) is not None:
+            self.window[raw.name] = window
 
     def _add(self, raw: Raw, node: Node, shape: tuple[int, ...]) -> None:
         stream = self.crossing.hidden.meta["val"]
@@ -157,6 +163,9 @@ class DecoderSite:
             ports["block_ids"] = self.block_ids
         if self.question is not None and "text_rows" in stage.signals:
             feed["question"], ports["question"] = torch.zeros(batch, dtype=torch.int64), self.question
+        if self.window and self.positions is not None:
+            feed["positions"] = torch.zeros(batch, self.length, dtype=torch.int64)
+            ports["positions"] = self.positions
         fixed = len(feed)
         for name, node in state.items():
             feed[name] = torch.zeros(batch, count, dtype=torch.int64 if name == "source" else torch.float32)
@@ -184,6 +193,8 @@ class DecoderSite:
                 self.extra_rows,
                 given.get("block_ids"),
                 given.get("question"),
+                self.window,
+                given.get("positions"),
             )
             reduced = reduce_sequence(stage, seen, given["prunable"], tracked)
             left = [reduced.state[n] for n in passed]

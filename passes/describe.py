@@ -100,7 +100,7 @@ def summarize(function: Callable[..., Any]) -> str:
 def _bind(recipe: Recipe, index: int, stage: Stage) -> Any:
     from secateur.passes.vocabulary import bind_stage
 
-    return bind_stage(stage, f"recipe {recipe.name}: stages[{index}]")
+    return bind_stage(stage, f"recipe {recipe.name}: stages[{index}]", weights=False)
 
 
 def _plain(options: Any) -> dict[str, Any]:

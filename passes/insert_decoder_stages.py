@@ -18,6 +18,7 @@ from secateur.compiler.function import trace_function
 from secateur.compiler.plan_recipe import PlannedStage
 from secateur.compiler.program import Program, Segment, args_of, splice
 from secateur.compiler.recipe import Cache
+from secateur.passes.attend_in_windows import has_windows, position_input
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
 from secateur.passes.edit import Node, aten, clone_slice, is_call
@@ -98,13 +99,16 @@ def insert_decoder_stages(
     kept: dict[str, Node] = {}
     length = sequence
     block_ids = next((n for n in graph.find_nodes(op="placeholder") if n.name == "block_ids"), None)
+    positions = position_input(graph) if has_windows(graph) else None
     for index, stage in enumerate(stages):
         planned = stage.planned
         if index and planned.part != stages[index - 1].planned.part:
             state.pop("carried", None)
         crossing = find_crossing(graph, layers, planned.site.layer or 0, planned.name)
         with graph.inserting_before(first_node(graph, layers, planned.site.layer or 0)):
-            site = DecoderSite(module, layers, stage, crossing, last, length, extra_rows, block_ids, question)
+            site = DecoderSite(
+                module, layers, stage, crossing, last, length, extra_rows, block_ids, question, positions
+            )
             site.locate(prunable)
             reusable = site.tap()
             rows, chosen, hidden, prunable, state = site.splice(
@@ -124,6 +128,14 @@ def insert_decoder_stages(
             carried = {crossing.hidden: hidden, **dict.fromkeys(crossing.lengths, size)}
             carried |= {n: _take(graph, n, rows, length) for n in crossing.carried}
             block_ids = None if block_ids is None else carried[block_ids]
+            if positions is not None:
+                before = positions
+                if planned.positions == "original":
+                    positions = carried.get(before) or _take(graph, before, rows, length)
+                else:
+                    positions = _count(graph, batch, length)
+                    positions.meta |= {"val": _take_value(before, length), "rows": True}
+                carried[before] = positions
             if planned.positions == "original":
                 for table in crossing.tables:
                     carried[table] = _take(graph, table, rows, length)
@@ -137,7 +149,7 @@ def insert_decoder_stages(
                 crossing.users[projected] = tuple(projected.users)
                 carried[projected] = _take(graph, twin, rows, length)
         for old, new in carried.items():
-            for user in crossing.users[old]:
+            for user in crossing.users.get(old, ()):
                 user.replace_input_with(old, new)
     output = graph.output_node()
     output.args = ((*args_of(output)[0], last, *kept.values()),)
@@ -151,17 +163,25 @@ def track_state(stages: Sequence[StageFunction], index: int) -> list[str]:
 
 def _take(graph: fx.Graph, node: Node, rows: Node, length: int) -> Node:
     taken = graph.call_function(ops.take_rows, (node, rows))
-    value = node.meta["val"]
-    taken.meta = {"val": torch.empty((value.shape[0], length, *value.shape[2:]), dtype=value.dtype, device="meta")}
-    taken.meta |= {"rows": True, "plane": is_plane(node)}
+    taken.meta = {"val": _take_value(node, length), "rows": True, "plane": is_plane(node)}
     return taken
+
+
+def _take_value(node: Node, length: int) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty((value.shape[0], length, *value.shape[2:]), dtype=value.dtype, device="meta")
 
 
 def _renumber(graph: fx.Graph, tables: Sequence[Node], batch: int, length: int) -> dict[Node, Node]:
     """The tables for positions 0..length-1: survivors are numbered afresh."""
+    return recompute_tables(graph, tables, _count(graph, batch, length), length)
+
+
+def _count(graph: fx.Graph, batch: int, length: int) -> Node:
+    """The numbers 0..length-1 for every row: ``[B,length]``."""
     count = graph.call_function(aten.arange.default, (length,), {"dtype": torch.int64})
     grid = graph.call_function(aten.unsqueeze.default, (count, 0))
-    return recompute_tables(graph, tables, graph.call_function(aten.expand.default, (grid, [batch, length])), length)
+    return graph.call_function(aten.expand.default, (grid, [batch, length]))
 
 
 def recompute_tables(graph: fx.Graph, tables: Sequence[Node], positions: Node, length: int) -> dict[Node, Node]:

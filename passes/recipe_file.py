@@ -106,7 +106,8 @@ _SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
 def load_recipe(text: str) -> Recipe:
     """The recipe that ``text``, as written behind ``--recipe``, stands for.
 
-    A row of the table or of an installed package by its name, ``FILE.yaml``, or ``FILE.py:NAME``. Several joined by
+    A row of the table or of an installed package by its name, ``FILE.yaml``, or ``FILE.py:NAME``; behind a row with
+    learned weights their file, ``echoingpixels:weights=FILE.safetensors``. Several joined by
     ``+`` are stacked, ``:keep=R`` behind one of them gives the fraction of the tokens that enter it that it leaves:
     ``divprune:keep=0.5+fastv:keep=0.5``.
     """
@@ -137,6 +138,10 @@ def _load_one(text: str) -> Recipe:
         return recipe_from_yaml(_read_text(path), where=text, folder=path.parent)
     if module := re.fullmatch(r"(.+\.py)(?::(.*))?", text):
         return recipe_from_file(Path(module[1]), module[2])
+    if weighted := re.fullmatch(r"([^:]+):weights=(.*)", text):
+        from secateur.passes.needs import with_weights  # imports torch
+
+        return with_weights(get_recipe(weighted[1]), Path(weighted[2]), f"--recipe {text}")
     return get_recipe(text)
 
 

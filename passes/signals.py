@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,10 @@ class SequenceView:
     question: Tensor | None = None
     """Real rows behind the last image ``[B]``, where such rows stand between its tokens as well: when a stage has
     removed some of those, nobody can tell from the slots how many are left behind the last one."""
+    window: Mapping[str, int] = field(default_factory=dict)
+    """Sliding windows of attention by name of the query, where they hide anything."""
+    positions: Tensor | None = None
+    """``[B,L]``: what windows are counted in; None for slots."""
 
     @property
     def length(self) -> int:
@@ -155,7 +159,10 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
         return _split_heads(heads.float(), planned)
     (part, query), (_, key) = raw
     blocks = seen.block_ids if part.rows in ("all", "visual") else None  # text is in no block
-    logits = score_rows(query, key, seen.scale[part.name], seen.slots(part.rows), blocks)
+    slots = seen.slots(part.rows)
+    logits = score_rows(query, key, seen.scale[part.name], slots, blocks)
+    if part.name in seen.window:
+        logits = logits.masked_fill(_outside(slots, seen.window[part.name], seen), float("-inf"))
     if name == "attention_logits":
         padding = (torch.arange(seen.length) > seen.last[:, None])[:, None, None]
         return repeat_groups(logits.masked_fill(padding, float("-inf")), planned)
@@ -188,6 +195,14 @@ def score_rows(query: Tensor, key: Tensor, scale: float, slots: Tensor, block_id
     if block_ids is not None:
         future = future & ~ops.same_block(block_ids.gather(1, slots)[..., None], block_ids[:, None])
     return logits.masked_fill(future[:, None], float("-inf"))
+
+
+def _outside(slots: Tensor, window: int, seen: SequenceView) -> Tensor:
+    """Which keys lie too far before the rows at ``slots [B,R]`` for a sliding window: bool ``[B,1,R,L]``."""
+    if seen.positions is None:
+        return (torch.arange(seen.length) <= slots[..., None] - window)[:, None]
+    own = seen.positions.gather(1, slots)[..., None]
+    return (seen.positions[:, None] <= own - window)[:, None]
 
 
 def attend_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -14,6 +14,7 @@ from secateur.compiler.token_map import TokenMap
 from secateur.passes.check_function import check_stage
 from secateur.passes.methods.rows import Scored
 from secateur.passes.methods.select import Selection
+from secateur.passes.needs import listens
 from secateur.passes.vocabulary import BoundStage, BoundTerm, bind_stage
 from secateur.runtime.errors import UserError
 
@@ -126,6 +127,13 @@ def stage_function(planned: PlannedStage, tiles: bool = False) -> StageFunction:
             "a function of this stage takes every token at its moment, and an earlier stage removed some",
             where=f"{planned.name} {planned.site}",
             fix="let it be the first stage that prunes, or ask for the signal source",
+        )
+    deaf = planned.layout is not None and 1 not in planned.layout.modalities
+    if deaf and planned.score is not None and (name := listens(planned.score)):
+        raise UserError(
+            f"{name} compares what is seen with what is heard, and nothing is heard",
+            where=f"{planned.name} {planned.site}",
+            fix="compile a model that hears for media with sound, as --audio-seconds 4, or use another recipe",
         )
     stage = StageFunction(planned, bound)
     check_stage(stage)

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.compiler.learned import WeightsFile
 from secateur.compiler.plan_recipe import PlannedStage
 from secateur.compiler.recipe import Site, Stage, Term
-from secateur.passes.methods.learned import Weights, load_weights
+from secateur.passes.methods.learned import TENSORS, Weights, load_weights
 from secateur.passes.methods.registry import MERGES, SCORES, SELECTORS
 from secateur.passes.signal_table import SIGNALS, Number, Option, TowerLayers
 from secateur.runtime.errors import UserError
@@ -69,11 +69,12 @@ class BoundStage:
         return any(signal in term.every_needed() for term in self.terms)
 
 
-def bind_stage(stage: Stage | PlannedStage, where: str) -> BoundStage:
-    """Resolve a stage's names. ``where`` opens the message of the :class:`UserError` raised on a misfit."""
-    score = bind_term("score", stage.score, f"{where}.score") if stage.score else None
-    select = bind_term("select", stage.select, f"{where}.select") if stage.select else None
-    merge = bind_term("merge", stage.merge, f"{where}.merge") if stage.merge else None
+def bind_stage(stage: Stage | PlannedStage, where: str, weights: bool = True) -> BoundStage:
+    """Resolve a stage's names. ``where`` opens the message of the :class:`UserError` raised on a misfit. Without
+    ``weights`` files of learned weights may be missing: then the stage can be described, and not run."""
+    score = bind_term("score", stage.score, f"{where}.score", weights) if stage.score else None
+    select = bind_term("select", stage.select, f"{where}.select", weights) if stage.select else None
+    merge = bind_term("merge", stage.merge, f"{where}.merge", weights) if stage.merge else None
     if select is None:
         if score is None or merge is not None:
             raise UserError(
@@ -95,8 +96,9 @@ def bind_stage(stage: Stage | PlannedStage, where: str) -> BoundStage:
     return BoundStage(score, select, merge, signals)
 
 
-def bind_term(role: str, term: Term, where: str) -> BoundTerm:
-    """Resolve one function of ``role`` ("score", "select" or "merge") and check its options."""
+def bind_term(role: str, term: Term, where: str, weights: bool = True) -> BoundTerm:
+    """Resolve one function of ``role`` ("score", "select" or "merge") and check its options; ``weights`` as in
+    :func:`bind_stage`."""
     registry = ROLES[role]
     if term.name not in registry:
         noun = {"select": "selector"}.get(role, role)
@@ -123,12 +125,16 @@ def bind_term(role: str, term: Term, where: str) -> BoundTerm:
     options = {name: _load_option(value, hints[name]) for name, value in term.options.items()}
     for name in choices:
         if parameters[name].default is inspect.Parameter.empty and name not in term.options:
+            if hints[name] is Weights:
+                if not weights:
+                    continue
+                raise _ask_for_weights(term.name, name, where)
             raise UserError(f"{term.name} needs option {name!r}", where=f"{where}.options", available=choices)
     takes = (1, 1) if role == "score" and "score" in reserved else (1, 99) if "scores" in reserved else (0, 0)
     if not takes[0] <= len(term.of) <= takes[1]:
         wanted = {(0, 0): "no other score", (1, 1): "exactly one score"}.get(takes, "at least one score")
         raise UserError(f"{term.name} is made of {wanted}, not {len(term.of)}", where=f"{where}.of")
-    of = tuple(bind_term("score", inner, f"{where}.of[{i}]") for i, inner in enumerate(term.of))
+    of = tuple(bind_term("score", inner, f"{where}.of[{i}]", weights) for i, inner in enumerate(term.of))
     return BoundTerm(term.name, function, options, signals, reserved, optional, of)
 
 
@@ -183,6 +189,14 @@ def _read_option(option: str, spec: Option, value: Any, where: str) -> Any:
     if value not in spec:
         raise UserError(f"no {option} {value!r}", where=where, available=spec)
     return value
+
+
+def _ask_for_weights(function: str, option: str, where: str) -> UserError:
+    wanted = f" that holds {TENSORS[function]}, floating-point, D the width of a token" if function in TENSORS else ""
+    return UserError(
+        f"{function} needs option {option!r}, a safetensors file{wanted}", where=f"{where}.options",
+        fix=f"write --recipe NAME:{option}=FILE behind a row's name, or {option}: file:FILE in a recipe file",
+    )  # fmt: skip
 
 
 def _load_option(value: Any, hint: Any) -> Any:

@@ -65,17 +65,19 @@ def order_by_size(geometries: Sequence[Manifest], asked: Asked) -> list[int]:
     Where they differ in the size of images, those come first that lose nothing of any image ``asked`` about, of equals
     the one nearest to their shape; behind them the others, the largest first.
     """
-    sizes = [(one.geometry.image_height, one.geometry.image_width) for one in geometries]
-    images = [image for row in asked.media("image") for image in row] if len(set(sizes)) > 1 else []
-    seen = [size for image in images if (size := _size(image)) is not None]
+    sizes = [one.geometry.sizes_seen for one in geometries]
+    differ = any(each != sizes[0] for each in sizes)
+    rows = [[_size(image) for image in row] for row in asked.media("image")] if differ else []
 
     def key(index: int) -> tuple[bool, int, int, float, int]:
-        height, width = sizes[index]
-        smaller = any(h * w > height * width for h, w in seen)
+        own = sizes[index]
+        # Of several sizes each image has its own; of another number of images nothing fits anyway.
+        pairs = [(*size, *own[place % len(own)]) for row in rows for place, size in enumerate(row) if size is not None]
+        smaller = any(h * w > height * width for h, w, height, width in pairs)
         programs = geometries[index].programs
         flops = programs["vision"].flops + programs["prefill"].flops
-        stretch = sum(abs(math.log(h / w * width / height)) for h, w in seen)
-        return smaller, -height * width if smaller else 0, flops, stretch, index
+        stretch = sum(abs(math.log(h / w * width / height)) for h, w, height, width in pairs)
+        return smaller, -sum(h * w for h, w in own) if smaller else 0, flops, stretch, index
 
     return sorted(range(len(geometries)), key=key)
 

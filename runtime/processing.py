@@ -16,7 +16,7 @@ from secateur.runtime.images import ImageLike
 from secateur.runtime.prompts import Prompts
 from secateur.runtime.row_media import KINDS, PARTS, Prompt, RowMedia, count_kinds, media_in_messages
 from secateur.runtime.schema import Manifest
-from secateur.runtime.tower_inputs import open_tower_inputs
+from secateur.runtime.tower_inputs import TowerInput, open_tower_inputs
 from secateur.runtime.video import VideoLike
 from secateur.runtime.waveform import AudioLike
 
@@ -93,22 +93,30 @@ class Processor:
         ]
         for row, each in enumerate(media):
             self.expect(each.kinds, f"row {row}")
-        ids = [self.encode(prompt, f"row {row}") for row, prompt in enumerate(prompts)]
+        # Where the prompt says when frames are seen, the video has to be looked at first.
+        timed = self._manifest.media is not None and bool(self._manifest.media.timestamp)
+        read = [self.tower_inputs(each) for each in media] if timed else []
+        times = [one.times for one in read] or [()] * len(prompts)
+        ids = [self.encode(prompt, f"row {row}", times[row]) for row, prompt in enumerate(prompts)]
         input_ids = np.full((geometry.batch, geometry.sequence), self._manifest.model.pad_token_id, dtype=np.int64)
         for row, tokens in enumerate(ids):
             input_ids[row, : len(tokens)] = tokens
-        read = [self.tower_inputs(each) for each in media]
-        heard = [features for _, features in read if features is not None]
+        read = read or [self.tower_inputs(each) for each in media]
+        heard = [one.input_features for one in read if one.input_features is not None]
         return Inputs(
             input_ids,
             np.array([len(tokens) for tokens in ids], dtype=np.int64),
-            np.concatenate([pixels for pixels, _ in read]),
+            np.concatenate([one.pixel_values for one in read]),
             np.concatenate(heard) if heard else None,
         )
 
-    def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
+    def encode(self, prompt: Prompt, where: str = "prompt", times: Sequence[float] = ()) -> list[int]:
         """Token ids with each placeholder repeated for every token that its image, video or sound has in the decoder,
-        all of them the image's, between the tokens the model wants around it."""
+        all of them the image's, between the tokens the model wants around it.
+
+        ``times`` are the seconds of a video's grids, for models whose prompts say them; those of a video as long as the
+        bundle was compiled for are taken where there are none.
+        """
         manifest, items = self._manifest, self._manifest.items
         text, add_special_tokens = self.prompts.render(prompt, items)
         space = manifest.model.image_space
@@ -117,9 +125,9 @@ class Processor:
         ids = self.prompts.encode(text, add_special_tokens)
         kinds = self.prompts.kinds
         self._expect_placeholders([kinds[token] for token in ids if token in kinds], where)
-        expanded = self._expand()
-        placed = manifest.model.image_token_id
-        words = len(ids) - len(items) + sum(token != placed for tokens in expanded for token in tokens)
+        expanded = self._expand(times)
+        own = manifest.model.image_token_id
+        words = len(ids) - len(items) + _count_words(expanded, own)
         if words > manifest.geometry.text_tokens:
             raise MisfitError(
                 f"the prompt has {words} text tokens, the bundle was compiled for at most "
@@ -127,7 +135,7 @@ class Processor:
                 where=where,
                 fix=f"shorten it, or compile with --text-tokens {words}",
             )
-        if ids[-1] in kinds and expanded[-1][-1] == placed:
+        if ids[-1] in kinds and expanded[-1][-1] == own:
             # Its token would be a patch: a stage may drop it, and its logits would be another token's.
             kind = kinds[ids[-1]]
             raise UserError(
@@ -139,8 +147,14 @@ class Processor:
             found += next(rest) if token in kinds else [token]
         return found
 
-    def tower_input(self, media: RowMedia, where: str = "row") -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """``pixel_values`` and ``input_features`` of one row. Raises UserError for media the bundle does not take."""
+    @property
+    def media_words(self) -> int:
+        """Text tokens that placeholders become beside media: marks put around them, and the times of a video as long
+        as the bundle was compiled for."""
+        return _count_words(self._expand(()), self._manifest.model.image_token_id)
+
+    def tower_input(self, media: RowMedia, where: str = "row") -> TowerInput:
+        """What the tower reads of one row. Raises UserError for media the bundle does not take."""
         self.expect(media.kinds, where)
         return self.tower_inputs(media)
 
@@ -152,9 +166,9 @@ class Processor:
             return
         if {*given, *wanted} <= {"image"}:
             sizes = manifest.geometry
+            shown = ", ".join(f"{height}x{width}" for height, width in sizes.sizes_seen)
             raise MisfitError(
-                f"{len(given)} image(s), the bundle was compiled for {sizes.images} per row "
-                f"({sizes.image_height}x{sizes.image_width})",
+                f"{len(given)} image(s), the bundle was compiled for {sizes.images} per row ({shown})",
                 where=where,
                 fix=f"give {sizes.images}" + (f", or compile with --images {len(given)}" if given else ""),
             )
@@ -207,25 +221,38 @@ class Processor:
         if media is None:
             return
         at = [slot for slot, token in enumerate(ids) if token in self.prompts.kinds]
-        for slot, item in zip(at, media.items, strict=True):
-            before, behind = media.around.get(item.kind, ([], []))
+        for slot, kind in zip(at, self._manifest.items, strict=True):
+            before, behind = media.around.get(kind, ([], []))
             start = slot - len(before)
             if start < 0 or [*ids[start:slot]] != before or [*ids[slot + 1 : slot + 1 + len(behind)]] != behind:
                 written = [self.prompts.spell(tokens) for tokens in (before, [ids[slot]], behind)]
                 raise UserError(
-                    f"the marks around its {PARTS[item.kind][0]} are missing", where=where,
+                    f"the marks around its {PARTS[kind][0]} are missing", where=where,
                     fix=f"write {''.join(written)}, or leave the placeholder to the chat template",
                 )  # fmt: skip
 
-    def _expand(self) -> list[list[int]]:
-        """What stands in a prompt for each item: its placeholders, and the tokens put around and between them."""
+    def _expand(self, times: Sequence[float]) -> list[list[int]]:
+        """What every placeholder becomes: its own number of the image's, and the tokens put around them."""
         media, model, sizes = self._manifest.media, self._manifest.model, self._manifest.geometry
-        token = model.image_token_id
+        own = model.image_token_id
         if media is None:
-            return [sizes.place(token, model.image_before, model.image_behind)] * sizes.images
+            return [sizes.place(own, model.image_before, model.image_behind)] * sizes.images
         found: list[list[int]] = []
         for item in media.items:
             brings = item.kind == "video with sound"
-            marks = (media.sound_before, media.sound_behind) if brings else ([], [])
-            found.append([*marks[0], *[token] * item.tokens, *marks[1]])
-        return found
+            before, behind = (media.sound_before, media.sound_behind) if brings else ([], [])
+            found.append([*before, *[own] * item.tokens, *behind])
+        if not media.timestamp:
+            return found
+        length = sizes.frames / sizes.fps / len(found)
+        nominal = [length * grid + (length - 1 / sizes.fps) / 2 for grid in range(len(found))]
+        before, behind = media.around.get("video", ([], []))
+        whole: list[int] = []
+        for seconds, tokens in zip(times or nominal, found, strict=True):
+            text = self.prompts.encode(media.timestamp.format(seconds), add_special_tokens=False)
+            whole += [*text, *before, *tokens, *behind]
+        return [whole]
+
+
+def _count_words(expanded: Sequence[Sequence[int]], placeholder: int) -> int:
+    return sum(token != placeholder for tokens in expanded for token in tokens)

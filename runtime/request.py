@@ -39,10 +39,12 @@ class Request:
         shared: dict[str, Buffer] = {}
         for name, shape in cache_shapes(manifest).items():
             shared[name] = shared[present_port(name)] = backend.buffer(shape, manifest.dtype)
-        # Vision writes its features, and what else prefill goes on with, where prefill reads them.
-        for port in manifest.programs["vision"].outputs:
-            if manifest.programs["prefill"].has_input(port.name):
-                shared[port.name] = self._buffer("vision", port.name)
+        # Vision writes its features, and what else prefill goes on with, where prefill reads them, and prefill the
+        # positions of cached rows where decode does.
+        for program, reader in (("vision", "prefill"), ("prefill", "decode")):
+            for port in manifest.programs[program].outputs:
+                if port.name not in shared and manifest.programs[reader].has_input(port.name):
+                    shared[port.name] = self._buffer(program, port.name)
         self._ports: dict[str, dict[str, Buffer]] = {}
         self._bound = {name: self._bind(name, shared) for name in manifest.programs}
         self._kept: dict[str, Ints] = {}

@@ -21,7 +21,8 @@ class Metrics:
     ``variant`` is which of the bundle's geometries it ran in.
     ``visual_tokens`` counts one row's visual tokens in each segment, by name. ``kept`` says for every stage
     which original patches of the row are left after it: int64 [B, K], image j's patches counted from
-    ``j * tokens_per_image``. In a model that puts squares of patches together these count, row by row, in their place.
+    ``j * tokens_per_image``, of images of several sizes from the number of patches of those before. In a model that
+    puts squares of patches together these count, row by row, in their place.
     """
 
     preprocess_s: float = 0.0

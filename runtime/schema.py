@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -97,17 +98,22 @@ class Media(_Frozen):
     beside it, but for ``sound_marks_count``."""
     sound_marks_count: bool = False
     """Whether those tokens have position ids of their own, as words do."""
+    sound_padding: Literal["max_length", "longest"] = "max_length"
+    """How far the checkpoint's processor pads sound with silence: to the longest its extractor takes, or not at all."""
     timestamp: str = ""
-    """Format of the text right before every item of a video that is several items: the mean time in seconds of the
-    frames it is made of. Empty where no text stands between them."""
+    """Format of the text before every item of a video that is several items: the mean time in seconds of the frames it
+    is made of. Such a video has one placeholder in a prompt, between ``around``; each item then stands behind its text
+    between ``around`` once more. Empty where no text stands between them."""
 
 
 def describe_media(
-    images: int, size: tuple[int, int] | None, frames: int, fps: float, audio_seconds: int, together: bool
+    images: int, sizes: Sequence[Sequence[int]], frames: int, fps: float, audio_seconds: int, together: bool
 ) -> str:
-    """What a row holds, in words. ``together``: sound lies between the frames of the video."""
+    """What a row holds, in words. ``sizes`` are none, one for all, or one for each image. ``together``: sound lies
+    between the frames of the video."""
     shown = f"a video of {frames} frames, {fps:g} a second," if frames else f"{images} image(s)"
-    shown = shown.removesuffix(",") if size is None else f"{shown} of {size[0]}x{size[1]}"
+    each = ", ".join(f"{height}x{width}" for height, width in sizes)
+    shown = f"{shown} of {each}" if each else shown.removesuffix(",")
     if audio_seconds:
         shown += f" {'with' if together else 'and'} {audio_seconds} s of sound"
     return shown
@@ -157,12 +163,22 @@ class Recipe(_Frozen):
     stages: list[Stage]
 
 
+class ImageSize(_Frozen):
+    """One image of a row whose images are of several sizes. Fields as those of :class:`GeometrySizes`."""
+
+    height: Size
+    width: Size
+    tokens: Size
+    features: Size
+
+
 class GeometrySizes(_Frozen):
     """The static shapes.
 
     ``tokens_per_image`` is an image's visual tokens, unpruned: its patches, or the squares of patches that the model
     puts together; ``features_per_image`` what the vision-side stages leave of them and behind that ``extra_rows`` rows,
     which stand for no patch and which no stage removes. A video with extra rows of its own counts as one image here.
+    Where images are of several sizes all four fields of an image are the largest's, and ``sizes`` has those of each.
     """
 
     batch: Size
@@ -190,11 +206,30 @@ class GeometrySizes(_Frozen):
     audio_seconds: Count = 0
     audio_tokens: Count = 0
     """Tokens of a row's sound; all of them enter the decoder."""
+    sizes: list[ImageSize] = []
+    """Of every image in the order of the prompt, where they are of several sizes; empty where all have one."""
+
+    @model_validator(mode="after")
+    def _has_a_size_for_each(self) -> GeometrySizes:
+        if self.sizes and (len(self.sizes) != self.images or self.frames or self.tiles or self.extra_rows):
+            raise ValueError(f"{len(self.sizes)} sizes do not fit the {self.images} images of a row")
+        return self
+
+    @property
+    def sizes_seen(self) -> list[tuple[int, int]]:
+        """Height and width of all images or frames, or one for each image where they differ."""
+        return [(one.height, one.width) for one in self.sizes] or [(self.image_height, self.image_width)]
+
+    @property
+    def features_of_images(self) -> list[int]:
+        """Tokens of every image that enter the decoder where images are of several sizes, else of any of them."""
+        return [one.features for one in self.sizes] or [self.features_per_run]
 
     @property
     def features(self) -> int:
         """Tokens of a row's media that enter the decoder."""
-        return self.images * self.features_per_image + self.audio_tokens
+        seen = sum(one.features for one in self.sizes) or self.images * self.features_per_image
+        return seen + self.audio_tokens
 
     @property
     def features_per_run(self) -> int:
@@ -209,7 +244,7 @@ class GeometrySizes(_Frozen):
     @property
     def places(self) -> int:
         """Tokens of a row's media before anything is pruned, extra rows left out."""
-        return self.images * self.tokens_per_image + self.audio_tokens
+        return (sum(one.tokens for one in self.sizes) or self.images * self.tokens_per_image) + self.audio_tokens
 
     @property
     def patches(self) -> int:
@@ -352,15 +387,16 @@ class Manifest(_Frozen):
     def items(self) -> list[str]:
         """Kinds of a row's media in the order of its prompt, one for each placeholder."""
         if self.media is not None:
-            return [item.kind for item in self.media.items]
+            # With texts between its grids a video is several items behind one placeholder.
+            return ["video"] if self.media.timestamp else [item.kind for item in self.media.items]
         return ["video"] if self.geometry.frames else ["image"] * self.geometry.images
 
     @property
     def shown(self) -> str:
         """What a row holds, in words."""
         g = self.geometry
-        size, together = (g.image_height, g.image_width), "video with sound" in self.items
-        return describe_media(g.images, size, g.frames, g.fps, g.audio_seconds, together)
+        together = "video with sound" in self.items
+        return describe_media(g.images, g.sizes_seen, g.frames, g.fps, g.audio_seconds, together)
 
     @property
     def words(self) -> str:

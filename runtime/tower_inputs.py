@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,19 @@ _log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 
 
+class TowerInput(NamedTuple):
+    """``pixel_values`` and ``input_features`` of one row; of all rows they lie one after the other. ``times`` are the
+    mean seconds of the frames of every temporal grid of a video."""
+
+    pixel_values: Floats
+    input_features: Floats | None = None
+    times: tuple[float, ...] = ()
+
+
 class TowerInputs(Protocol):
     """The images, video and sound of a row, of which there are as many as the bundle was compiled for."""
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, Floats | None]:
-        """``pixel_values`` and ``input_features`` of one row; of all rows they lie one after the other."""
+    def __call__(self, media: RowMedia) -> TowerInput: ...
 
 
 def open_tower_inputs(directory: Path, manifest: Manifest) -> TowerInputs:
@@ -62,8 +70,8 @@ class TileInputs:
                 fix="compile the bundle again",
             )
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, None]:
-        return np.concatenate([self.pipeline(image) for image in media.images]), None
+    def __call__(self, media: RowMedia) -> TowerInput:
+        return TowerInput(np.concatenate([self.pipeline(image) for image in media.images]))
 
 
 class PixelInputs:
@@ -84,9 +92,9 @@ class PixelInputs:
                 fix="compile the bundle again",
             )
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, None]:
+    def __call__(self, media: RowMedia) -> TowerInput:
         frames = [frame for video in media.videos for frame in self.frames(video, media.video_fps)]
-        return np.stack([self._read(image) for image in [*media.images, *frames]]), None
+        return TowerInput(np.stack([self._read(image) for image in [*media.images, *frames]]))
 
     def _read(self, image: ImageLike) -> Floats:
         pixels = self.images(image)
@@ -108,48 +116,58 @@ class PatchInputs:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
-        self.size = (sizes.image_height, sizes.image_width)
-        self.frames = FrameSampler.from_config(_read_config(directory, "video"), sizes.frames, sizes.fps)
         config = _read_config(directory, "video" if sizes.frames else "image")
         self.patches = PatchPipeline.from_config(config, video=bool(sizes.frames))
+        videos = _read_config(directory, "video")
+        self.frames = FrameSampler.from_config(videos, sizes.frames, sizes.fps, self.patches.temporal)
         edge, grids = self.patches.patch, sizes.frames // self.patches.temporal or 1
-        self.grid: Grid = (grids, self.size[0] // edge, self.size[1] // edge)
-        expected = sizes.tokens_per_image * (sizes.images if sizes.frames else 1)
-        if any(side % edge for side in self.size) or self.patches.tokens(self.grid) != expected:
-            raise BundleError(
-                f"the image processor cuts patches of {edge} pixels and merges {self.patches.merge}x"
-                f"{self.patches.merge} of them, the bundle was compiled for {expected} tokens",
-                where=f"{directory}: preprocessor_config.json",
-                fix="compile the bundle again",
-            )
+        seen = [(grids, height // edge, width // edge) for height, width in sizes.sizes_seen]
+        wanted = [one.tokens for one in sizes.sizes] or [sizes.tokens_per_image * (sizes.images if sizes.frames else 1)]
+        for size, grid, expected in zip(sizes.sizes_seen, seen, wanted, strict=True):
+            if any(side % edge for side in size) or self.patches.tokens(grid) != expected:
+                raise BundleError(
+                    f"the image processor cuts patches of {edge} pixels and merges {self.patches.merge}x"
+                    f"{self.patches.merge} of them, the bundle was compiled for {expected} tokens",
+                    where=f"{directory}: preprocessor_config.json",
+                    fix="compile the bundle again",
+                )
+        self.grids: list[Grid] = seen if sizes.sizes else seen * sizes.images
+        """Of every image, or of the video."""
         self.sound: AudioPipeline | None = None
         if sizes.audio_seconds:
-            self.sound = AudioPipeline.from_config(_read_config(directory, "audio"), sizes.audio_seconds)
+            assert manifest.media is not None
+            self.sound = AudioPipeline.from_config(
+                _read_config(directory, "audio"), sizes.audio_seconds, manifest.media.sound_padding
+            )
         self._told = False
 
-    def __call__(self, media: RowMedia) -> tuple[Floats, Floats | None]:
-        seen = [self._image(image) for image in media.images]
+    def __call__(self, media: RowMedia) -> TowerInput:
+        times: list[float] = []
+        seen = [self._image(image, grid) for image, grid in zip(media.images, self.grids, strict=False)]
         for video in media.videos:
-            frames = self.frames(video, media.video_fps)
-            self._compare("video", frames[0], len(frames))
-            seen.append(self.patches.video(frames, self.grid))
+            frames, seconds = self.frames.read(video, media.video_fps)
+            step = self.patches.temporal
+            # As transformers' processor of Qwen3-VL: between the first and the last frame of a grid.
+            times += [(seconds[at] + seconds[at + step - 1]) / 2 for at in range(0, len(seconds), step)]
+            self._compare("video", self.grids[0], frames[0], len(frames))
+            seen.append(self.patches.video(frames, self.grids[0]))
         heard = None
         if self.sound is not None:
             heard = np.stack([self.sound(clip, media.audio_rate) for clip in media.audio])
-        return np.concatenate(seen), heard
+        return TowerInput(np.concatenate(seen), heard, tuple(times))
 
-    def _image(self, image: ImageLike) -> Floats:
+    def _image(self, image: ImageLike, grid: Grid) -> Floats:
         rgb = read_rgb(image)
-        self._compare("image", rgb)
-        return self.patches(rgb, self.grid)
+        self._compare("image", grid, rgb)
+        return self.patches(rgb, grid)
 
-    def _compare(self, kind: str, image: Image.Image, frames: int | None = None) -> None:
+    def _compare(self, kind: str, grid: Grid, image: Image.Image, frames: int | None = None) -> None:
         """Warn where transformers would choose another size."""
         _, rows, columns = self.patches.native_grid(image.height, image.width, frames)
-        if self._told or (rows, columns) == self.grid[1:] or not self.patches.resize:
+        if self._told or (rows, columns) == grid[1:] or not self.patches.resize:
             return
         self._told = True
-        edge, (height, width) = self.patches.patch, self.size
+        edge, (height, width) = self.patches.patch, (grid[1] * self.patches.patch, grid[2] * self.patches.patch)
         _log.warning(
             "transformers would show the model this %s as %dx%d; it is resized to the %dx%d that the bundle was "
             "compiled for",

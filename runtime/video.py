@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,13 @@ _ANIMATED = ("GIF", "PNG", "WEBP")
 """Formats of Pillow's that hold several frames; every other file is PyAV's."""
 
 
+class Clip(NamedTuple):
+    """The chosen frames of a video in RGB, of the sizes they have there, and when each of them is seen."""
+
+    frames: list[Image.Image]
+    seconds: list[float]
+
+
 @dataclass(frozen=True)
 class FrameSampler:
     """A video to exactly ``frames`` pictures, one every 1 / ``fps`` seconds where the video is no longer than that."""
@@ -47,16 +54,22 @@ class FrameSampler:
     fps: float
     ends: bool = False
     """Whether the last frame is always chosen (Qwen3-VL)."""
+    step: int = 1
+    """Frames that become one temporal grid: a bundle is compiled for a multiple of it."""
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], frames: int, fps: float) -> FrameSampler:
+    def from_config(cls, config: Mapping[str, Any], frames: int, fps: float, step: int = 1) -> FrameSampler:
         """Read how frames are chosen from a ``video_preprocessor_config.json`` or a ``processor_config.json``."""
         kind = str(read_part(config, "video_processor").get("video_processor_type")).removesuffix("Fast")
-        return cls(frames, fps, ends=kind in _ENDS)
+        return cls(frames, fps, ends=kind in _ENDS, step=step)
 
     def __call__(self, video: VideoLike, fps: float | None = None) -> list[Image.Image]:
-        """The chosen frames in RGB, of the sizes they have in the video.
+        """The frames of :meth:`read` alone."""
+        return self.read(video, fps).frames
+
+    def read(self, video: VideoLike, fps: float | None = None) -> Clip:
+        """The chosen frames and when they are seen.
 
         ``fps`` is the video's own rate; an animated image or video file says its own, which ``fps`` overrides. A
         video whose rate nobody says is taken to last as long as the bundle was compiled for. A longer video is
@@ -69,7 +82,12 @@ class FrameSampler:
         if isinstance(video, (str, PathLike)) and not Path(video).is_dir():
             return self._read_file(Path(video), fps)
         frames, where = _list_frames(video)
-        return [read_rgb(frames[index]) for index in self.choose(len(frames), fps, where)]
+        chosen = self.choose(len(frames), fps, where)
+        return self._clip([read_rgb(frames[index]) for index in chosen], chosen, len(frames), fps)
+
+    def _clip(self, frames: list[Image.Image], chosen: Sequence[int], count: int, fps: float | None) -> Clip:
+        rate = fps or count * self.fps / self.frames
+        return Clip(frames, [index / rate for index in chosen])
 
     def choose(self, count: int, fps: float | None, where: str | None = None) -> list[int]:
         """Indices of the chosen frames, increasing, of a video of ``count`` at ``fps`` a second (None: not known).
@@ -81,12 +99,13 @@ class FrameSampler:
         # Frames that lie in the video at the compiled rate, the first at its start.
         fitting = count if fps is None else min(count, math.floor((count - 1) / fps * self.fps + 1e-6) + 1)
         if fitting < self.frames:
+            advised = fitting - fitting % self.step
             length = "" if fps is None else f" at {fps:g} a second ({count / fps:.3g} s)"
             raise UserError(
                 f"the video has {count} frame(s){length}, the bundle was compiled for {self.frames} at {self.fps:g} "
                 f"a second ({self.frames / self.fps:.3g} s)",
                 where=where,
-                fix="give a longer video" + (f", or compile with --frames {fitting}" if fitting > 0 else ""),
+                fix="give a longer video" + (f", or compile with --frames {advised}" if advised > 0 else ""),
             )
         if fps is not None and math.floor(count / fps * self.fps) > self.frames and not self._said:
             self._said.add("sampled less often")
@@ -98,20 +117,21 @@ class FrameSampler:
             return [int(index) for index in np.linspace(0, count - 1, self.frames).round()]
         return [index * count // self.frames for index in range(self.frames)]
 
-    def _read_file(self, path: Path, fps: float | None) -> list[Image.Image]:
+    def _read_file(self, path: Path, fps: float | None) -> Clip:
         if not path.is_file():
             raise UserError("no such video file or directory", where=str(path))
         try:
             with Image.open(path, formats=_ANIMATED) as opened:
                 count, own = _measure_animation(opened)
-                chosen = self.choose(count, fps or own, str(path))
-                return [_frame_of_animation(opened, index) for index in chosen]
+                rate = fps or own
+                chosen = self.choose(count, rate, str(path))
+                return self._clip([_frame_of_animation(opened, index) for index in chosen], chosen, count, rate)
         except UnidentifiedImageError:
             return self._read_container(path, fps)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise UserError(f"the video cannot be read ({error})", where=str(path), fix="give a whole file") from None
 
-    def _read_container(self, path: Path, fps: float | None) -> list[Image.Image]:
+    def _read_container(self, path: Path, fps: float | None) -> Clip:
         try:
             import av
         except ImportError:
@@ -125,10 +145,11 @@ class FrameSampler:
                 if not container.streams.video:
                     raise UserError("the file holds no video", where=str(path), fix="give a whole video file")
                 stream = container.streams.video[0]
-                rate: Fraction | None = stream.average_rate
+                own: Fraction | None = stream.average_rate
+                rate = fps or (float(own) if own else None)
                 # Some formats (Matroska, WebM) do not say it.
                 count = stream.frames or sum(1 for _ in container.decode(stream))
-                chosen = self.choose(count, fps or (float(rate) if rate else None), str(path))
+                chosen = self.choose(count, rate, str(path))
                 container.seek(0)
                 wanted, found = set(chosen), {}
                 for index, frame in enumerate(container.decode(stream)):
@@ -142,7 +163,7 @@ class FrameSampler:
         if len(found) < len(wanted):
             what = f"the file ends before frame {chosen[-1]} of the {count} it announces"
             raise UserError(what, where=str(path), fix="give a whole video file")
-        return [found[index] for index in chosen]
+        return self._clip([found[index] for index in chosen], chosen, count, rate)
 
 
 def is_video(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
@@ -12,9 +11,9 @@ from secateur.runtime.errors import UserError
 ImageSize = Annotated[
     str | None,
     typer.Option(
-        metavar="HxW",
+        metavar="HxW[,HxW...]",
         help="Height and width in pixels that every image or frame is resized to, for models that take any "
-        "(Qwen2.5); fewer pixels are fewer tokens. 448x448 if not given.",
+        "(Qwen); fewer pixels are fewer tokens. 448x448 if not given. Or one for each image: 448x448,224x336.",
     ),
 ]
 Frames = Annotated[int, typer.Option(help="One video per prompt instead of images: this many frames, chosen evenly.")]
@@ -65,11 +64,8 @@ def read_geometry(image_size: str | None, **sizes: Any) -> Any:
     return Geometry(image_size=read_size(image_size), **sizes)
 
 
-def read_size(text: str | None) -> tuple[int, int] | None:
-    """``448x336`` as (height, width); None for None."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text.strip().lower())
-    if match is None:
-        raise UserError(f"{text!r} is no size", where="--image-size", fix="give height and width, such as 448x448")
-    return int(match[1]), int(match[2])
+def read_size(text: str | None) -> Any:
+    """``448x336`` as (height, width), ``448x448,224x336`` as one such pair for every image; None for None."""
+    from secateur.compiler.pipeline import read_sizes
+
+    return None if text is None else read_sizes(text, "--image-size")

@@ -118,9 +118,7 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
         ("paper", f"{m.recipe.title} {m.recipe.link}".strip()),
         *((f"geometry {number}" if m.variants else "geometry", one.words)
           for number, one in enumerate(m.each_variant())),
-        ("visual tokens", f"{g.tokens_per_image} per {_grid_text(g)}, "
-                          f"{g.features_per_image - g.extra_rows} enter the decoder"
-                          + (f", with {g.extra_rows} row(s) behind each image" if g.extra_rows else "")),
+        ("visual tokens", _tokens_text(g)),
         *([("tokens of sound", f"{g.audio_tokens}")] if g.audio_tokens else []),
         ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
@@ -131,6 +129,14 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
     ):  # fmt: skip
         table.add_row(what, Text(value))
     return table
+
+
+def _tokens_text(g: GeometrySizes) -> str:
+    if g.sizes:
+        each = "; ".join(f"{one.height}x{one.width}: {one.tokens}, {one.features}" for one in g.sizes)
+        return f"of each image, and how many enter the decoder: {each}"
+    behind = f", with {g.extra_rows} row(s) behind each image" if g.extra_rows else ""
+    return f"{g.tokens_per_image} per {_grid_text(g)}, {g.features_per_image - g.extra_rows} enter the decoder{behind}"
 
 
 def _grid_text(g: GeometrySizes) -> str:

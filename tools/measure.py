@@ -83,7 +83,8 @@ def make_workload(
     if geometry.frames:
         videos = [random.integers(0, 256, (geometry.frames, *shape), dtype=np.uint8)]
     elif not chosen:
-        chosen = [random.integers(0, 256, shape, dtype=np.uint8) for _ in range(geometry.images)]
+        sizes = [(one.height, one.width, 3) for one in geometry.sizes] or [shape] * geometry.images
+        chosen = [random.integers(0, 256, size, dtype=np.uint8) for size in sizes]
     if geometry.audio_seconds:
         sounds = [random.uniform(-0.5, 0.5, geometry.audio_seconds * _RATE)]
     text = _fill_bucket(session, variant) if prompt is None else prompt

@@ -80,6 +80,11 @@ class VisionFacts:
     grids_per_item: int = 1
     """Grids one after the other that are an item: what has its own extra rows. An image, its tiles, or all frames of a
     video."""
+    sizes: tuple[VisionFacts, ...] = ()
+    """Where the images of a row are of several sizes: facts of each size's images, which go through the tower by
+    themselves. What is said beside it is then of one grid that has all tokens of the row."""
+    size_of: tuple[int, ...] = ()
+    """Of every image its size's place in ``sizes``; empty where all have one."""
     tiles: Tiles | None = None
     """How the tokens of an image that is cut into tiles are put together; None where a grid stays a grid."""
     split: Split | None = None
@@ -114,6 +119,17 @@ class VisionFacts:
     def projector_merges(self) -> bool:
         """Whether what enters the projector are not yet the visual tokens, so that stages stand behind it alone."""
         return self.packed or isinstance(self.merge, Pooled)
+
+    @property
+    def images(self) -> tuple[VisionFacts, ...]:
+        """Facts of every grid of a row: those of its size, where images are of several."""
+        return tuple(self.sizes[size] for size in self.size_of) or (self,) * self.frames
+
+    @property
+    def image_places(self) -> tuple[tuple[int, int], ...]:
+        """Of every image of several sizes: its size's place in ``sizes``, and which of the images of that size it
+        is."""
+        return tuple((size, self.size_of[:index].count(size)) for index, size in enumerate(self.size_of))
 
     @property
     def tokens_per_row(self) -> int:
@@ -225,15 +241,21 @@ class AudioTower:
     reference: Callable[[Any, Any, VisionFacts], Any]
 
 
-def fixed_size(config: Any, geometry: Geometry, videos: bool = False) -> int:
+def fixed_size(config: Any, geometry: Geometry, videos: bool = False, tiles: bool = False) -> int:
     """The number of grids of a row, for families that take nothing but images of their own size, or with ``videos``
-    frames of that size as well."""
+    frames of that size as well; with ``tiles`` the number of images, which one other size may say the tiles of."""
     where = f"{config.name_or_path}/config.json"
     takes = "images and videos" if videos else "images"
     for asked, option in ((0 if videos else geometry.frames, "--frames"), (geometry.audio_seconds, "--audio-seconds")):
         if asked:
             raise UserError(f"a {config.model_type} bundle takes {takes} only", where=where, fix=f"leave {option} out")
-    if geometry.image_size is not None:
+    if tiles and geometry.sizes:
+        raise UserError(
+            f"a {config.model_type} bundle takes images of one size",
+            where="--image-size",
+            fix="give one for all of them",
+        )
+    if geometry.image_size is not None and not tiles:
         raise UserError(
             f"images of a {config.model_type} model have the size its configuration says", where=where,
             fix="leave --image-size out",

@@ -9,7 +9,6 @@ that transformers makes of one of that size, one after the other between those t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from secateur.compiler.families.family import (
@@ -41,7 +40,7 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     side = _read_side(vision, merge, where)
     split = _read_split(config, geometry)
     return VisionFacts(
-        frames=fixed_size(config, replace(geometry, image_size=None)) * (split.grids if split else 1),
+        frames=fixed_size(config, geometry, tiles=True) * (split.grids if split else 1),
         split=split,
         image_size=tuple(vision.image_size),
         grid=(side // merge, side // merge),
@@ -56,15 +55,15 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
 
 def _read_split(config: Any, geometry: Geometry) -> Split | None:
     """The tiles of an image of the geometry's size, the thumbnail among them."""
-    if geometry.image_size is None:
+    if (size := geometry.one_size) is None:
         return None
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     told, tower = read_image_processor(config), config.vision_config.image_size
     asked: dict[str, Any] = {key: told[key] for key in ("min_patches", "max_patches") if told.get(key)}
     asked |= {"crop_to_patches": True, "patch_size": {"height": tower[0], "width": tower[1]}}
-    grids = GotOcr2ImageProcessorPil().get_number_of_image_patches(*geometry.image_size, asked)
-    return Split(geometry.image_size, int(grids))
+    grids = GotOcr2ImageProcessorPil().get_number_of_image_patches(*size, asked)
+    return Split(size, int(grids))
 
 
 def _read_merge(ratio: float, where: str) -> int:

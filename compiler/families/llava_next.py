@@ -33,9 +33,15 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     for asked, option in ((geometry.frames, "--frames"), (geometry.audio_seconds, "--audio-seconds")):
         if asked:
             raise UserError(f"a {config.model_type} bundle takes images only", where=where, fix=f"leave {option} out")
+    if geometry.sizes:
+        raise UserError(
+            f"a {config.model_type} bundle takes images of one size",
+            where="--image-size",
+            fix="give one for all of them",
+        )
     grid = read_grid(config, where)
     # Without a size an image is as large as the largest resolution, of which it leaves nothing empty.
-    size = geometry.image_size or max(map(tuple, config.image_grid_pinpoints), key=lambda s: (s[0] * s[1], s))
+    size = geometry.one_size or max(map(tuple, config.image_grid_pinpoints), key=lambda s: (s[0] * s[1], s))
     down, across = _count_tiles(config, size, where)
     order = _order(grid[0], down, across, size)
     return VisionFacts(

@@ -90,12 +90,11 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
         return MediaLayout(plain.items, plain.runs, plain.offsets, plain.layout, MARKS)
     items, offsets = qwen_vision.seen_items(config, geometry, seen, times, whole_span=True)
     sounds: list[Axes] = [(i, i, i) for i in range(heard.tokens_per_row)]
-    per_grid = seen.tokens_per_image
     if geometry.frames:
         moments = [min(int(i / ticks / interval), seen.frames - 1) for i in range(len(sounds))]
     else:
-        moments = [seen.frames + i // heard.tokens_per_image for i in range(len(sounds))]
-    grids = [grid for grid in range(seen.frames) for _ in range(per_grid)]
+        moments = [len(seen.images) + i // heard.tokens_per_image for i in range(len(sounds))]
+    grids = list(qwen_vision.layout_seen(seen).frames)
     if not geometry.interleaves:
         count = len(sounds)
         return MediaLayout(
@@ -137,11 +136,11 @@ def _reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) 
 
     facts, vision = source.vision, source.config.vision_config
     merge = int(vision.spatial_merge_size)
-    side = [facts.grid[0] * merge, facts.grid[1] * merge]
-    given: dict[str, Any] = {"image_grid_thw": torch.tensor([[1, *side]] * facts.frames)}
+    grids = qwen_vision.list_grids(facts, merge)
+    given: dict[str, Any] = {"image_grid_thw": torch.tensor(grids)}
     if geometry.frames:
         given = {
-            "video_grid_thw": torch.tensor([[facts.frames, *side]]),
+            "video_grid_thw": torch.tensor([[len(grids), *grids[0][1:]]]),
             "second_per_grids": torch.tensor([vision.temporal_patch_size / geometry.fps]),
         }
     if source.audio is not None:

@@ -91,7 +91,7 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
         )  # fmt: skip
     times = [grid * int(interval) for grid in range(seen.frames)]
     items, offsets = qwen_vision.seen_items(config, geometry, seen, times, whole_span=True)
-    grids = [grid for grid in range(seen.frames) for _ in range(seen.tokens_per_image)]
+    grids = list(qwen_vision.layout_seen(seen).frames)
     if heard is None:
         return MediaLayout(tuple(items), ((0, len(offsets)),), tuple(offsets), qwen_vision.layout_seen(seen), MARKS)
     count = heard.tokens_per_row
@@ -99,11 +99,11 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     if geometry.frames:
         moments = [min(int(i / TOKENS / seconds), seen.frames - 1) for i in range(count)]
     else:
-        moments = [seen.frames + i // heard.tokens_per_image for i in range(count)]
+        moments = [len(seen.images) + i // heard.tokens_per_image for i in range(count)]
     if not geometry.interleaves:
         return MediaLayout(
             (*items, Item("audio", count, count, count)), ((0, len(offsets)), (1, count)), (*offsets, *sounds),
-            Layout((*grids, *moments), (0,) * len(offsets) + (1,) * count), MARKS,
+            Layout((*grids, *moments), (0,) * len(offsets) + (1,) * count), MARKS, sound_padding="longest",
         )  # fmt: skip
     runs: list[tuple[int, int]] = []
     places: list[Axes] = []
@@ -119,7 +119,8 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     kinds = tuple(kind for kind, size in runs for _ in range(size))
     item = Item("video with sound", len(places), span, reach)
     return MediaLayout(
-        (item,), tuple(runs), tuple(places), Layout(tuple(frames), kinds), MARKS, SOUND_MARKS, sound_marks_count=True
+        (item,), tuple(runs), tuple(places), Layout(tuple(frames), kinds), MARKS, SOUND_MARKS, sound_marks_count=True,
+        sound_padding="longest",
     )  # fmt: skip
 
 
@@ -139,11 +140,11 @@ def _reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) 
 
     facts, vision = source.vision, source.config.vision_config
     merge = int(vision.spatial_merge_size)
-    side = [facts.grid[0] * merge, facts.grid[1] * merge]
-    given: dict[str, Any] = {"image_grid_thw": torch.tensor([[1, *side]] * facts.frames)}
+    grids = qwen_vision.list_grids(facts, merge)
+    given: dict[str, Any] = {"image_grid_thw": torch.tensor(grids)}
     if geometry.frames:
         given = {
-            "video_grid_thw": torch.tensor([[facts.frames, *side]]),
+            "video_grid_thw": torch.tensor([[len(grids), *grids[0][1:]]]),
             "second_per_grids": torch.tensor([vision.temporal_patch_size / geometry.fps]),
         }
     if source.audio is not None:

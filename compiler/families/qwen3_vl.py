@@ -35,7 +35,8 @@ def read_vision(config: Any, geometry: Geometry) -> VisionFacts:
             f"deepstack_visual_indexes are {inner}", where=f"{config.name_or_path}/config.json",
             fix=f"they are up to {most} different layers of a tower of {facts.layers}",
         )  # fmt: skip
-    return replace(facts, deepstack=len(inner))
+    sizes = tuple(replace(size, deepstack=len(inner)) for size in facts.sizes)
+    return replace(facts, deepstack=len(inner), sizes=sizes)
 
 
 def vision_indices(config: Any, facts: VisionFacts, rows: int) -> Mapping[str, Any]:
@@ -45,7 +46,7 @@ def vision_indices(config: Any, facts: VisionFacts, rows: int) -> Mapping[str, A
 
     vision = config.vision_config
     merge = int(vision.spatial_merge_size)
-    grids = torch.tensor([[1, facts.grid[0] * merge, facts.grid[1] * merge]] * (facts.frames * rows))
+    grids = torch.tensor(qwen_vision.list_grids(facts, merge) * rows)
     places, weights = get_vision_interpolation_indices_and_weights(
         grids, num_grid_per_side=int(vision.num_position_embeddings**0.5), mode="bilinear", align_corners=True,
         spatial_merge_size=merge,

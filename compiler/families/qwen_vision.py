@@ -8,6 +8,7 @@ towers' indices are computed once, by transformers' own functions, and handed to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from secateur.compiler.families.family import VisionFacts
@@ -24,10 +25,14 @@ USUAL_SIZE = (448, 448)
 
 def read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     """Facts of a tower with ``depth`` layers that reads flattened patches."""
+    if geometry.sizes:
+        different = tuple(dict.fromkeys(geometry.sizes))
+        each = [replace(geometry, image_size=size, images=geometry.sizes.count(size)) for size in different]
+        return join_sizes([read_vision(config, one) for one in each], [different.index(s) for s in geometry.sizes])
     vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
     patch, merge, depth = _read_side(vision.patch_size, where), vision.spatial_merge_size, vision.depth
-    height, width = geometry.image_size or USUAL_SIZE
+    height, width = geometry.one_size or USUAL_SIZE
     if height % (patch * merge) or width % (patch * merge):
         near = [max(1, round(n / (patch * merge))) * patch * merge for n in (height, width)]
         raise UserError(
@@ -61,6 +66,21 @@ def read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         attends_whole=tuple(windows or ()),
         packed=True,
     )
+
+
+def join_sizes(sizes: Sequence[VisionFacts], size_of: Sequence[int]) -> VisionFacts:
+    """Facts of a row whose images are of several sizes, ``size_of`` each."""
+    tokens, patches = (sum(each) for each in ((s.tokens_per_row for s in sizes), (s.input_shape[0] for s in sizes)))
+    largest = max(sizes, key=lambda size: size.tokens_per_image)
+    return replace(
+        largest, frames=1, grid=(1, tokens), input_shape=(patches, *largest.input_shape[1:]), patch_order=(),
+        sizes=tuple(sizes), size_of=tuple(size_of),
+    )  # fmt: skip
+
+
+def list_grids(facts: VisionFacts, merge: int) -> list[list[int]]:
+    """Patches of every grid of a row: in time (one), down and across, as transformers is told of images."""
+    return [[1, image.grid[0] * merge, image.grid[1] * merge] for image in facts.images]
 
 
 def _read_side(size: Any, where: str) -> int:
@@ -139,7 +159,7 @@ def reference_forward(model: Any, patches: Any, facts: VisionFacts) -> tuple[Any
 
     merge = int(model.config.vision_config.spatial_merge_size)
     rows = patches.shape[0] // facts.input_shape[0]
-    grid = torch.tensor([[1, facts.grid[0] * merge, facts.grid[1] * merge]] * (facts.frames * rows))
+    grid = torch.tensor(list_grids(facts, merge) * rows)
     out = model.get_image_features(patches, image_grid_thw=grid, return_dict=True)
     planes = out.deepstack_features if facts.deepstack else []
     return tuple(torch.stack(list(each)) for each in (out.pooler_output, *planes))
@@ -151,11 +171,11 @@ def reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -
 
     vision, facts = source.config.vision_config, source.vision
     merge = int(vision.spatial_merge_size)
-    side = [facts.grid[0] * merge, facts.grid[1] * merge]
+    grids = list_grids(facts, merge)
     types = (ids == source.config.image_token_id).int() + 2 * (ids == source.config.video_token_id).int()
-    given: dict[str, Any] = {"image_grid_thw": torch.tensor([[1, *side]] * facts.frames)}
+    given: dict[str, Any] = {"image_grid_thw": torch.tensor(grids)}
     if geometry.frames:
-        given = {"video_grid_thw": torch.tensor([[facts.frames, *side]])}
+        given = {"video_grid_thw": torch.tensor([[len(grids), *grids[0][1:]]])}
     if hasattr(vision, "tokens_per_second"):
         given["second_per_grid_ts"] = torch.tensor([vision.temporal_patch_size / geometry.fps])
     return model.model.get_rope_index(input_ids=ids, mm_token_type_ids=types, **given)[0][:, 0]
@@ -166,18 +186,18 @@ def seen_items(
 ) -> tuple[list[Item], list[tuple[int, int, int]]]:
     """The images, or the one video whose grids stand at ``times``, and the offsets of their tokens. The text behind a
     video goes on behind its last position with ``whole_span``, else behind the longer side of one grid."""
+    if not geometry.frames:
+        items = [Item("image", one.tokens_per_image, max(one.grid), max(one.grid)) for one in facts.images]
+        return items, [axes for one in facts.images for axes in grid_axes([0], *one.grid)]
     rows, columns = facts.grid
     side = max(rows, columns)
-    if not geometry.frames:
-        item = Item("image", facts.tokens_per_image, side, side)
-        return [item] * facts.frames, grid_axes([0], rows, columns) * facts.frames
     reach = max(times[-1] + 1, side)
     video = Item("video", facts.tokens_per_row, reach if whole_span else side, reach)
     return [video], grid_axes(times, rows, columns)
 
 
 def layout_seen(facts: VisionFacts) -> Layout:
-    return Layout.of_images(facts.frames, facts.tokens_per_image)
+    return Layout.of_counts([image.tokens_per_image for image in facts.images])
 
 
 def plain_media(

@@ -8,7 +8,6 @@ before it, with marks of row and column. Videos are not supported.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from types import SimpleNamespace
@@ -37,7 +36,7 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     _find_positions(vision.image_size, vision.patch_size)
     split = _read_split(config, geometry)
     return VisionFacts(
-        frames=fixed_size(config, replace(geometry, image_size=None)) * (split.grids if split else 1),
+        frames=fixed_size(config, geometry, tiles=True) * (split.grids if split else 1),
         split=split,
         image_size=(vision.image_size, vision.image_size),
         grid=(side // merge, side // merge),
@@ -53,7 +52,7 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
 
 def _read_split(config: Any, geometry: Geometry) -> Split | None:
     """The tiles of an image of the geometry's size, the global view behind them, and the text between them."""
-    if geometry.image_size is None:
+    if (size := geometry.one_size) is None:
         return None
     import numpy as np
     from PIL import Image
@@ -69,7 +68,7 @@ def _read_split(config: Any, geometry: Geometry) -> Split | None:
         )  # fmt: skip
     side, theirs = config.vision_config.image_size, SmolVLMImageProcessorPil()
     # Only sizes matter here: of a blank image, in the quickest way.
-    blank, quick = np.zeros((3, *geometry.image_size), np.uint8), Image.Resampling.NEAREST
+    blank, quick = np.zeros((3, *size), np.uint8), Image.Resampling.NEAREST
     if told.get("do_resize", True):
         longest = (told.get("size") or {}).get("longest_edge", theirs.size["longest_edge"])
         blank = theirs.resize(blank, SizeDict(longest_edge=longest), resample=quick)
@@ -77,7 +76,7 @@ def _read_split(config: Any, geometry: Geometry) -> Split | None:
     several = rows * columns > 1
     marks = ("{fake_image_token}", "<image>", "{global_image_token}")
     text = get_image_prompt_string(rows * several, columns * several, 1, *marks)
-    return Split(geometry.image_size, rows * columns + several, tuple(text.split("<image>")))
+    return Split(size, rows * columns + several, tuple(text.split("<image>")))
 
 
 def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:

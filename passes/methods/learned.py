@@ -94,4 +94,28 @@ def learned_perceptron(
     return (bent @ weights.take("down.weight", 1, up.shape[0]).transpose(0, 1)).squeeze(-1)
 
 
-SCORES: dict[str, Callable[..., Tensor]] = {"learned_perceptron": learned_perceptron}
+def learned_selector(tokens: Tensor, weights: Weights) -> Tensor:
+    """A trained query and key of every one of ``tokens [G,N,D]``: the mean over all keys of their scaled products with
+    a token's query, without softmax, ``[G,N]`` (VisionSelector, arXiv 2510.16598, whose scorer IDPruner takes).
+
+    ``weights``: ``q_proj.weight [W,D]``, ``q_proj.bias [W]``, ``k_proj.weight [W,D]``, ``k_proj.bias [W]``. The mean
+    over products is the product with the mean key, so the cost is linear in N.
+    """
+    width = tokens.shape[-1]
+    into = weights.take("q_proj.weight", -1, width)
+    inner = into.shape[0]
+    query = tokens @ into.transpose(0, 1) + weights.take("q_proj.bias", inner)
+    key = tokens.mean(dim=1, keepdim=True) @ weights.take("k_proj.weight", inner, width).transpose(0, 1)
+    key = key + weights.take("k_proj.bias", inner)
+    return (query * key).sum(dim=-1) * inner**-0.5
+
+
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "learned_perceptron": learned_perceptron,
+    "learned_selector": learned_selector,
+}
+TENSORS = {
+    "learned_perceptron": "norm.weight [D], up.weight [W,D], up.bias [W] and down.weight [1,W]",
+    "learned_selector": "q_proj.weight [W,D], q_proj.bias [W], k_proj.weight [W,D] and k_proj.bias [W]",
+}
+"""What a function of this module reads from its file: floating-point numbers of any width, D as wide as a token."""

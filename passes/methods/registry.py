@@ -13,6 +13,7 @@ from secateur.passes.methods import (
     merge_nearest,
     merge_pairs,
     merge_runs,
+    per_modality,
     score,
     score_attention,
     score_change,
@@ -45,6 +46,7 @@ _MODULES: tuple[ModuleType, ...] = (
     select_windows,
     merge_nearest,
     windows_in_time,
+    per_modality,
     learned,
 )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.compiler.layout import Grid
 from secateur.passes.methods.rows import Scored, unit_rows
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def frame_layout(grid: Grid) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def frame_change(tokens: Tensor, grid: Grid, compare: Literal["previous", "group
     reference = torch.tensor([max(f, 0) for f in earlier], device=tokens.device)
     units = unit_rows(tokens).reshape(-1, frames, places, tokens.shape[-1])
     change = 1.0 - (units * units.index_select(1, reference)).sum(dim=-1)
-    spread = [[3.0 + (f * places + p) * _GOLDEN % 1.0 for p in range(places)] for f in range(frames)]
+    spread = [[3.0 + (f * places + p) * GOLDEN % 1.0 for p in range(places)] for f in range(frames)]
     leads = torch.tensor([[f % size == 0] for f in range(frames)], device=tokens.device)
     change = torch.where(leads, torch.tensor(spread, dtype=change.dtype, device=tokens.device), change)
     return change.reshape(tokens.shape[:2])

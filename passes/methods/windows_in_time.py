@@ -8,6 +8,7 @@ numbers at static shapes, and always exactly k tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Annotated
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from secateur.compiler.layout import Layout, share_out
 from secateur.passes.methods.rows import unit_rows
+from secateur.passes.methods.score_change import GOLDEN
 from secateur.passes.methods.select import Selection, pick_farthest_points
 from secateur.passes.methods.select_windows import Parts, prefer
 
@@ -83,7 +85,7 @@ def window_modality_quotas(
     present = (count > 0).to(score.dtype)
     weight = torch.softmax(torch.where(count > 0, mean / temperature, _ABSENT), dim=1) * present
 
-    kept = torch.tensor([float(n) for n in _modality_quotas(layout, k, rates)], device=score.device)
+    kept = torch.tensor([float(n) for n in modality_quotas(layout, k, rates)], device=score.device)
     total = torch.full((groups, 1), float(k), device=score.device)
     budget = _share_out(weight.mean(dim=2), total, present.sum(dim=2), count.sum(dim=2))
     quota = _share_out(weight * kept, budget.unsqueeze(2), present, count)
@@ -102,24 +104,27 @@ def unlike_sound(tokens: Tensor, source: Tensor, layout: Layout, frames: Count =
 
     The authors train a predictor from sound to coarse visual meaning and drop what it foretells. Here one minus the
     cosine of a token with the mean direction of its window's sound takes its place, among ``tokens [G,N,D]`` as the LLM
-    reads them; 1 where nothing is heard, and 3 for sound itself, which is all kept first. ``source [G,N]`` finds the
-    tokens in the layout.
+    reads them; 1 where nothing is heard. Sound itself comes first, at 3 to 4: among it the fractional parts of
+    multiples of the golden ratio decide, so that the highest, however many, lie evenly over the row. ``source [G,N]``
+    finds the tokens in the layout.
     """
     groups = tokens.shape[0]
     windows = [moment // frames for moment in layout.frames]
-    window, heard = (
+    sounds = list(accumulate(layout.modalities))
+    spread = [3.0 + number * GOLDEN % 1.0 for number in sounds]
+    window, heard, first = (
         torch.tensor(table, device=tokens.device).unsqueeze(0).expand(groups, len(table)).gather(1, source)
-        for table in (windows, list(layout.modalities))
+        for table in (windows, list(layout.modalities), spread)
     )
     sound = (heard == 1).to(tokens.dtype)
     unit = unit_rows(tokens)
     inside = (window.unsqueeze(1) == torch.arange(max(windows) + 1, device=tokens.device).unsqueeze(1)).to(tokens.dtype)
     pooled = (inside * sound.unsqueeze(1)) @ unit
     alike = (unit @ unit_rows(pooled).transpose(1, 2)).gather(2, window.unsqueeze(2)).squeeze(2)
-    return torch.where(heard == 1, 3.0, 1.0 - alike)
+    return torch.where(heard == 1, first.to(tokens.dtype), 1.0 - alike)
 
 
-def _modality_quotas(layout: Layout, k: int, rates: tuple[float, ...]) -> list[int]:
+def modality_quotas(layout: Layout, k: int, rates: tuple[float, ...]) -> list[int]:
     """How many of k tokens each kind gets, in proportion to its tokens times its rate."""
     sizes = [layout.modalities.count(kind) for kind in range(max(layout.modalities) + 1)]
     return share_out([size * rate for size, rate in zip(sizes, rates, strict=False)], k, sizes)
@@ -130,7 +135,7 @@ def _cell_quotas(layout: Layout, k: int, frames: int, rates: tuple[float, ...]) 
     table, kinds = layout.cells(frames)
     held = sorted(set(table))
     quotas = [0] * len(held)
-    for kind, kept in enumerate(_modality_quotas(layout, k, rates)):
+    for kind, kept in enumerate(modality_quotas(layout, k, rates)):
         mine = [at for at, cell in enumerate(held) if cell % kinds == kind]
         sizes = [table.count(held[at]) for at in mine]
         for at, part in zip(mine, share_out(sizes, kept, sizes), strict=True):
@@ -175,3 +180,5 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "window_modality_quotas": window_modality_quotas,
 }
 SELECTORS: dict[str, Callable[..., Selection]] = {"windowed_max_min": windowed_max_min}
+NEED_SOUND = ("unlike_sound",)
+"""Functions that score all tokens alike where nothing is heard."""

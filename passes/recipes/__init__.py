@@ -11,6 +11,7 @@ from secateur.passes.recipe_module import installed_names, recipe_from_package
 from secateur.passes.recipes import (
     decoder_attention_rows,
     decoder_rows,
+    omni_rows,
     reference_rows,
     seats_rows,
     tower_attention_rows,
@@ -18,7 +19,15 @@ from secateur.passes.recipes import (
 )
 from secateur.runtime.errors import UserError
 
-_MODULES = (reference_rows, decoder_attention_rows, decoder_rows, seats_rows, tower_attention_rows, tower_rows)
+_MODULES = (
+    reference_rows,
+    decoder_attention_rows,
+    decoder_rows,
+    seats_rows,
+    omni_rows,
+    tower_attention_rows,
+    tower_rows,
+)
 
 RECIPES: dict[str, Recipe] = {row.name: row for module in _MODULES for row in module.ROWS}
 

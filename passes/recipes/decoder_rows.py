@@ -200,8 +200,10 @@ ROWS: tuple[Recipe, ...] = (
         stages=(Stage(Site("decoder.layer", 16, 32), select=Term("nothing"), share=0.0, scope="whole"),),
         evidence="reconstructed",
         notes="The static form of DyVTE: all visual tokens leave before one fixed layer. The authors train a small "
-        "router per layer that decides for each prompt; half of the depth is our choice. The keep ratio has no "
-        "effect, the layer decides.",
+        "router per layer that decides for each prompt; half of the depth is our choice. Their weights have no place "
+        "here: a router's answer changes how long the sequence is, and a compiled graph has one length for each layer, "
+        "so that what could depend on it would drop nothing. Choose the layer from where the routers exit on your "
+        "data, and write it as the site of a recipe file. The keep ratio has no effect, the layer decides.",
         identity_at_one=False,
     ),
 )

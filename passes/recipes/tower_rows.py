@@ -85,8 +85,27 @@ ROWS = (
         ),
         evidence="reconstructed",
         notes="The selection is the authors', the importance is not: theirs comes from a trained scorer, here it is "
-        "the attention a patch receives in the tower layer the projector reads. Figures of the paper do not apply. "
+        "the attention a patch receives in the tower layer the projector reads; `idpruner_learned` takes the scorer's "
+        "weights. Figures of the paper do not apply. "
         "They pool the tokens of all images and choose from them at once; here each image is pruned by itself.",
+        settings=(Setting("Qwen2.5-VL-7B", 0.25), Setting("Qwen2.5-VL-7B", 0.1)),
+    ),
+    Recipe(
+        name="idpruner_learned",
+        title="IDPruner: Harmonizing Importance and Diversity in Visual Token Pruning for MLLMs (trained scorer)",
+        link="https://arxiv.org/abs/2602.13315",
+        stages=(
+            Stage(
+                Site("projector.out"),
+                score=Term("min_max", of=(Term("learned_selector"),)),
+                select=Term("max_marginal_relevance", {"weight": 0.5}),
+                share=0.25,
+            ),
+        ),
+        notes="Needs a file of weights: --recipe idpruner_learned:weights=FILE.safetensors with q_proj.weight [W,D], "
+        "q_proj.bias [W], k_proj.weight [W,D] and k_proj.bias [W], as a VisionSelector checkpoint has them under its "
+        "scorer (W is 1792 there). The scorer's form was read in published copies of it. The authors pool the tokens "
+        "of all images, score and choose from them at once; here each image is scored and pruned by itself.",
         settings=(Setting("Qwen2.5-VL-7B", 0.25), Setting("Qwen2.5-VL-7B", 0.1)),
     ),
     Recipe(

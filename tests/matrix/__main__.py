@@ -16,8 +16,8 @@ from secateur.passes.recipes import RECIPES, get_recipe
 from secateur.tools.console import notes
 
 from . import page
-from .cells import lacks, list_cells
-from .layouts import LAYOUTS, TOWERS
+from .cells import lacks, list_cells, list_pairs
+from .layouts import LAYOUTS
 from .walk import read_held, walk
 
 
@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/matrix"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/matrix.md"), help="page to write (%(default)s)")
     options = parser.parse_args(arguments)
-    towers = {name: TOWERS[name] for name in options.layouts}
+    layouts = {name: LAYOUTS[name] for name in options.layouts}
     recipes = [get_recipe(name) for name in options.recipes or RECIPES]
-    skipped = {(r.name, n): why for r in recipes for n in towers if (why := lacks(r, towers[n]))}
-    cells = [c for c in list_cells(recipes, towers) if options.kinds is None or c.kind in options.kinds]
+    skipped = {(r.name, o.name): why for r, o in list_pairs(recipes, layouts) if (why := lacks(r, o.tower))}
+    cells = [c for c in list_cells(recipes, layouts) if options.kinds is None or c.kind in options.kinds]
     found = read_held(cells, options.work, options.fresh)
     todo = [cell for cell in cells if cell not in found]
     notes.print(f"{len(cells)} cells, {len(found)} of them hold from before")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from secateur.compiler.geometry import Geometry
 from secateur.compiler.recipe import Recipe
+from secateur.passes.needs import needs_sound, needs_weights
 from secateur.passes.signals import NEED_CLS
 from secateur.passes.vocabulary import bind_stage
 
 Kind = Literal["parity", "identity", "engine"]
 KEEPS, BATCHES, FRAMES = (0.5, 0.1), (1, 3), 4
+TEXT_TOKENS, NEW_TOKENS = 24, 4
 ENGINE_DTYPES = ("fp16", "bf16")
 
 
@@ -43,18 +47,63 @@ class Cell:
 
 class Tower(NamedTuple):
     """What a layout's tower has: a CLS token; ``merges``: several patches become one token behind it; ``read_last``:
-    the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is."""
+    the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is;
+    ``tiles``: it sees an image in tiles, whose tokens are put together without padding behind the projector;
+    ``hears``: a tower for sound stands beside it."""
 
     has_cls: bool
     merges: bool = False
     read_last: bool = False
     linear: bool = False
+    tiles: bool = False
+    hears: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model layout. ``write`` makes the model directory and returns it; ``tower``: what rows can ask of its tower.
+
+    ``media`` are the fields of the geometry that say what a row holds; empty: one image, or as many as a recipe looks
+    at together. ``rows`` are the recipes it is compiled with, the first of them also in every sample; empty: all.
+    ``axes``: position ids have several axes, so that a recipe which numbers anew what is left changes the model even
+    where it keeps all tokens.
+    """
+
+    name: str
+    title: str
+    tower: Tower
+    write: Callable[[Path], Path]
+    media: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rows: tuple[str, ...] = ()
+    axes: bool = False
+
+    def geometry(self, batch: int = 1, images: int = 1) -> Geometry:
+        return Geometry(
+            batch=batch, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS, **(self.media or {"images": images})
+        )
+
+    def same_at_one(self, recipe: Recipe) -> bool:
+        """Whether at keep 1.0 the recipe must leave the model as it is."""
+        return bool(recipe.stages) and recipe.identity_at_one and not (self.axes and recipe.positions == "compact")
+
+    def image_counts(self, recipe: Recipe) -> tuple[int, ...]:
+        """Numbers of images a row holds in the recipe's cells; a video counts as one."""
+        return (self.media.get("images", 1),) if self.media else image_counts(recipe)
 
 
 def lacks(recipe: Recipe, tower: Tower) -> str | None:
     """Why a row does not apply to a layout; None where it does."""
+    if needs_weights(recipe):
+        return "it waits for a file of learned weights"
+    if needs_sound(recipe) and not tower.hears:
+        return "it compares what is seen with what is heard, and nothing is heard"
     if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
         return "its stages stand between layers of the tower, behind which patches are put together"
+    if tower.tiles and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
+        return "its stages stand between layers of the tower, which sees the tiles of an image one by one"
+    terms = [term for stage in recipe.stages for term in bind_stage(stage, where=recipe.name).terms]
+    if tower.tiles and any("grid" in term.every_reserved() for term in terms):
+        return "it needs the whole grid of patches, and an image in tiles has several"
     nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]
     if tower.has_cls and tower.read_last and nexts:
         return f"{nexts[0]} is that of the layer behind the one the projector reads, which is the last"
@@ -78,56 +127,82 @@ def image_counts(recipe: Recipe) -> tuple[int, ...]:
     return (*single, max([FRAMES, *windows])) if frames or windows else single
 
 
-def list_cells(recipes: Iterable[Recipe], layouts: dict[str, Tower], engines: bool = True) -> list[Cell]:
-    """Every cell, row by row. ``layouts`` maps a layout to its tower."""
+def list_cells(recipes: Iterable[Recipe], layouts: Mapping[str, Layout], engines: bool = True) -> list[Cell]:
+    """Every cell, row by row."""
     cells = []
-    for recipe, (layout, tower) in itertools.product(recipes, layouts.items()):
-        if lacks(recipe, tower):
+    for recipe, layout in list_pairs(recipes, layouts):
+        if lacks(recipe, layout.tower):
             continue
+        counts = layout.image_counts(recipe)
         if not recipe.stages:
-            cells += [Cell("parity", recipe.name, layout, None, batch) for batch in BATCHES]
-        for images, keep, batch in itertools.product(image_counts(recipe), KEEPS, BATCHES):
+            cells += [Cell("parity", recipe.name, layout.name, None, batch, counts[-1]) for batch in BATCHES]
+        for images, keep, batch in itertools.product(counts, KEEPS, BATCHES):
             if recipe.stages:
-                cells.append(Cell("parity", recipe.name, layout, keep, batch, images))
-        if recipe.stages and recipe.identity_at_one:
-            cells.append(Cell("identity", recipe.name, layout, 1.0, 1, image_counts(recipe)[-1]))
+                cells.append(Cell("parity", recipe.name, layout.name, keep, batch, images))
+        if layout.same_at_one(recipe):
+            cells.append(Cell("identity", recipe.name, layout.name, 1.0, 1, counts[-1]))
         if engines:
-            cells.append(Cell("engine", recipe.name, layout, None, 2, image_counts(recipe)[-1], "fp16"))
+            cells.append(Cell("engine", recipe.name, layout.name, None, 2, counts[-1], "fp16"))
     return cells
+
+
+def list_pairs(recipes: Iterable[Recipe], layouts: Mapping[str, Layout]) -> list[tuple[Recipe, Layout]]:
+    """What is asked for, whether or not the row applies to the layout."""
+    pairs = itertools.product(recipes, layouts.values())
+    return [(recipe, layout) for recipe, layout in pairs if not layout.rows or recipe.name in layout.rows]
 
 
 def sample(
-    recipes: Sequence[Recipe], layouts: dict[str, Tower], seed: int, others: int = 8, identities: int = 2
+    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, others: int = 8, identities: int = 2
 ) -> list[Cell]:
     """A part of the matrix that ``make test`` has time for, compared on ONNX Runtime.
 
-    On the first layout every row is compared once, on each further one about ``others`` rows. Rows are dealt out in a
-    seeded order to the pairs of keep ratio and batch in turn, so that every pair of values of any two of layout, keep
-    ratio and batch comes up. Rows that look at frames get four of them, with a batch of one.
+    On the first layout every row is compared once, on each further one that has them all about ``others`` rows, on one
+    that has a few the first of them and another. Rows are dealt out in a seeded order to the pairs of keep ratio and
+    batch in turn, so that every pair of values of any two of layout, keep ratio and batch comes up. Rows that look at
+    frames get four of them, with a batch of one.
     """
     rng = random.Random(seed)
     cells = []
-    for number, (layout, tower) in enumerate(layouts.items()):
-        fitting = [r for r in recipes if r.stages and not lacks(r, tower)]
+    for number, layout in enumerate(layouts.values()):
+        fitting = [r for r, _ in list_pairs(recipes, {layout.name: layout}) if r.stages and not lacks(r, layout.tower)]
         rng.shuffle(fitting)
-        settings = itertools.cycle(itertools.product(KEEPS, BATCHES))
+        same = [r for r in fitting if layout.same_at_one(r) and 1 in layout.image_counts(r)]
+        if layout.rows:
+            # Two cells: either differs from the other in both settings.
+            settings = [(KEEPS[i], BATCHES[(i + number) % 2]) for i in range(2)]
+            fitting.sort(key=lambda recipe: recipe.name != layout.rows[0])
+            cells += [
+                Cell("parity", recipe.name, layout.name, keep, batch, layout.image_counts(recipe)[-1])
+                for recipe, (keep, batch) in zip(fitting, settings, strict=False)
+            ]
+            continue
+        dealt = itertools.cycle(itertools.product(KEEPS, BATCHES))
         for recipe in fitting if number == 0 else fitting[:others]:
-            images = image_counts(recipe)
+            images = layout.image_counts(recipe)
             if (len(images) > 1 and number == 0) or 1 not in images:
-                cells.append(Cell("parity", recipe.name, layout, rng.choice(KEEPS), 1, images[-1]))
+                cells.append(Cell("parity", recipe.name, layout.name, rng.choice(KEEPS), 1, images[-1]))
             else:
-                keep, batch = next(settings)
-                cells.append(Cell("parity", recipe.name, layout, keep, batch))
-        same = [r for r in fitting if r.identity_at_one and 1 in image_counts(r)]
-        cells += [Cell("identity", r.name, layout, 1.0) for r in same[-identities:]]
+                keep, batch = next(dealt)
+                cells.append(Cell("parity", recipe.name, layout.name, keep, batch))
+        cells += [Cell("identity", r.name, layout.name, 1.0) for r in same[-identities:]]
     return cells
 
 
-def sample_engines(recipes: Sequence[Recipe], layouts: dict[str, Tower], seed: int, each: int = 2) -> list[Cell]:
-    """``each`` rows per layout whose programs are built, in one of the engine types each."""
+def sample_engines(
+    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, each: int = 2, others: int = 6
+) -> list[Cell]:
+    """``each`` rows per layout that has them all, and one on ``others`` of those with a few: their programs are built,
+    in one of the engine types each."""
     rng = random.Random(seed)
+    few = [name for name, layout in layouts.items() if layout.rows]
+    drawn = {name for name, layout in layouts.items() if not layout.rows} | {*rng.sample(few, min(others, len(few)))}
     cells = []
-    for (layout, tower), dtype in zip(layouts.items(), itertools.cycle(ENGINE_DTYPES)):
-        fitting = [r for r in recipes if r.stages and not lacks(r, tower) and 1 in image_counts(r)]
-        cells += [Cell("engine", r.name, layout, None, 2, 1, dtype) for r in rng.sample(fitting, each)]
+    for layout, dtype in zip([o for n, o in layouts.items() if n in drawn], itertools.cycle(ENGINE_DTYPES)):
+        pairs = list_pairs(recipes, {layout.name: layout})
+        fitting = [r for r, _ in pairs if r.stages and not lacks(r, layout.tower)]
+        fitting = [r for r in fitting if layout.rows or 1 in layout.image_counts(r)]
+        for recipe in rng.sample(fitting, 1 if layout.rows else each):
+            images = layout.image_counts(recipe)[-1] if layout.rows else 1
+            cells.append(Cell("engine", recipe.name, layout.name, None, 2, images, dtype))
     return cells

@@ -8,7 +8,16 @@ from typing import Any
 from secateur.compiler.parity import KINDS, TOLERANCE
 from secateur.tools.bench.accuracy_page import markdown
 
-from .layouts import DECODER_LAYERS, LAYOUTS, SIDE_PATCHES, TOWER_LAYERS
+from .cells import FRAMES, Layout
+from .layouts import (
+    AUDIO_LAYERS,
+    DECODER_LAYERS,
+    FEW_DECODER_LAYERS,
+    FEW_TOWER_LAYERS,
+    LAYOUTS,
+    SIDE_PATCHES,
+    TOWER_LAYERS,
+)
 from .work import QUESTIONS
 
 HEADER = [
@@ -82,6 +91,17 @@ def _reason(outcome: Mapping[str, Any]) -> str:
     return "; ".join(said) or "failed"
 
 
+def _describe(layout: Layout) -> str:
+    said = f"`{layout.name}`: {layout.title}."
+    if layout.media:
+        said += f" A prompt holds {layout.geometry().media}."
+    if layout.axes:
+        said += " Position ids have three axes."
+    if layout.rows:
+        said += f" Rows: {', '.join(layout.rows)}."
+    return said
+
+
 def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> str:
     failed = failures(records)
     unbuilt = sum(r["outcome"]["passed"] is None for r in records)
@@ -90,26 +110,30 @@ def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> 
     if unbuilt:
         verdict += f" **{unbuilt} engines were not built, because the library is not installed.**"
     listed = "".join(f"\n* {line}" for line in failed)
-    layouts = "\n".join(f"* `{layout.name}`: {layout.title}." for layout in LAYOUTS.values())
+    layouts = "\n".join(f"* {_describe(layout)}" for layout in LAYOUTS.values())
     return f"""# Every row on every layout
 
 Made by `make test-matrix`; edits are overwritten. {len(records)} cells. {verdict}
 {listed}
 
-Tiny models with seeded random weights: {SIDE_PATCHES}x{SIDE_PATCHES} visual tokens an image,
-{TOWER_LAYERS} tower layers, {DECODER_LAYERS} decoder layers.
+Tiny models whose weights are random numbers from a seed: they show that a bundle computes what the eager model
+computes, not how well a recipe does. Pixels and sound are noise. {TOWER_LAYERS} tower layers and {DECODER_LAYERS}
+decoder layers; {FEW_TOWER_LAYERS} and {FEW_DECODER_LAYERS} in layouts that have a few rows, and {AUDIO_LAYERS} layers
+that hear. Where nothing else is said a prompt holds an image of {SIDE_PATCHES}x{SIDE_PATCHES} visual tokens, and every
+row of the table is compiled that applies.
 
 {layouts}
 
 Each row is compiled at keep 0.5 and 0.1, for batches of 1 and 3, and where it compares or shares between images for
-four images as well. {QUESTIONS} questions of different lengths go through the ONNX Runtime bundle and through the
-eager oracle. *Kept equal*, *ties* and *different* count questions over all of these: every stage kept the oracle's
-tokens; scores that met within rounding explain the choice; anything else. The next four columns are the largest
-absolute differences with the choice held equal: projected features, hidden rows each decoder stage leaves, keys and
-values of all layers, logits after the prompt and two forced tokens. The bar is no different choice and {TOLERANCE:g}.
-*keep 1.0*: where a row keeps all tokens unchanged at that ratio, the largest difference of its logits from the
-unpruned model's, whose most likely tokens must be the same. *Engines*: every program of the row at its published keep
-ratio, fp16, batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
+{FRAMES} images as well, unless the layout has media of its own. {QUESTIONS} questions of different lengths go through
+the ONNX Runtime bundle and through the eager oracle. *Kept equal*, *ties* and *different* count questions over all of
+these: every stage kept the oracle's tokens; scores that met within rounding explain the choice; anything else. The next
+four columns are the largest absolute differences with the choice held equal: projected features, hidden rows each
+decoder stage leaves, keys and values of all layers, logits after the prompt and two forced tokens. The bar is no
+different choice and {TOLERANCE:g}. *keep 1.0*: where a row keeps all tokens unchanged at that ratio, and does not
+number them anew where positions have several axes, the largest difference of its logits from the unpruned model's,
+whose most likely tokens must be the same. *Engines*: every program of the row at its published keep ratio, fp16,
+batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
 
 {markdown(table_rows(records, skipped))}
 """

@@ -17,7 +17,7 @@ import torch
 from secateur.compiler.inputs import RowInput, random_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
-from secateur.compiler.pipeline import Geometry, export, plan_job, prune, trace_model
+from secateur.compiler.pipeline import export, plan_job, prune, trace_model
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, OracleRun
@@ -35,7 +35,7 @@ from secateur.tools.sweep.bundles import Bundles
 from .cells import Cell
 from .layouts import LAYOUTS
 
-TEXT_TOKENS, NEW_TOKENS, FORCED, QUESTIONS = 24, 4, 2, 6
+FORCED, QUESTIONS = 2, 6
 FLAVOUR = "tensorrt-rtx"
 
 
@@ -70,8 +70,7 @@ class Workshop:
     def bundles(self, layout: str, batch: int, images: int) -> Bundles:
         key = layout, batch, images
         if key not in self.bundles_made:
-            geometry = Geometry(batch=batch, images=images, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
-            self.bundles_made[key] = Bundles(self.model(layout), geometry, self.work)
+            self.bundles_made[key] = Bundles(self.model(layout), LAYOUTS[layout].geometry(batch, images), self.work)
         return self.bundles_made[key]
 
     def oracle(self, cell: Cell, recipe: Recipe, keep: float | None) -> Oracle:

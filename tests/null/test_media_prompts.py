@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from secateur.runtime.errors import BundleError, UserError
-from secateur.runtime.manifest import GeometrySizes, Manifest, Media, MediaItem, Model
+from secateur.runtime.manifest import GeometrySizes, ImageSize, Manifest, Media, MediaItem, Model
 from secateur.runtime.media import media_positions
 from secateur.runtime.processing import Processor
 
@@ -140,6 +140,49 @@ def show(ids: list[int]) -> str:
 )
 def test_placeholders_become_the_tokens_of_their_items(files: Path, kinds: list[str], prompt: Any, text: str) -> None:
     assert show(open_processor(files, kinds).encode(prompt)) == text
+
+
+def test_grids_behind_their_times(files: Path) -> None:
+    processor = open_processor(files, ["video"], frames=4)
+    manifest = processor._manifest
+    assert manifest.media is not None
+    grids = [MediaItem(kind="video", tokens=TOKENS, span=3, reach=3)] * 2
+    timed = manifest.media.model_copy(update={"items": grids, "timestamp": "{:.1f}s"})
+    manifest = manifest.model_copy(update={"media": timed})
+    processor = processor.at(manifest)
+    assert manifest.items == ["video"]
+    assert show(processor.encode("hi")) == "user: <0.2s<6>1.2s<6>>hi/a:"
+    assert show(processor.encode("hi", times=[3, 10.25])) == "user: <3.0s<6>10.2s<6>>hi/a:"
+    assert show(processor(["hi"], videos=[[film(40)]], video_fps=10).prompt_ids(0)) == "user: <0.5s<6>2.5s<6>>hi/a:"
+    words = len("user: <0.2s<>1.2s<>>hi/a:")
+    short = manifest.model_copy(update={"geometry": manifest.geometry.model_copy(update={"text_tokens": words - 1})})
+    with pytest.raises(UserError, match=f"has {words} text tokens, the bundle was compiled for at most {words - 1};"):
+        processor.at(short).encode("hi")
+
+
+def test_each_image_has_its_own_size(files: Path) -> None:
+    processor = open_processor(files, ["image", "image"])
+    manifest = processor._manifest
+    sizes = [ImageSize(height=56, width=84, tokens=6, features=6), ImageSize(height=28, width=28, tokens=1, features=1)]
+    assert manifest.media is not None
+    items = [MediaItem(kind="image", tokens=size.tokens, span=3, reach=3) for size in sizes]
+    changes = {
+        "geometry": manifest.geometry.model_copy(update={"sizes": sizes}),
+        "media": manifest.media.model_copy(update={"items": items}),
+    }
+    manifest = manifest.model_copy(update=changes)
+    processor = processor.at(manifest)
+    assert manifest.shown == "2 image(s) of 56x84, 28x28"
+    assert manifest.geometry.features == manifest.geometry.places == 7
+    inputs = processor(["hi"], [[picture(56, 84), picture(28, 28)]])
+    assert inputs.pixel_values.shape == (4 * 7, 3 * 2 * 14 * 14)
+    assert show(inputs.prompt_ids(0)) == "user: <6><1>hi/a:"
+    alone = open_processor(files, ["image"])(["hi"], [[picture(56, 84)]])
+    np.testing.assert_array_equal(inputs.pixel_values[:24], alone.pixel_values)
+    assert "compiled for 2 per row (56x84, 28x28)" in refusal(processor, images=[picture()])
+    wrong = manifest.geometry.model_copy(update={"sizes": [sizes[0], sizes[0].model_copy(update={"width": 56})]})
+    with pytest.raises(BundleError, match="compiled for 6 tokens"):
+        processor.at(manifest.model_copy(update={"geometry": wrong}))
 
 
 def test_pruned_items_have_fewer(files: Path) -> None:

@@ -101,6 +101,19 @@ def test_a_shorter_video_is_refused_with_what_would_fit() -> None:
     # Long enough, but its frames are fewer than are wanted.
     with pytest.raises(UserError, match=r"5 frame\(s\) at 1 a second \(5 s\).*compile with --frames 5"):
         FrameSampler(8, 2.0)([level(0)] * 5, fps=1)
+    # Two frames become one grid: what fits is a multiple of two.
+    with pytest.raises(UserError, match=r"compile with --frames 4$"):
+        FrameSampler(8, 2.0, step=2)([level(0)] * 5, fps=1)
+    with pytest.raises(UserError, match=r"give a longer video$"):
+        FrameSampler(8, 2.0, step=2)([level(0)], fps=1)
+
+
+def test_when_frames_are_seen() -> None:
+    film = [level(0)] * 40
+    assert FrameSampler(4, 2.0).read(film, fps=10).seconds == [0, 1, 2, 3]
+    assert FrameSampler(4, 2.0, ends=True).read(film, fps=10).seconds == [0, 1.3, 2.6, 3.9]
+    # A video whose rate nobody says lasts as long as was compiled: 2 seconds.
+    assert FrameSampler(4, 2.0).read(film).seconds == [0, 0.5, 1, 1.5]
 
 
 def test_a_video_that_just_holds_the_last_frame() -> None:

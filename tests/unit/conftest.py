@@ -43,12 +43,14 @@ def traced(model_dir: Callable[..., Path]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def pruned(traced: Callable[..., Any]) -> Callable[..., Any]:
     """``pruned(recipe, keep=None, decoder=..., ...)`` -> Pruned; the other arguments are those of ``traced``."""
-    from secateur.compiler.pipeline import RECIPES, prune
+    from secateur.compiler.pipeline import prune
+
+    from .rows import ready
 
     made: dict[tuple[object, ...], Any] = {}
 
     def make(recipe: str, keep: float | None = None, **model: Any) -> Any:
-        row = RECIPES[recipe]
+        row = ready(recipe, width=64)
         if keep is None and row.stages:
             keep = max(row.default_keep, 1 / 16)  # of sixteen tokens the smallest published ratio would leave none
         key = (recipe, keep, id(traced(**model)))

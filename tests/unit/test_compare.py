@@ -308,8 +308,8 @@ def test_lines_that_are_no_questions(line: str | bytes, complaint: str, tmp_path
 
 def test_a_row_is_given_room_for_other_features() -> None:
     item = RowInput([5, 3, 3, 6, 3, 3, 7], np.zeros(0), ())
-    assert list(respace(item, 3, 2, 1).input_ids) == [5, 3, 6, 3, 7]
-    assert list(respace(item, 3, 2, 3).input_ids) == [5, 3, 3, 3, 6, 3, 3, 3, 7]
+    assert list(respace(item, 3, [2], [1]).input_ids) == [5, 3, 6, 3, 7]
+    assert list(respace(item, 3, [2], [3]).input_ids) == [5, 3, 3, 3, 6, 3, 3, 3, 7]
 
 
 # -- what cannot be compared ------------------------------------------------------------------------------

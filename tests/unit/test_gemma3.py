@@ -199,12 +199,6 @@ def test_the_same_bytes_whatever_order_sets_have(source: Path) -> None:
     assert "sliding_attention_inv_freq" in said.pop()
 
 
-def test_windows_inside_the_sequence_are_refused(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "model", text={"sliding_window": 40})
-    with pytest.raises(UserError, match="layer 0 attends through a window of 40, shorter than a row of 49 slots"):
-        pipeline.explain("none", path, geometry=Geometry(text_tokens=32, new_tokens=8))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

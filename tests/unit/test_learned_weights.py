@@ -19,6 +19,7 @@ from secateur.compiler import learned, pipeline
 from secateur.compiler.learned import WeightsFile, read_weights
 from secateur.compiler.pipeline import Geometry, verify
 from secateur.compiler.recipe import Term
+from secateur.passes.methods import own
 from secateur.passes.methods.learned import Weights, learned_perceptron, load_weights
 from secateur.passes.methods.registry import SCORES
 from secateur.passes.recipe_file import digest_recipe, load_recipe, recipe_from_yaml, recipe_to_yaml
@@ -142,6 +143,7 @@ def test_a_function_of_ones_own_takes_weights(tmp_path: Path, monkeypatch: pytes
         assert bound.function(tokens, **bound.options).tolist() == [[0.0, 1.0, 2.0]]
     finally:
         SCORES.pop("along", None)
+        own._OWN.pop("score along", None)
 
 
 # -- refused ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from tests.matrix import page
 from tests.matrix import walk as walking
 from tests.matrix.cells import Cell, Tower, image_counts, lacks, list_cells, sample_engines
-from tests.matrix.layouts import TOWERS
+from tests.matrix.layouts import LAYOUTS
 from tests.matrix.work import NoLibraryError, try_cell
 
 from secateur.compiler.recipe import Recipe
@@ -46,20 +46,55 @@ def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
         assert str(lacks(RECIPES[name], Tower(True, merges=True))).startswith("its stages stand between layers")
 
 
+def test_a_row_that_needs_single_tiles_does_not_apply() -> None:
+    for name in ("fastv", "visionzip", "divprune"):
+        assert lacks(RECIPES[name], Tower(True, tiles=True)) is None
+    assert str(lacks(RECIPES["tome"], Tower(True, tiles=True))).endswith("sees the tiles of an image one by one")
+    assert str(lacks(RECIPES["hired"], Tower(True, tiles=True))).startswith("it needs the whole grid of patches")
+
+
 def test_a_row_that_probes_the_projector_applies_only_where_it_is_no_linear_map() -> None:
     assert lacks(RECIPES["zoo_prune"], Tower(False, merges=True)) is None
     assert str(lacks(RECIPES["zoo_prune"], Tower(False, merges=True, linear=True))).startswith("probe_slopes")
 
 
 def test_cells_of_a_row() -> None:
-    cells = list_cells([RECIPES["fastv"], RECIPES["fastervlm"]], TOWERS)
+    cells = list_cells([RECIPES["fastv"], RECIPES["fastervlm"]], LAYOUTS)
     parity = {(c.recipe, c.layout, c.keep, c.batch) for c in cells if c.kind == "parity"}
-    fastv = [("fastv", layout) for layout in ("llava", "onevision", "internvl", "smolvlm", "gemma3")]
-    pairs = [*fastv, ("fastervlm", "llava"), ("fastervlm", "internvl")]
+    pairs = [*(("fastv", layout) for layout in LAYOUTS), ("fastervlm", "llava")]
     assert parity == {(*pair, keep, batch) for pair, keep, batch in itertools.product(pairs, (0.5, 0.1), (1, 3))}
     assert [(c.recipe, c.layout) for c in cells if c.kind == "identity"] == pairs
     assert {(c.recipe, c.layout, c.dtype) for c in cells if c.kind == "engine"} == {(*p, "fp16") for p in pairs}
     assert len({str(c) for c in cells}) == len(cells), "names are files"
+
+
+def test_a_layout_with_few_rows_has_them_all_and_no_other() -> None:
+    cells = list_cells(list(RECIPES.values()), LAYOUTS)
+    for layout in LAYOUTS.values():
+        recipes = {cell.recipe for cell in cells if cell.layout == layout.name}
+        assert not set(layout.rows) - set(RECIPES)
+        if layout.rows:
+            applying = {name for name in layout.rows if lacks(RECIPES[name], layout.tower) is None}
+            assert recipes == applying
+            assert {"none", "fastv"} < applying
+            assert {"divprune"} < applying
+
+
+def test_rows_that_number_anew_are_no_identity_where_positions_have_axes() -> None:
+    cells = list_cells([RECIPES["divprune"], RECIPES["fastv"]], LAYOUTS, engines=False)
+    same = {(cell.recipe, cell.layout) for cell in cells if cell.kind == "identity"}
+    assert (RECIPES["divprune"].positions, RECIPES["fastv"].positions) == ("compact", "original")
+    assert ("divprune", "qwen3_vl") not in same
+    assert {("fastv", "qwen3_vl"), ("divprune", "gemma3")} < same
+
+
+def test_a_layout_with_media_of_its_own_has_them_in_every_cell() -> None:
+    layout = LAYOUTS["qwen2_5_omni"]
+    geometry = layout.geometry(batch=3)
+    assert (geometry.batch, geometry.images, geometry.frames, geometry.audio_seconds) == (3, 1, 8, 4)
+    assert image_counts(RECIPES["seats"]) == (1, 4)
+    assert layout.image_counts(RECIPES["seats"]) == (1,)
+    assert LAYOUTS["llava"].geometry(1, 4).images == 4
 
 
 def test_rows_that_look_at_frames_get_several_images() -> None:
@@ -70,14 +105,14 @@ def test_rows_that_look_at_frames_get_several_images() -> None:
 
 
 def test_the_unpruned_model_is_compared_as_well() -> None:
-    cells = list_cells([RECIPES["none"]], {"llava": Tower(True)}, engines=False)
+    cells = list_cells([RECIPES["none"]], {"llava": LAYOUTS["llava"]}, engines=False)
     assert [(c.kind, c.keep, c.batch) for c in cells] == [("parity", None, 1), ("parity", None, 3)]
 
 
 def test_sampled_engines_fit_their_layout() -> None:
     for seed in range(5):
-        for cell in sample_engines(list(RECIPES.values()), TOWERS, seed):
-            assert lacks(RECIPES[cell.recipe], TOWERS[cell.layout]) is None
+        for cell in sample_engines(list(RECIPES.values()), LAYOUTS, seed):
+            assert lacks(RECIPES[cell.recipe], LAYOUTS[cell.layout].tower) is None
 
 
 def test_what_holds_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.matrix.cells import Cell, Tower
-from tests.matrix.layouts import LAYOUTS, TOWERS
+from tests.matrix.layouts import LAYOUTS
 from tests.matrix.work import Workshop, run_cell
 
 from .test_matrix_sample import CELLS, FIRST
@@ -25,7 +25,9 @@ def test_cell(cell: Cell, shop: Workshop) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> None:
-    vision = shop.bundles(layout, 1, 1).source.vision
+    made = shop.bundles(layout, 1, 1)
+    vision = made.source.at(made.geometry).vision
     read_last = vision.feature_layer == vision.layers - 1
-    found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector)
-    assert found == TOWERS[layout]
+    found = Tower(vision.has_cls, vision.merge != 1, read_last, vision.linear_projector, vision.tiles is not None)
+    assert found == LAYOUTS[layout].tower
+    assert (made.source.family.read_media is not None) == LAYOUTS[layout].axes

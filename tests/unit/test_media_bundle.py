@@ -96,7 +96,7 @@ def test_sizes_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     source = tiny_qwen.write_config(tmp_path / "model")
     for wrong in ("448", "448x", "axb", "-28x28"):
         told = call(capsys, "explain", "none", source, f"--image-size={wrong}", code=2)
-        assert "is no size; give height and width, such as 448x448" in told
+        assert "is not height x width; write 448x448, in pixels" in told
     assert "give multiples of 28, such as 448x448" in call(
         capsys, "explain", "none", source, "--image-size", "440x448", code=2
     )

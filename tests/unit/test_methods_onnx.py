@@ -16,9 +16,10 @@ from secateur.passes.drop_noops import drop_noops
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import StageFunction, stage_function
 
+from .rows import SEEING, ready
 from .transcriptions.draw import draw_signals
 
-ROWS = [name for name, recipe in RECIPES.items() if recipe.stages]
+ROWS = [name for name in SEEING if RECIPES[name].stages]
 
 
 def call(stage: StageFunction, signals: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def run_onnx(stage: StageFunction, signals: dict[str, Tensor]) -> dict[str, np.n
 @pytest.mark.parametrize("name", ROWS)
 def test_onnx_runtime_does_what_the_stage_does(name: str) -> None:
     plan = plan_recipe(
-        RECIPES[name], keep=0.3, images=4, tokens_per_image=36, vision_layers=9, decoder_layers=32, grid=(6, 6)
+        ready(name), keep=0.3, images=4, tokens_per_image=36, vision_layers=9, decoder_layers=32, grid=(6, 6)
     )
     carried: Tensor | None = None
     for planned in plan.stages:

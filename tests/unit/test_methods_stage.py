@@ -18,6 +18,8 @@ from secateur.passes.stage import stage_function
 from secateur.passes.vocabulary import RESERVED, ROLES
 from secateur.runtime.errors import UserError
 
+from .rows import ready
+
 
 def planned(**changes: Any) -> PlannedStage:
     fields: dict[str, Any] = {
@@ -171,8 +173,8 @@ def test_signal_table_is_sound() -> None:
 
 
 def test_every_row_of_the_table_resolves() -> None:
-    for recipe in RECIPES.values():
-        for stage in recipe.stages:
+    for name in RECIPES:
+        for stage in ready(name).stages:
             fields = {name: getattr(stage, name) for name in ("site", "score", "select", "merge", "signals")}
-            known = {"grid": Grid(1, 2, 5), "layout": Layout.of_images(1, 10)}
+            known = {"grid": Grid(1, 2, 5), "layout": Layout((0,) * 10, (0, 1) * 5)}
             assert stage_function(planned(**fields, **known)).signals

@@ -24,6 +24,7 @@ from secateur.passes.signals import list_raws
 from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import SecateurError
 
+from .rows import SEEING
 from .tiny_model import DECODERS
 
 LAYERS = "model.language_model.layers"
@@ -290,7 +291,7 @@ def evicting_layers(programs: Any) -> list[int]:
     return [i for s in programs.segments if s.evicted for i in range(s.first_layer, s.last_layer)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_pruned_layers_hold_what_unpruned_ones_do(pruned: Callable[..., Any], recipe: str) -> None:
     programs = pruned(recipe).programs
     for name in ("prefill", "decode"):
@@ -311,7 +312,7 @@ def test_pruned_layers_hold_what_unpruned_ones_do(pruned: Callable[..., Any], re
     assert len(calls(programs["prefill"], ops.rotary, scored=True)) == len(applied)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_every_shape_is_static_and_follows_the_plan(pruned: Callable[..., Any], recipe: str) -> None:
     result = pruned(recipe, batch=2, images=2) if recipe in ("fastv", "divprune") else pruned(recipe)
     job, batch = result.job, result.job.geometry.batch

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.matrix.cells import Cell, sample_engines
-from tests.matrix.layouts import LAYOUTS, TOWERS
+from tests.matrix.layouts import LAYOUTS
 from tests.matrix.work import Workshop, run_cell
 
 from secateur.compiler.geometry import Geometry
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 LAYERS = 4
 FUSED = ("ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "RMS_NORMALIZATION", "ROTARY_EMBEDDING")
 ROWS = ("none", "random", "fastv", "pyramiddrop", "fastervlm", "divprune", "visionzip", "seats")
-SAMPLE = sample_engines([row for name, row in RECIPES.items() if name not in ROWS], TOWERS, seed=2026)
+SAMPLE = sample_engines([row for name, row in RECIPES.items() if name not in ROWS], LAYOUTS, seed=2026)
 _built: set[str] = set()
 
 

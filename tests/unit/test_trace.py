@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from secateur.compiler import ops
-from secateur.compiler.pipeline import RECIPES, Geometry, prune, read_source, trace_model
+from secateur.compiler.pipeline import Geometry, read_source, trace_model
 from secateur.compiler.program import Program, Segment
-from secateur.passes.attach_caches import attach_caches
+from secateur.passes.attend_in_windows import attend_in_windows, window_of
 from secateur.passes.edit import is_call, layer_index
 from secateur.runtime.errors import SecateurError, UserError
 
@@ -107,25 +107,9 @@ def test_a_window_longer_than_the_sequence_or_none(traced: Callable[..., Any], d
     windows = {n.args[5] if len(n.args) > 5 else None for n in traced(decoder).programs["decoder"].graph.nodes
                if is_call(n, ops.attention)}  # fmt: skip
     assert windows == ({4096} if decoder == "mistral" else {None})
-    attach_caches(traced(decoder).programs["decoder"], DECODER_LAYERS, [Segment("s0", 0, 4, 40, 48, 0)], 1, fresh=True)
-
-
-WINDOWS = {
-    "mistral": {"sliding_window": 20},
-    "qwen2": {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 0},
-}
-
-
-@pytest.mark.parametrize("decoder", WINDOWS)
-def test_a_window_inside_the_sequence_is_refused(tmp_path: Path, decoder: str) -> None:
-    write_config(tmp_path, decoder=decoder, layers=1, text=WINDOWS[decoder])
-    trace = trace_model(read_source(tmp_path), Geometry(text_tokens=24, new_tokens=8))
-    with pytest.raises(UserError) as caught:
-        prune(trace, RECIPES["none"])
-    assert str(caught.value) == (
-        "attach_caches: layer 0 attends through a window of 20, shorter than a row of 48 slots; "
-        "choose fewer text and new tokens; windows inside the sequence are not supported yet"
-    )
+    row = [Segment("s0", 0, 4, 40, 48, 0)]
+    windowless = attend_in_windows(traced(decoder).programs["decoder"], DECODER_LAYERS, row, ["s0"], 48)
+    assert all(window_of(n) is None for n in windowless.graph.nodes if is_call(n, ops.attention))
 
 
 def test_mistral_without_a_window(tmp_path: Path) -> None:

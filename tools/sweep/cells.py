@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from secateur.compiler.pipeline import RECIPES, Budget, Recipe, load_recipe
+from secateur.passes.needs import needs_sound, needs_weights
 from secateur.runtime.errors import UserError
 
 ORACLE = "oracle-keep"
@@ -60,8 +61,9 @@ def list_cells(
 
 
 def choose_recipes(texts: Sequence[str] | None) -> list[Recipe]:
-    """What each text stands for behind ``--recipe``, without ``none``; for None or "all" every row of the table."""
-    rows = [row for row in RECIPES.values() if row.stages]
+    """What each text stands for behind ``--recipe``, without ``none``; for None or "all" every row of the table that
+    asks for nothing besides the model: no file of weights, no sound, since questions are about images."""
+    rows = [row for row in RECIPES.values() if row.stages and not needs_weights(row) and not needs_sound(row)]
     if texts is None or list(texts) == ["all"]:
         return rows
     chosen = [recipe for text in texts if (recipe := load_recipe(text)).stages]

@@ -269,8 +269,10 @@ def _recipe(job: Job) -> m.Recipe:
 
 def _geometry(job: Job) -> m.GeometrySizes:
     geometry, vision = job.geometry, job.source.vision
-    size = vision.image_size if vision.tiles is None else vision.tiles.image_size
-    tokens, features = vision.tokens_per_item, job.features_per_item
+    cut = vision.tiles or vision.split
+    size = vision.image_size if cut is None else cut.image_size
+    grids = 1 if vision.split is None else vision.split.grids
+    tokens, features = vision.tokens_per_item * grids, job.features_per_item * grids
     sizes = []
     if job.sizes:
         each = [(job.sizes[size], vision.sizes[size]) for size in vision.size_of]
@@ -283,14 +285,41 @@ def _geometry(job: Job) -> m.GeometrySizes:
         ]  # fmt: skip
         tokens, features = max((one.tokens, one.features) for one in sizes)
     return m.GeometrySizes(
-        batch=geometry.batch, images=len(sizes) or vision.items, text_tokens=geometry.text_tokens,
+        batch=geometry.batch, images=len(sizes) or vision.items // grids, text_tokens=geometry.text_tokens,
         new_tokens=geometry.new_tokens,
-        image_height=size[0], image_width=size[1], tiles=vision.grids_per_item if vision.tiles is not None else 0,
-        tokens_per_tile=vision.tokens_per_image if vision.tiles is not None else 0,
+        image_height=size[0], image_width=size[1], tiles=vision.grids_per_item * grids if cut else 0,
+        tokens_per_tile=vision.tokens_per_image if cut else 0, tile_marks=_tile_marks(job),
         tokens_per_image=tokens, features_per_image=features, extra_rows=vision.extra_rows, sequence=job.sequence,
         frames=geometry.frames, fps=geometry.fps if geometry.frames else 0.0, audio_seconds=geometry.audio_seconds,
         audio_tokens=job.source.audio_tokens, sizes=sizes,
     )  # fmt: skip
+
+
+def _tile_marks(job: Job) -> list[list[int]]:
+    """The text around and between the tiles of an image as tokens. Raises UserError where it leaves no room for
+    words."""
+    split = job.source.vision.split
+    if split is None or not split.texts:
+        return []
+    from tokenizers import Tokenizer
+
+    source, token = job.source, int(job.source.config.image_token_id)
+    named = {n: text["content"] if isinstance(text, dict) and "content" in text else text
+             for n, text in _named_texts(job).items()}  # fmt: skip
+    text = _token_text(source.path, token).join(split.texts).format_map(named)
+    marks: list[list[int]] = [[]]
+    for each in Tokenizer.from_file(str(source.path / "tokenizer.json")).encode(text, add_special_tokens=False).ids:
+        if each == token:
+            marks.append([])
+        else:
+            marks[-1].append(int(each))
+    words = sum(map(len, marks)) * job.geometry.images
+    if words >= job.geometry.text_tokens:
+        raise UserError(
+            f"the marks of {split.grids} tiles are {words} of {job.geometry.text_tokens} text tokens",
+            where="geometry", fix=f"compile with --text-tokens {words + 64}",
+        )  # fmt: skip
+    return marks
 
 
 def _media(job: Job) -> m.Media | None:
@@ -359,14 +388,7 @@ def _named_tokens(job: Job) -> dict[str, Any]:
     source = job.source
     if not any(source.family.image_marks):
         return {key: getattr(source.config, key, None) for key in ("video_token_id", "audio_token_id")}
-    file = source.path / "tokenizer_config.json"
-    try:
-        said = json.loads(file.read_text()) if file.is_file() else {}
-        named: dict[str, Any] = {**source.family.mark_texts, **said}
-    except (ValueError, TypeError, RecursionError):
-        raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
-    for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
-        named |= part if isinstance(part, dict) else {}
+    named = _named_texts(job)
     before, behind = ([_token_id(source.path, named.get(n), n) for n in names] for names in source.family.image_marks)
     video = _token_id(source.path, named["video_token"], "video_token") if "video_token" in named else None
     found: dict[str, Any] = {"image_before": before, "image_behind": behind, "video_token_id": video}
@@ -374,6 +396,19 @@ def _named_tokens(job: Job) -> dict[str, Any]:
         found |= {"prompt_token_id": _token_id(source.path, named.get(mark), mark)}
         found |= {"image_space": list(source.family.mark_space)}
     return found
+
+
+def _named_texts(job: Job) -> dict[str, Any]:
+    """Special tokens by name, each as text or as an object with ``content``."""
+    file = job.source.path / "tokenizer_config.json"
+    try:
+        said = json.loads(file.read_text()) if file.is_file() else {}
+        named: dict[str, Any] = {**job.source.family.mark_texts, **said}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
+    for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
+        named |= part if isinstance(part, dict) else {}
+    return named
 
 
 def _token_id(path: Path, token: Any, name: str) -> int:

@@ -72,7 +72,7 @@ class Explanation:
     dtype: str
     geometry: Geometry
     tokens_per_image: int
-    """Visual tokens of one image, or of one grid of a video, before pruning."""
+    """Visual tokens of one image, padding of its tiles left out, or of one grid of a video, before pruning."""
     grids: int
     """Images of a row, or grids of its video. Images of several sizes count as one grid of all their tokens."""
     image_tokens: tuple[int, ...]
@@ -174,6 +174,7 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
     job = pruned.job
     recipe, source = job.plan.recipe, job.source
     extra = source.vision.extra_rows * source.vision.items
+    grids, tokens = source.vision.images_of_tiles or (source.vision.frames, source.vision.tokens_per_image)
     fixed = job.geometry.text_tokens + extra
     segments = [s for s in pruned.programs.segments for _ in range(s.first_layer, s.last_layer)]
     programs, whole = pruned.programs, unpruned.programs
@@ -182,8 +183,8 @@ def describe_pruned(pruned: Pruned, unpruned: Pruned) -> Explanation:
         positions=recipe.positions, cache=recipe.cache, keep=float(job.plan.keep),
         model=f"{source.path.resolve().name} ({source.config.model_type}, {source.text.model_type} decoder of "
               f"{source.decoder_layers} layers)",
-        dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=source.vision.tokens_per_image,
-        grids=source.vision.frames, audio_tokens=source.audio_tokens,
+        dtype=pruned.traced.dtype, geometry=job.geometry, tokens_per_image=tokens, grids=grids,
+        audio_tokens=source.audio_tokens,
         image_tokens=tuple(image.tokens_per_image for image in source.vision.images) if source.vision.sizes else (),
         stages=tuple(_describe_stage(s) for s in job.stages), visual_tokens=tuple(s.length - fixed for s in segments),
         cached_tokens=tuple(s.length - s.evicted - fixed for s in segments), extra_tokens=extra,

@@ -69,7 +69,7 @@ def list_placed(manifest: Manifest) -> list[list[int]]:
     """The tokens of every item of a row's media, with the marks around it that position ids depend on."""
     token, sizes, media = manifest.model.image_token_id, manifest.geometry, manifest.media
     if media is None:
-        return [[token] * sizes.features_per_image for _ in range(sizes.images)]
+        return [sizes.place(token, [], []) for _ in range(sizes.images)]
     found = []
     for item in media.items:
         before, behind = media.around.get(item.kind, ([], []))

@@ -20,6 +20,7 @@ from secateur.compiler.oracle_walk import Walk
 from secateur.compiler.prompt_order import from_prompt, to_prompt
 from secateur.compiler.pruned import Job
 from secateur.compiler.recording import Record, load_recording_model, recording
+from secateur.compiler.tile_slots import follow_kept, lay_out_rows, slots_left
 from secateur.passes.check_stages import tower_layers
 from secateur.passes.insert_decoder_stages import track_state
 from secateur.passes.join_phases import number_blocks
@@ -31,6 +32,7 @@ from secateur.passes.signals import (
 )
 from secateur.passes.sites import Seen, Thinned, reduce_patches, start_state
 from secateur.passes.stage import StageFunction
+from secateur.passes.tile_rows import TileMap
 
 
 @dataclass
@@ -106,12 +108,14 @@ class Oracle:
             hidden = self.embedding(ids)
             hidden[image] = row.features
             positions, behind = self._positions(ids[0], image[0], row)
-            prunable = mark_prunable(self.job, image)
+            prunable = mark_prunable(self.job, image, row.kept)
             from transformers import DynamicCache
 
             # Made without the configuration it forgets nothing, not even what windows have passed.
             cache: Any = DynamicCache()
             walk = Walk(self, row, record, forced, prunable, cache, positions)
+            if self.job.source.vision.tiles is not None:  # counted in the whole prompt
+                walk.question = torch.tensor([image.shape[1] - 1 - int(image[0].nonzero()[-1])])
             mask = None
             if self.family.image_masks is not None:
                 mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
@@ -165,10 +169,10 @@ class Oracle:
                 state.pop("carried", None)
             name, left = stage.planned.name, stage.planned.length_out
             given = None
-            offset = torch.arange(tokens.shape[0])[:, None] * stage.planned.length_in
+            offset = torch.arange(stage.planned.groups)[:, None] * stage.planned.length_in
             if name in forced:
                 chosen = from_prompt(self.job, index, forced[name])
-                given = chosen.reshape(tokens.shape[0], left) - offset
+                given = chosen.reshape(stage.planned.groups, left) - offset
             watch: list[Seen] = []
             tracked = [*track_state(stages, index + 1), "carried"]
             thin = self._thin(stage, tokens, facts, self.tower, self.family.vision_attention, state, extra, record,
@@ -177,7 +181,7 @@ class Oracle:
             self.note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
             if not stage.planned.observes:
                 planes[:] = [thin.thin(plane) for plane in planes]
-            return torch.cat([head, thin.tokens], 1)
+            return torch.cat([head, thin.tokens], 1) if cls else thin.tokens
 
         if facts.projector_merges:
             assert self.family.vision_reference is not None
@@ -212,10 +216,13 @@ class Oracle:
         if self.family.extra_rows:
             added = self.model.get_parameter(self.family.extra_rows)
             features = features.reshape(facts.items, -1, features.shape[-1])
-            behind = added.reshape(-1, features.shape[-1]).expand(facts.items, -1, -1)
-            features = torch.cat([features, behind], 1)
-            if facts.tiles is not None:  # the row that was put last has the index -1
-                features = features[:, list(facts.tiles.order)]
+            behind = added.reshape(-1, features.shape[-1])
+            if facts.tiles is not None and self.job.removes_before_decoder:
+                features = lay_out_rows(facts, follow_kept(facts, row.kept), features, behind[0])
+            else:
+                features = torch.cat([features, behind.expand(facts.items, -1, -1)], 1)
+                if facts.tiles is not None:  # the row that was put last has the index -1
+                    features = features[:, list(facts.tiles.order)]
         row.planes = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
         rows: Tensor = features.reshape(-1, features.shape[-1])
         return rows
@@ -258,9 +265,11 @@ class Oracle:
             else:
                 heads, scale = record.taken[module]
                 raw[tower_raw(kind, layer)] = heads[kind]
-        begun = start_state([n for n in stage.signals if n not in state], *tokens.shape[:2])
+        groups, length = stage.planned.groups, stage.planned.length_in
+        begun = start_state([n for n in stage.signals if n not in state], groups, length)
+        tiles = None if len(tokens) == groups else TileMap.of(facts)
         seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge,
-                         facts.patch_order)  # fmt: skip
+                         facts.patch_order, None if tiles is None else tiles.join)  # fmt: skip
         return reduce_patches(stage, seen, layers, tracked, given, watch)
 
     def note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
@@ -320,6 +329,7 @@ class Oracle:
         for stage in self.job.vision_stages:
             if stage.planned.name in row.kept:
                 kept = kept[row.kept[stage.planned.name]]
+        lines = None if facts.tiles is None else slots_left(facts, kept)
         text, seen, positions = 0, 0, []
         for flag in image.tolist():
             if not flag:
@@ -327,7 +337,9 @@ class Oracle:
                 text += 1
                 continue
             number, place = divmod(seen, per_item)
-            if place < self.job.kept_per_item:
+            if lines is not None:
+                patch = lines[number][place]
+            elif place < self.job.kept_per_item:
                 patch = int(kept[number * self.job.kept_per_item + place]) - number * facts.tokens_per_item
             else:
                 patch = facts.tokens_per_item + place - self.job.kept_per_item
@@ -370,12 +382,17 @@ class Oracle:
         return tables
 
 
-def mark_prunable(job: Job, image: Tensor) -> Tensor:
-    """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows."""
+def mark_prunable(job: Job, image: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """Of one row's image slots ``[1,N]`` bool, those of patches; the rest belong to extra rows. ``kept`` by stage."""
     prunable, extra = image.clone(), job.source.vision.extra_rows
     if extra:
         slots = image[0].nonzero()[:, 0].reshape(job.source.vision.items, -1)
         tiles = job.source.vision.tiles
-        added = slots[:, -extra:] if tiles is None else slots[:, torch.tensor(tiles.order) < 0]
-        prunable[0, added.flatten()] = False
+        if tiles is None:
+            prunable[0, slots[:, -extra:].flatten()] = False
+            return prunable
+        before = {s.planned.name: kept[s.planned.name] for s in job.vision_stages if s.planned.name in kept}
+        left = slots_left(job.source.vision, follow_kept(job.source.vision, before))
+        added = torch.tensor([[tiles.order[slot] < 0 for slot in image] for image in left])
+        prunable[0, slots[added]] = False
     return prunable

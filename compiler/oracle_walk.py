@@ -40,11 +40,7 @@ class Walk:
         self.whole: Tensor | None = None
         """The prompt's mask without a window ``[1,1,N,N]``, where it is not causal."""
         self.block_ids: Tensor | None = None
-        facts = oracle.job.source.vision
         self.question: Tensor | None = None
-        if facts.tiles is not None:  # counted in the whole prompt
-            behind = int(prunable[0].nonzero()[-1]) + facts.rows_behind
-            self.question = torch.tensor([prunable.shape[1] - 1 - behind])
         self.slots: Tensor | None = None
         """Which of the prompt's slots are left, ``[L']``; None: all."""
         self.tables: list[tuple[Tensor, ...]] = []
@@ -132,7 +128,7 @@ class Walk:
         raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
         blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
         seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered,
-                            self.oracle.job.source.vision.rows_behind, blocks, self.question,
+                            self.oracle.job.source.vision.extra_rows, blocks, self.question,
                             self._windows_of(stage), self.numbers[None])  # fmt: skip
         name = stage.planned.name
         given = self.forced[name][None] if name in self.forced else None

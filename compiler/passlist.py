@@ -114,7 +114,8 @@ def _encoders(programs: ProgramSet, job: Job) -> ProgramSet:
 def _extra_rows(programs: ProgramSet, job: Job) -> ProgramSet:
     if not job.source.vision.extra_rows:
         return programs
-    vision = append_rows(programs["vision"], programs["extra_rows"], job.source.vision.items, job.source.vision.tiles)
+    facts = job.source.vision
+    vision = append_rows(programs["vision"], programs["extra_rows"], facts.items, facts.tiles)
     return programs.update(vision, drop=["extra_rows"])
 
 
@@ -122,7 +123,7 @@ def _decoder_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     layers = job.source.family.decoder_layers
     prefill = insert_decoder_stages(
         programs["prefill_decoder"], job.decoder_stages, layers, job.geometry.batch, job.sequence, job.carries,
-        job.source.vision.rows_behind, job.source.vision.tiles is not None,
+        job.source.vision.extra_rows, job.source.vision.tiles is not None,
     )  # fmt: skip
     decode = programs["decode_decoder"]
     if job.plan.recipe.positions == "compact":
@@ -149,7 +150,7 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
         pad_token=job.source.pad_token, tokens_per_item=job.source.vision.tokens_per_item,
         kept_per_item=job.kept_per_item, original_positions=job.original_positions,
         extra_rows=job.source.vision.extra_rows, tiles=job.source.vision.tiles, axes=_axes(job),
-        blocks=job.source.family.image_masks is not None,
+        blocks=job.source.family.image_masks is not None, chosen=job.removes_before_decoder,
     )  # fmt: skip
     decode = join_decode(programs["decode_decoder"], programs["embedding"], programs["head"], batch)
     return programs.update(prefill, decode, drop=["prefill_decoder", "decode_decoder", "embedding", "head"])

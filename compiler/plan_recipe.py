@@ -120,10 +120,10 @@ def plan_recipe(
     Raises NothingLeftError where that rounds to no token. ``grid`` is an image's rows and columns of tokens,
     ``vision_running`` the number of tower layers the projector needs, where it is not all of them. ``media`` says how
     the tokens of several media lie, ``audio`` which of them are heard: those reach the decoder as they are, beside
-    what the stages before it leave of what is seen. ``tiles`` is (images, tokens of one that reach the decoder
-    unpruned) where the ``images`` of the tower are tiles, which the decoder no longer tells apart. Where images are of
-    several ``sizes``, ``size_of`` every image, ``images`` is 1 and ``tokens_per_image`` counts the tokens of all;
-    stages before the decoder then are those planned for each size. ``before_decoder`` leaves the decoder's out.
+    what the stages before it leave of what is seen. ``tiles`` is (images, tokens of one) where the ``images`` of the
+    tower are tiles, which nothing behind the tower's layers tells apart. Where images are of several ``sizes``,
+    ``size_of`` every image, ``images`` is 1 and ``tokens_per_image`` counts the tokens of all; stages before the
+    decoder then are those planned for each size. ``before_decoder`` leaves the decoder's out.
     """
     keep = recipe.default_keep if keep is None else keep
     if audio is None:
@@ -177,14 +177,18 @@ def plan_recipe(
                         where=f"recipe {recipe.name}",
                         fix="use scope 'whole' in the decoder, or compile without sound",
                     )
-            if tiles is not None and site.kind == "decoder.layer":
-                if any(not stage.observes for stage in stages):
+            if tiles is not None:
+                if site.kind == "vision.layer":
                     raise UserError(
-                        "a stage chose among the tokens of single tiles", where=f"recipe {recipe.name}",
-                        fix="use a recipe whose stages choose in the decoder",
-                    )  # fmt: skip
+                        f"no stage can stand at {site}: the tower sees the tiles of an image one by one, with padding "
+                        "at their edges, and how many tokens of each would be left is not known before it runs",
+                        where=f"recipe {recipe.name}",
+                        fix="use a recipe whose stages stand at vision.out, projector.out or decoder.layer[k], such as "
+                        "visionzip, divprune or fastv",
+                    )
                 (images, length), whole = tiles, False
                 groups, entered, reaching, tiles = images, images * length, length, None
+                tokens_per_image = length
             groups, length = _regroup(recipe, index, site, groups, length, images)
             count = _count_left(recipe, index, fraction, entered // groups, length)
             if sizes and not inside:

@@ -39,7 +39,7 @@ class Job:
 
     @property
     def kept_per_image(self) -> int:
-        """P: patches of one image that reach the decoder."""
+        """P: patches of one image that reach the decoder; of a tile, where no stage chooses before it."""
         if not self.vision_stages:
             return self.source.vision.tokens_per_image
         return int(self.vision_stages[-1].planned.length_out)
@@ -49,7 +49,8 @@ class Job:
         """Visual tokens of one item (an image, or a video with extra rows of its own) that reach the decoder."""
         if not self.removes_before_decoder:
             return self.source.vision.tokens_per_item
-        return self.kept_per_image * self.source.vision.grids_per_item
+        grids = 1 if self.source.vision.tiles is not None else self.source.vision.grids_per_item
+        return self.kept_per_image * grids
 
     @property
     def features_per_item(self) -> int:
@@ -125,8 +126,8 @@ class Job:
     @property
     def position_offset(self) -> int:
         """What a new token's position lies above its slot in the first segment, where ids count slots."""
-        removed = self.source.vision.tokens_per_image - self.kept_per_image
-        return removed * self.source.vision.frames if self.original_positions else 0
+        removed = self.source.vision.tokens_per_item - self.kept_per_item
+        return removed * self.source.vision.items if self.original_positions else 0
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from secateur.compiler.parity import Parity, compare_row, run_oracle
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job
 from secateur.compiler.runs import EagerProgram, Weights
+from secateur.compiler.tile_slots import follow_kept, lay_out_rows
 from secateur.compiler.trace import Traced
 from secateur.passes.expose_sites import expose_sites
 from secateur.passes.join_phases import number_blocks
@@ -197,15 +198,20 @@ class _Walk:
     def run(self) -> RowRun:
         pixels = torch.from_numpy(self.reference.item.pixel_values)
         vision = self._call("vision", {"pixel_values": pixels.repeat(self.batch, 1, 1, 1)})
-        items = self.batch * self.job.source.vision.items
+        self._note_kept(vision)
+        facts = self.job.source.vision
+        items = self.batch * facts.items
         features = vision["features"].reshape(items, -1, vision["features"].shape[-1])
         if "extra_rows" in self.programs.programs:
             extra = self._call("extra_rows", {})["rows"]
-            features = torch.cat([features, extra.expand(len(features), -1, -1)], 1)
-            if (tiles := self.job.source.vision.tiles) is not None:
-                features = features[:, list(tiles.order)]
+            if (tiles := facts.tiles) is not None and self.row.kept:
+                rows = features.reshape(self.batch, facts.items, -1, features.shape[-1])[0]
+                features = lay_out_rows(facts, follow_kept(facts, self.row.kept), rows, extra[0])
+                features = features.expand(self.batch, *features.shape)
+            else:
+                features = torch.cat([features, extra.expand(len(features), -1, -1)], 1)
+                features = features if tiles is None else features[:, list(tiles.order)]
         self.row.features = features.reshape(self.batch, -1, features.shape[-1])[0]
-        self._note_kept(vision)
         if "prefill" in self.programs.programs:
             self._run_joined(vision)
         else:
@@ -213,9 +219,7 @@ class _Walk:
         return self.row
 
     def _run_joined(self, vision: Mapping[str, Tensor]) -> None:
-        patches = torch.arange(self.job.source.vision.tokens_per_row)
-        for kept in self.row.kept.values():
-            patches = patches[kept]
+        patches = follow_kept(self.job.source.vision, self.row.kept)
         feed = {**vision, "input_ids": self.ids, "lengths": torch.tensor([self.length]), "kept": patches[None]}
         out = self._call("prefill", feed)
         self._note_kept(out)
@@ -239,8 +243,9 @@ class _Walk:
         hidden = embedded["hidden"][:1].clone()
         hidden[self.image] = entered.hidden[self.image[:, : self.length]]
         feed = {
-            "hidden": hidden, "position_ids": positions, "prunable": mark_prunable(self.job, self.image),
+            "hidden": hidden, "position_ids": positions, "prunable": mark_prunable(self.job, self.image, row.kept),
             "image": self.image, "block_ids": number_blocks(self.image), "last": torch.tensor([self.length - 1]),
+            "question": self.length - 1 - self.image[0].nonzero()[-1],
             "carried": entered.carried,
         }  # fmt: skip
         out = self._call(name, feed)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from secateur.compiler.families.family import VisionFacts
-from secateur.passes.signals import NEED_CLS, attends_in_tower
+from secateur.passes.signals import NEED_CLS, attends_in_tower, joins_tiles
 from secateur.passes.stage import StageFunction
 from secateur.passes.units import Pooled, sides
 from secateur.runtime.errors import UserError
@@ -116,13 +116,11 @@ def _check_tower_stage(stage: StageFunction, before: Sequence[StageFunction], fa
             where=planned.name,
             available=["vision.out", "projector.out", "decoder.layer[k]"],
         )
-    if facts.tiles is not None and not planned.observes:
+    if facts.tiles is not None and (alone := [s for s in stage.signals if not joins_tiles(s)]):
         raise UserError(
-            f"no stage can choose at {planned.site}: the tokens of an image's tiles are put together behind it, "
-            "without those of the padding, and which of them a stage leaves is not known before it runs",
+            f"signal {alone[0]!r} does not exist for an image in tiles: the tower sees them one by one",
             where=planned.name,
-            available=["decoder.layer[k]"],
-            fix="use a recipe whose stages choose in the decoder, such as fastv",
+            fix="use cls_attention or received_attention, or another recipe",
         )
     if facts.projector_merges and (told := [s for s in stage.signals if s in ("projector_inputs", "probe_slopes")]):
         raise UserError(

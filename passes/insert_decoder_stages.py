@@ -22,7 +22,7 @@ from secateur.passes.attend_in_windows import has_windows, position_input
 from secateur.passes.crossing import find_crossing, first_node
 from secateur.passes.decoder_site import DecoderSite
 from secateur.passes.edit import Node, aten, clone_slice, is_call
-from secateur.passes.signals import STATE, count_question
+from secateur.passes.signals import STATE
 from secateur.passes.sites import start_state
 from secateur.passes.stage import StageFunction
 
@@ -67,7 +67,8 @@ def insert_decoder_stages(
     """The decoder with its stages, for prefill.
 
     New inputs: ``prunable [B,N]`` bool, ``last [B]`` int64 slot of the last real token and, where ``carries`` says so,
-    ``carried [B,V]`` float32 from the vision program. New outputs: ``last`` as seen by the last segment, and
+    ``carried [B,V]`` float32 from the vision program; with ``between`` ``question [B]`` int64, the real rows behind the
+    last image, where a stage asks for those. New outputs: ``last`` as seen by the last segment, and
     ``kept.stage<i> [B,K]`` of every stage that chooses. ``extra_rows`` stand behind every image, and with ``between``
     others between its tokens. The rows a stage takes are marked ``survivors`` with its layer.
     """
@@ -92,13 +93,9 @@ def insert_decoder_stages(
             state |= dict(zip(names, splice(module, made, {"last": last}), strict=True))
     question: Node | None = None
     if between and any("text_rows" in stage.signals for stage in stages):
-        counted = trace_function(
-            "question", lambda prunable, last: count_question(prunable, last, entered, extra_rows),
-            {"prunable": torch.ones(batch, sequence, dtype=torch.bool), "last": torch.zeros(batch, dtype=torch.int64)},
-            ("question",),
-        )  # fmt: skip
         with graph.inserting_before(anchor):
-            (question,) = splice(module, counted, {"prunable": prunable, "last": last})
+            question = graph.placeholder("question")
+        question.meta["val"] = torch.empty(batch, dtype=torch.int64, device="meta")
     kept: dict[str, Node] = {}
     length = sequence
     block_ids = next((n for n in graph.find_nodes(op="placeholder") if n.name == "block_ids"), None)

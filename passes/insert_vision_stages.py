@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.signals import PatchView, list_tower_raws, make_probes, tower_raw
 from secateur.passes.sites import Thinned, reduce_patches, start_state
 from secateur.passes.stage import StageFunction
+from secateur.passes.tile_rows import TileMap
 from secateur.runtime.errors import UserError
 
 
@@ -34,10 +36,10 @@ def insert_vision_stages(
     (``carried [B,F]``), ``deepstack.<i> [B,F,D]`` of a model that has them, and ``kept.stage<i> [B,K]`` per stage that
     chooses.
 
-    ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``.
+    ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``. Stages behind the tower choose
+    among all tokens of an image that is cut into tiles, those of its padding left out.
     """
-    images = facts.frames
-    batch = shape_of(program.results[0])[0] // images
+    batch = shape_of(program.results[0])[0] // facts.frames
     inserting = _Inserting(tower, facts, batch, program.outputs[2:])
     for index, stage in enumerate(stages):
         later = track_state(stages, index + 1)
@@ -49,17 +51,18 @@ def insert_vision_stages(
     output = graph.output_node()
     # With the tower's last state gone, layers the features do not need go as well.
     features, _, *rest = args_of(output)[0]
-    count = (stages[-1].planned.length_out if stages else facts.tokens_per_image) * images
-    names, results = ["features"], [_reshape(graph, output, features, [batch, count, shape_of(features)[-1]])]
+    grids, length, width = shape_of(features)
+    count = grids // batch * length
+    names, results = ["features"], [_reshape(graph, output, features, [batch, count, width])]
     if carries:
         carried = rest.pop(inserting.outputs.index("carried"))
         inserting.outputs.remove("carried")
         names.append("carried")
-        results.append(_reshape(graph, output, carried, [batch, count]))
+        results.append(_reshape(graph, output, carried, [batch, math.prod(shape_of(carried)) // batch]))
     left = list(zip(inserting.outputs, rest, strict=True))
     for name, plane in (pair for pair in left if is_plane_output(pair[0])):
         names.append(name)
-        results.append(_reshape(graph, output, plane, [batch, count, shape_of(features)[-1]]))
+        results.append(_reshape(graph, output, plane, [batch, count, width]))
     kept = [pair for pair in left if pair[0].startswith("kept.")]
     output.args = ((*results, *(r for _, r in kept)),)
     return refresh_shapes(program.with_module(module, (*names, *(n for n, _ in kept))))
@@ -82,7 +85,9 @@ class _Inserting:
         value = self._site_value(graph, stage)
         order = {n: i for i, n in enumerate(graph.nodes)}
         cls = int(inside and facts.has_cls)
-        images = shape_of(value)[0]
+        groups = self.batch * planned.groups
+        # What tiles have is put together by the first stage that works on whole images.
+        tiles = None if shape_of(value)[0] == groups else TileMap.of(facts)
         after = self._readers(graph, value, stage, order)
         layers = tower_layers(stage, facts)
         attention = {
@@ -100,7 +105,7 @@ class _Inserting:
         if planned.part != self.part:
             state.pop("carried", None)
         self.part = planned.part
-        made = start_state([n for n in stage.signals if n not in state], images, planned.length_in)
+        made = start_state([n for n in stage.signals if n not in state], groups, planned.length_in)
         planes = {} if planned.observes else self._planes(graph)
         at = _first_after(order, (*ports.values(), *planes.values()), after)
         extra = self._extra(module, stage, at)
@@ -113,6 +118,7 @@ class _Inserting:
             seen = PatchView(
                 given["tokens"][:, cls:], {n: given[n] for n in raw_names}, next(iter(scales)), facts.has_cls, held,
                 {n: given[n] for n in extra}, facts.grid, facts.merge, facts.patch_order,
+                tiles.join if tiles is not None else None,
             )  # fmt: skip
             thin = reduce_patches(stage, seen, layers, tracked)
             beside = [thin.thin(given[as_input(name)]) for name in planes]

@@ -18,6 +18,7 @@ from secateur.compiler.families.family import Tiles
 from secateur.compiler.function import trace_function
 from secateur.compiler.program import Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
+from secateur.passes.tile_rows import count_in_images, place_survivors
 
 
 class Axes(NamedTuple):
@@ -44,6 +45,7 @@ def join_prefill(
     tiles: Tiles | None = None,
     axes: Axes | None = None,
     blocks: bool = False,
+    chosen: bool = False,
 ) -> Program:
     """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
 
@@ -52,7 +54,8 @@ def join_prefill(
     those of item j start after ``j * (tokens_per_item + extra_rows)`` media tokens, survivor p of it at ``kept``'s
     index, its extra rows behind all its tokens, and text counts all of them. The decoder may read ``carried [B,V]``,
     which becomes an input here.
-    Without ``tiles`` the extra rows stand behind an item's tokens, with them where those say.
+    Without ``tiles`` the extra rows stand behind an item's tokens, with them where those say; ``kept`` is read then
+    as well where stages have ``chosen`` among the tokens.
     With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
     their item.
     With ``blocks`` it reads ``block_ids [B,N]``: image tokens that follow each other without a gap are one block.
@@ -62,12 +65,15 @@ def join_prefill(
     per_item, whole = kept_per_item + extra_rows, tokens_per_item + extra_rows
     items = count // per_item
 
-    def enter(input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    def enter(input_ids: Tensor, lengths: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         image = input_ids == image_token
         rank = (torch.cumsum(image.to(torch.int64), 1) - 1).clamp(0, count - 1)
         entered = torch.where(image, pad_token, input_ids), image, rank, lengths - 1
         if not extra_rows:
             return entered
+        if tiles is not None and kept:
+            placed = place_survivors(count_in_images(kept[0], items, tokens_per_item), tiles)
+            return *entered, image & placed.tokens.reshape(batch, count).gather(1, rank)
         if tiles is not None:
             tokens = torch.tensor([place >= 0 for place in tiles.order] * items)
             return *entered, image & tokens[rank]
@@ -94,6 +100,9 @@ def join_prefill(
         if not extra_rows:
             return kept
         item = torch.arange(items)[:, None]
+        if tiles is not None:
+            slots = place_survivors(count_in_images(kept, items, tokens_per_item), tiles).slots
+            return (slots.reshape(batch, items, per_item) + item * whole).reshape(batch, count)
         patches = kept.reshape(batch, items, kept_per_item) + item * extra_rows
         behind = item * whole + tokens_per_item + torch.arange(extra_rows)
         return torch.cat((patches, behind.expand(batch, items, extra_rows)), 2).reshape(batch, count)
@@ -112,9 +121,11 @@ def join_prefill(
     flags, rows = torch.ones(batch, sequence, dtype=torch.bool), torch.zeros(batch, sequence, dtype=torch.int64)
     module = fx.GraphModule(nn.Module(), fx.Graph())
     graph = module.graph
-    chosen = original_positions if axes is None else axes.offsets is not None and axes.places is None
+    laid_out = tiles is not None and chosen
+    numbered = original_positions if axes is None else axes.offsets is not None and axes.places is None
     given = axes is not None and axes.offsets is not None
-    names = ["input_ids", "lengths", "features", *(["kept"] if chosen else []), *(["positions"] if given else [])]
+    asked = [name for name, wanted in (("kept", numbered or laid_out), ("positions", given)) if wanted]
+    names = ["input_ids", "lengths", "features", *asked]
     port = {name: graph.placeholder(name) for name in names}
     for node in decoder.graph.nodes:
         if node.op == "placeholder" and (node.name == "carried" or node.name.startswith("past_")):
@@ -124,7 +135,11 @@ def join_prefill(
     port["input_ids"].meta["val"], port["features"].meta["val"] = ids, features
     port["lengths"].meta["val"] = torch.zeros(batch, dtype=torch.int64)
     outputs = ("ids", "image", "rank", "last", *(["prunable"] if extra_rows else []))
-    entry = trace_function("enter", enter, {"input_ids": ids, "lengths": ids[:, 0].contiguous()}, outputs)
+    read = {"input_ids": ids, "lengths": ids[:, 0].contiguous()}
+    if laid_out:
+        read["kept"] = torch.arange(items * kept_per_item).expand(batch, -1).contiguous()
+        port["kept"].meta["val"] = read["kept"]
+    entry = trace_function("enter", enter, read, outputs)
     text, image, rank, last, *patches = splice(module, entry, port)
     (embedded,) = splice(module, embedding, {"ids": text})
     values = {
@@ -147,7 +162,7 @@ def join_prefill(
         port["positions"].meta["val"] = ids
         feed_axes = {"positions": ids, "image": flags, "rank": rows}
         from_axes = {"positions": port["positions"], "image": image, "rank": rank}
-        if chosen:
+        if numbered:
             port["kept"].meta["val"] = torch.zeros(batch, count, dtype=torch.int64)
             feed_axes["kept"], from_axes["kept"] = port["kept"].meta["val"], port["kept"]
         numbering = trace_function("add_offsets", add_offsets, feed_axes, ("positions",))
@@ -170,6 +185,12 @@ def join_prefill(
         (positions,) = splice(module, numbering, port)
     prunable = patches[0] if patches else image
     feed = {**port, "hidden": hidden, "position_ids": positions, "prunable": prunable, "last": last}
+    if any(n.op == "placeholder" and n.name == "question" for n in decoder.graph.nodes):
+        counted = trace_function(
+            "question", lambda image, last: last - (image * torch.arange(sequence)).amax(1),
+            {"image": flags, "last": rows[:, 0].contiguous()}, ("question",),
+        )  # fmt: skip
+        (feed["question"],) = splice(module, counted, {"image": image, "last": last})
     if blocks:
         numbers = trace_function("number_blocks", number_blocks, {"image": flags}, ("block_ids",))
         (feed["block_ids"],) = splice(module, numbers, {"image": image})

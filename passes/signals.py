@@ -8,7 +8,7 @@ attention. Softmax is in float32.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ from secateur.compiler import ops
 from secateur.compiler.plan_recipe import PlannedStage
 from secateur.passes.stage import StageFunction
 from secateur.passes.units import Merge, mean_units, sum_units
+
+Join = Callable[[Tensor, int], Tensor]
+"""(numbers per token of each grid, the dimension of the tokens) -> numbers per token of each image."""
 
 STATE = ("carried", "size", "source")
 """Signals that are handed from stage to stage, one number per prunable token of a row."""
@@ -222,11 +225,6 @@ def find_prunable(prunable: Tensor, count: int) -> Tensor:
     return spare.scatter(1, slot, source)[:, :count]
 
 
-def count_question(prunable: Tensor, last: Tensor, entered: int, extra_rows: int) -> Tensor:
-    """Real rows ``[B]`` behind the last image: ``prunable [B,N]`` and ``last [B]`` before any stage."""
-    return last - find_prunable(prunable, entered)[:, -1] - extra_rows
-
-
 def take_columns(attention: Tensor, columns: Tensor) -> Tensor:
     """``[B,H,L]``, ``[B,V]`` -> ``[B,H,V]``."""
     return ops.take_rows(attention.transpose(1, 2), columns).transpose(1, 2)
@@ -299,6 +297,9 @@ class PatchView:
     merge: Merge = 1
     order: tuple[int, ...] = ()
     """Of each patch, row by row, its place among ``raw``'s; empty where they are row by row."""
+    join: Join | None = None
+    """Where ``tokens``, ``raw`` and ``extra`` are those of the tiles of an image, and groups are whole images: puts
+    them together. ``state`` is the image's already."""
 
     def heads(self, kind: str, layer: int) -> Tensor:
         """Queries, keys or values of a tower layer, patches row by row."""
@@ -317,6 +318,11 @@ _TOWER_KINDS: dict[str, tuple[str, ...]] = {
     "values": ("value",),
     "cls_values": ("value",),
 }
+_TOKENS_AT = {
+    "tokens": 1, "projector_inputs": 1, "probe_slopes": 2, "cls_attention": 2, "cls_attention_layers": 3,
+    "received_attention": 2, "received_attention_layers": 3, "queries": 2, "keys": 2, "values": 2,
+}  # fmt: skip
+"""The dimension of a grid's tokens in each signal that tiles of an image can be put together in."""
 NEED_CLS = ("cls_attention", "cls_attention_layers", "cls_values")
 
 
@@ -330,6 +336,11 @@ def list_tower_raws(stage: StageFunction, layers: Mapping[str, tuple[int, ...]])
     return sorted({(kind, layer) for s in stage.signals for kind in _TOWER_KINDS.get(s, ()) for layer in layers[s]})
 
 
+def joins_tiles(signal: str) -> bool:
+    """Whether the signal exists for an image whose tiles the tower saw one by one."""
+    return signal in STATE or signal in _TOKENS_AT
+
+
 def attends_in_tower(signal: str) -> bool:
     """Whether ``signal`` of a tower-side stage comes from attention projections."""
     return signal in _TOWER_KINDS
@@ -338,6 +349,8 @@ def attends_in_tower(signal: str) -> bool:
 def patch_signals(stage: StageFunction, seen: PatchView, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The signals of a tower-side stage, float32, per image; ``layers`` gives each signal's tower layers."""
     found = {name: _patch_signal(name, stage, seen, layers.get(name, ())) for name in stage.signals}
+    if seen.join is not None:
+        found = {n: v if v is None or n in STATE else seen.join(v, _TOKENS_AT[n]) for n, v in found.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -116,14 +116,15 @@ def reduce_patches(
 ) -> Thinned:
     """Run a stage in the tower or after it, image by image; arguments as in :func:`reduce_sequence`."""
     signals = patch_signals(stage, seen, layers)
+    tokens = seen.tokens if seen.join is None else seen.join(seen.tokens, 1)
     if watch is not None:
         watch.append(Seen(signals, stage.score(signals) if stage.bound.score is not None else None))
     chosen, carry = stage.run(signals, forced)
-    state = _next_state(tracked, seen.state, carry, chosen, stage.planned, seen.tokens.shape[0])
+    state = _next_state(tracked, seen.state, carry, chosen, stage.planned, tokens.shape[0])
     if stage.planned.observes:
         return Thinned(seen.tokens, chosen.keep, state)
-    thin = Thinned(seen.tokens, chosen.keep, state, chosen.mix)
-    return thin._replace(tokens=thin.thin(seen.tokens))
+    thin = Thinned(tokens, chosen.keep, state, chosen.mix)
+    return thin._replace(tokens=thin.thin(tokens))
 
 
 def start_state(tracked: Sequence[str], batch: int, count: int) -> dict[str, Tensor]:

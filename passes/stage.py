@@ -107,17 +107,19 @@ class StageFunction:
         return reserved | {"score": scored.score}, scored.carry
 
 
-def stage_function(planned: PlannedStage) -> StageFunction:
-    """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not.
+def stage_function(planned: PlannedStage, tiles: bool = False) -> StageFunction:
+    """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not. ``tiles``: an
+    image's tokens are those of several grids, without their padding.
 
     Functions from outside this package are tried on random signals first.
     """
     bound = bind_stage(planned, where=planned.name)
     if planned.grid is None and any("grid" in term.every_reserved() for term in bound.terms):
+        lacks = "an image in tiles has several" if tiles else "an earlier stage removed some"
         raise UserError(
-            "a function of this stage needs the whole grid of patches, of which an earlier stage removed some",
+            f"a function of this stage needs the whole grid of patches, and {lacks}",
             where=f"{planned.name} {planned.site}",
-            fix="let it be the first stage that prunes",
+            fix="use another recipe, such as divprune" if tiles else "let it be the first stage that prunes",
         )
     entered = 0 if planned.layout is None else len(planned.layout.frames)
     if planned.length_in != entered and any(_reads_every_token(term) for term in bound.terms):

@@ -59,7 +59,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Gemma3ImageProcessor": _GEMMA3,
 }
 """What a configuration leaves unsaid, by processor type; also the list of supported types. (GotOcr2's is InternVL3's;
-the tiles it and SmolVLM's cut an image into are not supported, every image is one.)"""
+here every image is one tile, and ``runtime/crops.py`` cuts several.)"""
 ACCEPTED = "a file's path, a Pillow image, or a uint8 array [height, width, 3]"
 _WHERE = "preprocessor_config.json"
 _MOST = 4096
@@ -139,7 +139,7 @@ class ImagePipeline:
         if self.square is not None:
             rgb = pad_square(rgb, self.square)
         if self.longest is not None:
-            rgb = rgb.resize(_fit_longest(rgb, self.longest), resample=self.resample)
+            rgb = rgb.resize(fit_longest(rgb.width, rgb.height, self.longest), resample=self.resample)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else _keep_aspect(rgb, self.size)
             rgb = rgb.resize((width, height), resample=self.resample)
@@ -242,9 +242,8 @@ def _keep_aspect(image: Image.Image, shortest: int) -> tuple[int, int]:
     return (longest, shortest) if width <= height else (shortest, longest)
 
 
-def _fit_longest(image: Image.Image, longest: int) -> tuple[int, int]:
+def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
     """Width, height with the longer edge at ``longest``; the shorter one is rounded up to an even number of pixels."""
-    width, height = image.size
     ratio = width / height
     if width >= height:
         shorter = int(longest / ratio)

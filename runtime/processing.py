@@ -236,8 +236,7 @@ class Processor:
         media, model, sizes = self._manifest.media, self._manifest.model, self._manifest.geometry
         own = model.image_token_id
         if media is None:
-            one = [*model.image_before, *[own] * sizes.features_per_image, *model.image_behind]
-            return [one] * sizes.images
+            return [sizes.place(own, model.image_before, model.image_behind)] * sizes.images
         found: list[list[int]] = []
         for item in media.items:
             brings = item.kind == "video with sound"

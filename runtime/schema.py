@@ -194,6 +194,9 @@ class GeometrySizes(_Frozen):
     """Grids the tower reads of one image that is cut into tiles, the whole in small among them; 0 where an image is
     one grid. The extra rows then stand between its tokens, each behind a row of the image."""
     tokens_per_tile: Count = 0
+    tile_marks: list[list[Count]] = []
+    """The tokens of text before each tile of an image and behind the last, where they stand between tiles as well; they
+    take the place of ``image_before`` and ``image_behind``."""
     sequence: Size
     frames: Count = 0
     """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames, or is
@@ -220,13 +223,23 @@ class GeometrySizes(_Frozen):
     @property
     def features_of_images(self) -> list[int]:
         """Tokens of every image that enter the decoder where images are of several sizes, else of any of them."""
-        return [one.features for one in self.sizes] or [self.features_per_image]
+        return [one.features for one in self.sizes] or [self.features_per_run]
 
     @property
     def features(self) -> int:
         """Tokens of a row's media that enter the decoder."""
         seen = sum(one.features for one in self.sizes) or self.images * self.features_per_image
         return seen + self.audio_tokens
+
+    @property
+    def features_per_run(self) -> int:
+        """Of those of an image, how many follow each other: all, or one tile's where text stands between tiles."""
+        return self.features_per_image // max(1, len(self.tile_marks) - 1)
+
+    def place(self, token: int, before: list[int], behind: list[int]) -> list[int]:
+        """An image in a prompt: a ``token`` for each of its features, and the marks around them."""
+        marks, run = self.tile_marks or [before, behind], [token] * self.features_per_run
+        return [*marks[0], *(each for mark in marks[1:] for each in (*run, *mark))]
 
     @property
     def places(self) -> int:

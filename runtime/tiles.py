@@ -67,9 +67,9 @@ class TilePipeline:
         rgb = read_rgb(image)
         if self._layout((rgb.height, rgb.width)) != self._layout(self.size):
             self._tell((rgb.height, rgb.width))
-            rgb = _fit(rgb, self.size, self.view.resample)
+            rgb = fit_image(rgb, self.size, self.view.resample)
         best = choose_resolution((rgb.height, rgb.width), self.resolutions)
-        picture = _fit(rgb, best, self.view.resample)
+        picture = fit_image(rgb, best, self.view.resample)
         views = [rgb.resize((self.edge, self.edge), resample=self.view.resample)]
         for top in range(0, best[0], self.edge):
             views += [
@@ -119,7 +119,7 @@ def unpad(size: Size, grid: Size) -> Size:
     return rows, columns - (columns - inside) // 2 * 2
 
 
-def _fit(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+def fit_image(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
     """The image as large as fits into ``size``, in the middle; an odd pixel of black comes behind it."""
     height, width = size
     across, down = width / image.width, height / image.height

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secateur.runtime.audio import AudioPipeline
+from secateur.runtime.crops import CropPipeline
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImageLike, ImagePipeline, read_rgb
 from secateur.runtime.patches import Grid, PatchPipeline
@@ -51,12 +52,17 @@ def open_tower_inputs(directory: Path, manifest: Manifest) -> TowerInputs:
 
 
 class TileInputs:
-    """Images cut into tiles: float32 [n*tiles, 3, edge, edge]."""
+    """Images cut into tiles: float32 [n*tiles, 3, height, width]."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
         config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
-        self.pipeline = TilePipeline.from_config(config, (sizes.image_height, sizes.image_width), sizes.tokens_per_tile)
+        size = (sizes.image_height, sizes.image_width)
+        self.pipeline: TilePipeline | CropPipeline
+        if manifest.model.family in ("internvl", "smolvlm"):
+            self.pipeline = CropPipeline.from_config(config, size)
+        else:
+            self.pipeline = TilePipeline.from_config(config, size, sizes.tokens_per_tile)
         if self.pipeline.tiles != sizes.tiles:
             raise BundleError(
                 f"the image processor makes {self.pipeline.tiles} tiles, the bundle was compiled for {sizes.tiles}",

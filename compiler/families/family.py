@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from secateur.compiler.geometry import Geometry
@@ -26,10 +28,17 @@ class Tiles:
         """Features that are tokens of a grid; padding at the edges of the tiles is none."""
         return sum(place >= 0 for place in self.order)
 
-    @property
-    def rows_behind(self) -> int:
-        """Rows behind the last token."""
-        return next(i for i, place in enumerate(reversed(self.order)) if place >= 0)
+
+@dataclass(frozen=True)
+class Split:
+    """An image shown in several grids that stay apart. To stages each of them is an image of its own."""
+
+    image_size: tuple[int, int]
+    """Height and width of the image, in pixels."""
+    grids: int
+    texts: tuple[str, ...] = ()
+    """What a prompt has before each grid and behind the last, with marks by their names in braces; empty: the grids
+    follow each other between :attr:`Family.image_marks`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class VisionFacts:
     """Of every image its size's place in ``sizes``; empty where all have one."""
     tiles: Tiles | None = None
     """How the tokens of an image that is cut into tiles are put together; None where a grid stays a grid."""
+    split: Split | None = None
+    """Where the grids of an image count as images; None where an image is one grid, or is put together again."""
     single_image: str = ""
     """What a bundle for one image per prompt does otherwise than transformers; empty if it does the same."""
 
@@ -90,14 +101,14 @@ class VisionFacts:
         return self.grid[0] * self.grid[1]
 
     @property
-    def rows_behind(self) -> int:
-        """Extra rows that stand behind the last token of an item."""
-        return self.extra_rows if self.tiles is None else self.tiles.rows_behind
-
-    @property
     def items(self) -> int:
         """Items of a row."""
         return self.frames // self.grids_per_item
+
+    @property
+    def images_of_tiles(self) -> tuple[int, int] | None:
+        """(images of a row, tokens of one) where images are cut into tiles and put together again."""
+        return None if self.tiles is None else (self.items, self.tokens_per_item)
 
     @property
     def tokens_per_item(self) -> int:
@@ -230,20 +241,40 @@ class AudioTower:
     reference: Callable[[Any, Any, VisionFacts], Any]
 
 
-def fixed_size(config: Any, geometry: Geometry, videos: bool = False) -> int:
+def fixed_size(config: Any, geometry: Geometry, videos: bool = False, tiles: bool = False) -> int:
     """The number of grids of a row, for families that take nothing but images of their own size, or with ``videos``
-    frames of that size as well."""
+    frames of that size as well; with ``tiles`` the number of images, which one other size may say the tiles of."""
     where = f"{config.name_or_path}/config.json"
     takes = "images and videos" if videos else "images"
     for asked, option in ((0 if videos else geometry.frames, "--frames"), (geometry.audio_seconds, "--audio-seconds")):
         if asked:
             raise UserError(f"a {config.model_type} bundle takes {takes} only", where=where, fix=f"leave {option} out")
-    if geometry.image_size is not None:
+    if tiles and geometry.sizes:
+        raise UserError(
+            f"a {config.model_type} bundle takes images of one size",
+            where="--image-size",
+            fix="give one for all of them",
+        )
+    if geometry.image_size is not None and not tiles:
         raise UserError(
             f"images of a {config.model_type} model have the size its configuration says", where=where,
             fix="leave --image-size out",
         )  # fmt: skip
     return geometry.frames or geometry.images
+
+
+def read_image_processor(config: Any) -> dict[str, Any]:
+    """What the checkpoint's files say of processing images; empty where there are none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = Path(config.name_or_path) / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text())
+            return dict(found.get("image_processor") or found)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise UserError("not a JSON object", where=str(path), fix="download the file again") from None
+    return {}
 
 
 def read_feature_layer(config: Any, where: str, usual: str) -> int:

@@ -3,8 +3,8 @@
 InternVL3.5-30B-A3B has a decoder with experts, Qwen3-MoE, in its place.
 Behind the tower every two by two patches become one token of four times the width, and only then comes the projector:
 what the decoder sees, and what stages count, are such units. An image is one tile, resized to the tower's square,
-between the tokens ``<img>`` and ``</img>``. The several tiles and the thumbnail that transformers makes of an image,
-and videos, are not supported.
+between the tokens ``<img>`` and ``</img>``; or, where the geometry has a size of images, the tiles and the thumbnail
+that transformers makes of one of that size, one after the other between those two tokens. Videos are not supported.
 """
 
 from __future__ import annotations
@@ -13,14 +13,22 @@ from typing import Any
 
 from secateur.compiler.families.family import (
     Family,
+    Split,
     VisionFacts,
     check_strategy,
     fixed_size,
     image_features,
     read_feature_layer,
+    read_image_processor,
 )
 from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError
+
+_ONE_TILE = (
+    "transformers cuts an image into up to max_patches tiles and a thumbnail where crop_to_patches is set, as it is in "
+    "its processor for this family; this bundle shows the model the whole image in one tile, as transformers itself "
+    "does with max_patches 1; compile with --image-size for tiles"
+)
 
 
 def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
@@ -30,8 +38,10 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     check_strategy(config, where, "default", "with the 'full' strategy the CLS row would be shuffled among the patches")
     merge = _read_merge(config.downsample_ratio, where)
     side = _read_side(vision, merge, where)
+    split = _read_split(config, geometry)
     return VisionFacts(
-        frames=fixed_size(config, geometry),
+        frames=fixed_size(config, geometry, tiles=True) * (split.grids if split else 1),
+        split=split,
         image_size=tuple(vision.image_size),
         grid=(side // merge, side // merge),
         merge=merge,
@@ -39,10 +49,21 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         feature_layer=layer,
         has_cls=True,
         channels=vision.num_channels,
-        every_image="transformers cuts an image into up to max_patches tiles and a thumbnail where crop_to_patches is "
-        "set, as it is in its processor for this family; this bundle shows the model the whole image in one tile, as "
-        "transformers itself does with max_patches 1",
+        every_image="" if split else _ONE_TILE,
     )
+
+
+def _read_split(config: Any, geometry: Geometry) -> Split | None:
+    """The tiles of an image of the geometry's size, the thumbnail among them."""
+    if (size := geometry.one_size) is None:
+        return None
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    told, tower = read_image_processor(config), config.vision_config.image_size
+    asked: dict[str, Any] = {key: told[key] for key in ("min_patches", "max_patches") if told.get(key)}
+    asked |= {"crop_to_patches": True, "patch_size": {"height": tower[0], "width": tower[1]}}
+    grids = GotOcr2ImageProcessorPil().get_number_of_image_patches(*size, asked)
+    return Split(size, int(grids))
 
 
 def _read_merge(ratio: float, where: str) -> int:

@@ -2,7 +2,8 @@
 
 Behind the tower every square of ``scale_factor`` by ``scale_factor`` patches becomes one token, and only then comes the
 projection: what the decoder sees, and what stages count, are such squares. An image is its global view, resized to the
-tower's square. The tiles that transformers adds to it, and videos, are not supported.
+tower's square; where the geometry has a size of images, the tiles that transformers cuts one of that size into stand
+before it, with marks of row and column. Videos are not supported.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
-from secateur.compiler.families.family import Family, VisionFacts, fixed_size, read_grid
+from secateur.compiler.families.family import Family, Split, VisionFacts, fixed_size, read_grid, read_image_processor
 from secateur.compiler.geometry import Geometry
 from secateur.runtime.errors import UserError
+
+_GLOBAL_ONLY = (
+    "transformers adds tiles of high resolution to an image where do_image_splitting is set; this bundle shows the "
+    "model the global view only, as transformers itself does without; compile with --image-size for tiles"
+)
 
 
 def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
@@ -28,8 +34,10 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
             fix="scale_factor must be a whole number that divides image_size // patch_size",
         )
     _find_positions(vision.image_size, vision.patch_size)
+    split = _read_split(config, geometry)
     return VisionFacts(
-        frames=fixed_size(config, geometry),
+        frames=fixed_size(config, geometry, tiles=True) * (split.grids if split else 1),
+        split=split,
         image_size=(vision.image_size, vision.image_size),
         grid=(side // merge, side // merge),
         merge=merge,
@@ -38,9 +46,37 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         feature_layer=vision.num_hidden_layers - 1,
         has_cls=False,
         channels=vision.num_channels,
-        every_image="transformers adds tiles of high resolution to an image where do_image_splitting is set; this "
-        "bundle shows the model the global view only, as transformers itself does without",
+        every_image="" if split else _GLOBAL_ONLY,
     )
+
+
+def _read_split(config: Any, geometry: Geometry) -> Split | None:
+    """The tiles of an image of the geometry's size, the global view behind them, and the text between them."""
+    if (size := geometry.one_size) is None:
+        return None
+    import numpy as np
+    from PIL import Image
+    from transformers.image_utils import SizeDict
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    told = read_image_processor(config)
+    if not told.get("do_image_splitting", True):
+        raise UserError(
+            "do_image_splitting is off: an image has no tiles", where=f"{config.name_or_path}/preprocessor_config.json",
+            fix="leave --image-size out",
+        )  # fmt: skip
+    side, theirs = config.vision_config.image_size, SmolVLMImageProcessorPil()
+    # Only sizes matter here: of a blank image, in the quickest way.
+    blank, quick = np.zeros((3, *size), np.uint8), Image.Resampling.NEAREST
+    if told.get("do_resize", True):
+        longest = (told.get("size") or {}).get("longest_edge", theirs.size["longest_edge"])
+        blank = theirs.resize(blank, SizeDict(longest_edge=longest), resample=quick)
+    rows, columns = (n // side for n in theirs.resize_for_vision_encoder(blank, side, resample=quick).shape[1:])
+    several = rows * columns > 1
+    marks = ("{fake_image_token}", "<image>", "{global_image_token}")
+    text = get_image_prompt_string(rows * several, columns * several, 1, *marks)
+    return Split(size, rows * columns + several, tuple(text.split("<image>")))
 
 
 def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:

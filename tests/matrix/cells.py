@@ -99,8 +99,11 @@ def lacks(recipe: Recipe, tower: Tower) -> str | None:
         return "it compares what is seen with what is heard, and nothing is heard"
     if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
         return "its stages stand between layers of the tower, behind which patches are put together"
-    if tower.tiles and any(not stage.site.kind.startswith("decoder") and stage.select for stage in recipe.stages):
-        return "which tokens of an image's tiles are padding is settled behind the projector, where its stages chose"
+    if tower.tiles and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
+        return "its stages stand between layers of the tower, which sees the tiles of an image one by one"
+    terms = [term for stage in recipe.stages for term in bind_stage(stage, where=recipe.name).terms]
+    if tower.tiles and any("grid" in term.every_reserved() for term in terms):
+        return "it needs the whole grid of patches, and an image in tiles has several"
     nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]
     if tower.has_cls and tower.read_last and nexts:
         return f"{nexts[0]} is that of the layer behind the one the projector reads, which is the last"

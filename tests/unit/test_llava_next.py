@@ -160,12 +160,6 @@ def test_in_the_decoder_an_image_is_one_group(source: Path) -> None:
     assert (stage.groups, stage.length_in, stage.length_out) == (2, 16 + 6 * 8, 32)
 
 
-def test_stages_that_choose_among_the_tokens_of_tiles_are_refused(source: Path) -> None:
-    geometry = Geometry(image_size=(40, 50))
-    with pytest.raises(UserError, match=r"no stage can choose at projector.out: the tokens of an image's tiles"):
-        pipeline.plan_job(read_source(source), geometry, RECIPES["divprune"], 0.5)
-
-
 def test_videos_and_sound_are_refused(source: Path) -> None:
     with pytest.raises(UserError, match="takes images only; leave --frames out"):
         read_source(source, Geometry(frames=4))

@@ -46,10 +46,11 @@ def test_a_row_inside_the_tower_applies_only_where_patches_stay_apart() -> None:
         assert str(lacks(RECIPES[name], Tower(True, merges=True))).startswith("its stages stand between layers")
 
 
-def test_a_row_that_chooses_before_tiles_are_put_together_does_not_apply() -> None:
-    assert lacks(RECIPES["fastv"], Tower(True, tiles=True)) is None
-    for name in ("visionzip", "divprune"):
-        assert str(lacks(RECIPES[name], Tower(True, tiles=True))).startswith("which tokens of an image's tiles")
+def test_a_row_that_needs_single_tiles_does_not_apply() -> None:
+    for name in ("fastv", "visionzip", "divprune"):
+        assert lacks(RECIPES[name], Tower(True, tiles=True)) is None
+    assert str(lacks(RECIPES["tome"], Tower(True, tiles=True))).endswith("sees the tiles of an image one by one")
+    assert str(lacks(RECIPES["hired"], Tower(True, tiles=True))).startswith("it needs the whole grid of patches")
 
 
 def test_a_row_that_probes_the_projector_applies_only_where_it_is_no_linear_map() -> None:
@@ -76,7 +77,7 @@ def test_a_layout_with_few_rows_has_them_all_and_no_other() -> None:
             applying = {name for name in layout.rows if lacks(RECIPES[name], layout.tower) is None}
             assert recipes == applying
             assert {"none", "fastv"} < applying
-            assert layout.tower.tiles or {"divprune"} < applying
+            assert {"divprune"} < applying
 
 
 def test_rows_that_number_anew_are_no_identity_where_positions_have_axes() -> None:

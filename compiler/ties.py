@@ -86,8 +86,10 @@ def _ranks_to(stage: StageFunction, score: Tensor, kept: Tensor) -> bool:
         members, room = tied.nonzero()[:, 0].tolist(), cut - int(above.sum())
         ways: Iterable[tuple[int, ...]] = islice(combinations(members, room), _RESOLUTIONS)
         own = set(kept.tolist())
-        if edge == 0 and len(wanted := [token for token in members if token in own]) == room:
-            # What lies outside a sliding window is attended to exactly as little: there every choice is as good.
+        wanted = [token for token in members if token in own]
+        if edge == 0 and len(wanted) == room and bool((score != 0).any()):
+            # What lies outside a sliding window is attended to exactly as little: there every choice is as good. A
+            # score of nothing but zeros is none.
             ways = chain([tuple(wanted)], ways)
         for chosen in ways:
             lifted = score.clone()

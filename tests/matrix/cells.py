@@ -19,6 +19,8 @@ Kind = Literal["parity", "identity", "engine"]
 KEEPS, BATCHES, FRAMES = (0.5, 0.1), (1, 3), 4
 TEXT_TOKENS, NEW_TOKENS = 24, 4
 ENGINE_DTYPES = ("fp16", "bf16")
+OTHERS = 6
+"""Layouts with few rows of which a sample builds engines."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def sample(
 
 
 def sample_engines(
-    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, each: int = 2, others: int = 6
+    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, each: int = 2, others: int = OTHERS
 ) -> list[Cell]:
     """``each`` rows per layout that has them all, and one on ``others`` of those with a few: their programs are built,
     in one of the engine types each."""

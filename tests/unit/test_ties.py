@@ -41,6 +41,19 @@ def test_a_tie_at_the_cut_excuses_no_other_choice(ranked: torch.Tensor, wrong: l
     assert not is_tied(plan("top_k", "cls_attention_mean"), torch.tensor(wrong), ranked, {})
 
 
+def test_tokens_of_score_zero_are_alike_and_worse_than_others() -> None:
+    """Outside a sliding window nothing is attended to: 30 tokens, of which more choices are as good than are tried."""
+    stage = Stage(Site("vision.out"), Term("top_k"), Term("cls_attention_mean"), share=K / 30)
+    planned = plan_recipe(
+        Recipe("r", "t", "l", (stage,)), keep=None, images=1, tokens_per_image=30, vision_layers=2, decoder_layers=2
+    )
+    function, score = stage_function(planned.stages[0]), torch.zeros(1, 30)
+    score[0, :2] = torch.tensor([3.0, 2.0])
+    assert is_tied(function, torch.tensor([0, 1, 17, 29]), score, {})
+    assert not is_tied(function, torch.tensor([0, 2, 17, 29]), score, {})
+    assert not is_tied(function, torch.tensor([3, 5, 17, 29]), torch.zeros(1, 30), {}), "a constant is no score"
+
+
 def test_every_image_must_be_explained(ranked: torch.Tensor) -> None:
     stage, clear = plan("top_k", "cls_attention_mean", images=2), torch.arange(N, 0, -1).float()[None]
     score, tokens = torch.cat([ranked, clear]), torch.zeros(2, N, 1)

@@ -118,6 +118,8 @@ def _list_sizes(given: object) -> tuple[Size, ...]:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
+    if not hasattr(value, "__index__"):
+        raise UserError(f"{name} is {value!r}", where="geometry", fix="give a whole number")
     if value < least:
         raise UserError(
             f"{name} is {value}",

@@ -186,7 +186,7 @@ LAYOUTS: dict[str, Layout] = {
             Tower(True, tiles=True),
             _write_next,
             {"image_size": (40, 60)},
-            ("dart", "pyramiddrop", *_WITH_CLS),
+            _WITH_CLS,
         ),
         Layout(
             "internvl",

@@ -185,6 +185,12 @@ def test_inspect_and_profile_know_all_geometries(
 # -- the command line -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["audio_seconds", "frames", "text_tokens"])
+def test_what_is_counted_is_whole(name: str) -> None:
+    with pytest.raises(UserError, match=f"geometry: {name} is 2.5; give a whole number"):
+        Geometry(**{name: 2.5})  # type: ignore[arg-type]  # that is the fault
+
+
 def test_options_become_geometries() -> None:
     plain = Geometry(batch=2, text_tokens=32)
     assert read_geometries([], plain) == (plain,)

@@ -131,7 +131,8 @@ def cut_chunks(times: list[int], chunk: int) -> list[tuple[int, int]]:
     return list(pairwise([*starts, len(times)]))
 
 
-def _reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -> Any:
+def reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -> Any:
+    """Position ids ``[3,N]`` of a prompt with sound as transformers numbers them."""
     import torch
 
     facts, vision = source.vision, source.config.vision_config
@@ -145,8 +146,10 @@ def _reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) 
         }
     if source.audio is not None:
         given["audio_seqlens"] = torch.tensor([source.audio.input_shape[2]])
-    found = model.model.get_rope_index(ids, use_audio_in_video=geometry.interleaves, **given)
-    return found[0][:, 0]
+    found = model.model.get_rope_index(
+        ids, attention_mask=torch.ones_like(ids), use_audio_in_video=geometry.interleaves, **given
+    )[0]
+    return found[:, 0].long()
 
 
 QWEN2_5_OMNI = replace(
@@ -159,7 +162,7 @@ QWEN2_5_OMNI = replace(
     auto_class="AutoModelForMultimodalLM",
     inner_config="thinker_config",
     read_media=_read_media,
-    reference_positions=_reference_positions,
+    reference_positions=reference_positions,
     audio=AudioTower(
         tower=Tower("model.audio_tower.layers", "model.audio_tower.proj", "self_attn"),
         modules=("model.audio_tower",),

@@ -13,7 +13,7 @@ from typing import Any
 
 from secateur.compiler.families import qwen3_vl, qwen_vision
 from secateur.compiler.families.family import AudioTower, Tower, VisionFacts
-from secateur.compiler.families.qwen2_5_omni import MARKS, MEL_FRAMES, SOUND_MARKS, audio_reference
+from secateur.compiler.families.qwen2_5_omni import MARKS, MEL_FRAMES, SOUND_MARKS, audio_reference, reference_positions
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.layout import Layout
 from secateur.compiler.media import Axes, Item, MediaLayout
@@ -135,26 +135,6 @@ def merge_by_time(seen: list[Axes], heard: list[Axes]) -> list[tuple[int, list[A
     return runs
 
 
-def _reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -> Any:
-    import torch
-
-    facts, vision = source.vision, source.config.vision_config
-    merge = int(vision.spatial_merge_size)
-    grids = qwen_vision.list_grids(facts, merge)
-    given: dict[str, Any] = {"image_grid_thw": torch.tensor(grids)}
-    if geometry.frames:
-        given = {
-            "video_grid_thw": torch.tensor([[len(grids), *grids[0][1:]]]),
-            "second_per_grids": torch.tensor([vision.temporal_patch_size / geometry.fps]),
-        }
-    if source.audio is not None:
-        given["audio_seqlens"] = torch.tensor([source.audio.input_shape[2]])
-    found = model.model.get_rope_index(
-        ids, attention_mask=torch.ones_like(ids), use_audio_in_video=geometry.interleaves, **given
-    )[0]
-    return found[:, 0].long()
-
-
 QWEN3_OMNI = replace(
     qwen3_vl.QWEN3_VL,
     name="qwen3_omni",
@@ -165,7 +145,7 @@ QWEN3_OMNI = replace(
     auto_class="AutoModelForMultimodalLM",
     inner_config="thinker_config",
     read_media=_read_media,
-    reference_positions=_reference_positions,
+    reference_positions=reference_positions,
     audio=AudioTower(
         tower=Tower("model.audio_tower.layers", "model.audio_tower.proj2", "self_attn"),
         modules=("model.audio_tower",),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from secateur.compiler import pipeline
+from secateur.compiler import passlist, pipeline
 from secateur.compiler.bundle import outline
 from secateur.compiler.inputs import RowInput, random_rows, respace
 from secateur.compiler.parity import TOLERANCE
@@ -185,6 +185,12 @@ def with_fault(name: str, program: str, fault: Callable[[Program], Program]) -> 
     return (*PASSES[:index], replace(good, run=bad), *PASSES[index + 1 :])
 
 
+def plant(monkeypatch: pytest.MonkeyPatch, passes: tuple[Pass, ...]) -> None:
+    """Another list for what runs the passes, and for what looks for the first that changes numbers."""
+    for module in (passlist, pipeline):
+        monkeypatch.setattr(module, "PASSES", passes)
+
+
 @pytest.mark.parametrize(
     ("name", "program"),
     [
@@ -197,7 +203,7 @@ def with_fault(name: str, program: str, fault: Callable[[Program], Program]) -> 
 def test_the_pass_that_scales_a_weight_is_named(
     name: str, program: str, model: Path, two_stages: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "PASSES", with_fault(name, program, scale_weight))
+    plant(monkeypatch, with_fault(name, program, scale_weight))
     found = run("oracle", "fx", model, recipe=two_stages(3), questions=2)
     assert not found.passed
     assert not found.parity.computed_equally
@@ -209,7 +215,7 @@ def test_the_pass_that_ranks_otherwise_is_named(
     model: Path, two_stages: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faulty = with_fault("insert_decoder_stages", "prefill_decoder", prefer_the_worst)
-    monkeypatch.setattr(pipeline, "PASSES", faulty)
+    plant(monkeypatch, faulty)
     found = run("oracle", "fx", model, recipe=two_stages(3), questions=2)
     assert found.verdict == "chose differently"
     assert found.first_pass == "insert_decoder_stages"

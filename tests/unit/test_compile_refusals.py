@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from secateur.compiler import output, pipeline
+from secateur.compiler import build_bundle, output, pipeline
 from secateur.compiler.output import whole_directory
 from secateur.compiler.pipeline import Geometry
 from secateur.exporters import weights
@@ -280,7 +280,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def half_way(traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """``half_way(error)`` makes writing the weights fail when half of them are written."""
     monkeypatch.setattr(pipeline, "trace_model", lambda *_: traced())
-    real = pipeline.write_weights
+    real = build_bundle.write_weights
 
     def arm(error: BaseException) -> None:
         def write(layout: Any, checkpoint: Any, path: Path, on_bytes: Any) -> str:
@@ -291,7 +291,7 @@ def half_way(traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Cal
 
             return real(layout, checkpoint, path, stop)
 
-        monkeypatch.setattr(pipeline, "write_weights", write)
+        monkeypatch.setattr(build_bundle, "write_weights", write)
 
     return arm
 

@@ -1,8 +1,8 @@
 """LLaVA-OneVision layout: SigLIP tower without a CLS token, two-layer projector, Qwen2 decoder.
 
 An image is its base view: padded to a square, resized to the tower's size, all its patches, then the row
-``image_newline``. That is how transformers treats every image of a prompt with several. Tiles of high resolution, which
-it adds for an image that is alone in its prompt, are not supported.
+``image_newline``. That is how transformers treats every image of a prompt with several. One that is alone in its prompt
+it shows in tiles (``families/tiled.py``); here that is done for an image whose size is given.
 
 A video is frames of the tower's size. Behind the projector the grid of each is resized to half its height and width,
 rounded up, and one row ``image_newline`` stands behind all of them. Its position ids count on like those of images.
@@ -22,13 +22,25 @@ from secateur.compiler.families.family import (
     read_feature_layer,
     read_grid,
 )
+from secateur.compiler.families.tiled import count_tiles, lay_out, list_lines
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pooled import Pooled, bilinear_weights
+from secateur.runtime.errors import UserError
+
+_SLACK = 1.1
+"""By how much the edges of a picture may exceed those of as many tokens as tiles are allowed before it is resized."""
 
 
 def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     vision = config.vision_config
     where = f"{config.name_or_path}/config.json"
+    if geometry.image_size is not None and geometry.images > 1:
+        raise UserError(
+            f"transformers makes tiles of a {config.model_type} image that is alone in its prompt only, and shows the "
+            f"model one view of each of {geometry.images}",
+            where="--image-size",
+            fix="leave it out, or compile for one image per row",
+        )
     layer = read_feature_layer(config, where, "LLaVA-OneVision uses -1")
     check_strategy(
         config,
@@ -38,7 +50,7 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
     )
     grid = read_grid(config, where)
     facts = VisionFacts(
-        frames=fixed_size(config, geometry, videos=True),
+        frames=fixed_size(config, geometry, videos=True, tiles=not geometry.frames),
         image_size=(vision.image_size, vision.image_size),
         grid=grid,
         layers=vision.num_hidden_layers,
@@ -46,12 +58,47 @@ def _read_vision(config: Any, geometry: Geometry) -> VisionFacts:
         has_cls=False,
         extra_rows=1,
         single_image="transformers cuts an image that is alone in its prompt into tiles of high resolution; this "
-        "bundle shows the model the padded whole only, as transformers itself does with two images or more",
+        "bundle shows the model the padded whole only, as transformers itself does with two images or more; compile "
+        "with --image-size HEIGHTxWIDTH for the tiles of an image of that size",
     )
+    if geometry.image_size is not None:
+        return _tile(config, geometry, facts, where)
     if not geometry.frames:
         return facts
     half = (math.ceil(grid[0] / 2), math.ceil(grid[1] / 2))
     return replace(facts, grid=half, merge=Pooled(grid), grids_per_item=geometry.frames, single_image="")
+
+
+def _tile(config: Any, geometry: Geometry, facts: VisionFacts, where: str) -> VisionFacts:
+    """The facts of an image in tiles: ``facts`` are those of a grid."""
+    size = geometry.one_size
+    assert size is not None, "one image has one size"
+    side, most = facts.grid[0], _most_tiles(config, where)
+    down, across = count_tiles(config, size, where)
+    lines = list_lines(side, down, across, size)
+    excess = math.sqrt(len(lines) * len(lines[0]) / (most * side**2))
+    if excess > _SLACK:
+        raise UserError(
+            f"an image of {size[0]}x{size[1]} comes to {len(lines)} lines of {len(lines[0])} tokens, which are resized "
+            f"to the number of {most} tiles",
+            where="--image-size",
+            fix="give a smaller size",
+        )
+    tiles = lay_out(side, lines, size)
+    grids = 1 + down * across
+    return replace(
+        facts, frames=grids, grids_per_item=grids, extra_rows=tiles.order.count(-1), tiles=tiles, single_image=""
+    )
+
+
+def _most_tiles(config: Any, where: str) -> int:
+    """How many tiles' worth of tokens a picture may have, the small view left out: 9 of "anyres_max_9"."""
+    mode, _, most = str(config.vision_aspect_ratio).rpartition("_")
+    if mode != "anyres_max" or not most.isdecimal() or int(most) < 1:
+        raise UserError(
+            f"vision_aspect_ratio is {config.vision_aspect_ratio!r}", where=where, available=["anyres_max_<tiles>"]
+        )
+    return int(most)
 
 
 def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: Any) -> tuple[Any, Any]:

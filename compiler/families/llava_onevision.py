@@ -76,15 +76,16 @@ def _tile(config: Any, geometry: Geometry, facts: VisionFacts, where: str) -> Vi
     side, most = facts.grid[0], _most_tiles(config, where)
     down, across = count_tiles(config, size, where)
     lines = list_lines(side, down, across, size)
-    excess = math.sqrt(len(lines) * len(lines[0]) / (most * side**2))
-    if excess > _SLACK:
+    rows, columns = len(lines), len(lines[0])
+    excess = math.sqrt(rows * columns / (most * side**2))
+    resized = (int(rows // excess), int(columns // excess)) if excess > _SLACK else None
+    if resized is not None and 0 in resized:
         raise UserError(
-            f"an image of {size[0]}x{size[1]} comes to {len(lines)} lines of {len(lines[0])} tokens, which are resized "
-            f"to the number of {most} tiles",
+            f"of an image of {size[0]}x{size[1]} transformers would leave {resized[0]} lines of {resized[1]} tokens",
             where="--image-size",
-            fix="give a smaller size",
+            fix="give a size that is less narrow",
         )
-    tiles = lay_out(side, lines, size)
+    tiles = lay_out(side, lines, size, resized)
     grids = 1 + down * across
     return replace(
         facts, frames=grids, grids_per_item=grids, extra_rows=tiles.order.count(-1), tiles=tiles, single_image=""
@@ -106,34 +107,63 @@ def _vision_forward(model: Any, pixel_values: Any, facts: VisionFacts, indices: 
     outputs = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
     # The last of the hidden states is what leaves the last layer, before the norm behind it.
     features = inner.multi_modal_projector(outputs.hidden_states[layer])
-    if isinstance(facts.merge, Pooled):
-        features = _resize(features, facts, facts.merge, indices)
+    if (sizes := _resizing(facts)) is not None and facts.tiles is None:
+        features = _resize(features, *sizes, indices)
+    elif sizes is not None:
+        import torch
+
+        first = facts.tokens_per_image
+        grids = features.reshape(-1, facts.grids_per_item, *features.shape[1:])
+        picture = grids.flatten(1, 2).index_select(1, indices["places"])
+        features = torch.cat((grids[:, 0, :first], _resize(picture, *sizes, indices)), 1)
     return features, outputs.last_hidden_state
 
 
-def _resize(features: Any, facts: VisionFacts, pooled: Pooled, weights: Any) -> Any:
+def _resizing(facts: VisionFacts) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Rows and columns before and after what leaves the projector is resized; None where it is not."""
+    if isinstance(facts.merge, Pooled):
+        return facts.merge.grid, facts.grid
+    picture = None if facts.tiles is None else facts.tiles.picture
+    return None if picture is None else (picture.before, picture.after)
+
+
+def _resize(features: Any, before: tuple[int, int], after: tuple[int, int], weights: Any) -> Any:
     """``[M,P,D]`` -> ``[M,N,D]``: bilinear in rows, then in columns."""
-    (rows, columns), (left, _) = pooled.grid, facts.grid
-    frames, _, width = features.shape
+    (rows, columns), (left, narrow) = before, after
+    grids, _, width = features.shape
     down, across = (weights[name].to(features.dtype) for name in ("down", "across"))
-    halved = down.matmul(features.reshape(frames, rows, columns * width))
-    return across.matmul(halved.reshape(frames * left, columns, width)).reshape(frames, facts.tokens_per_image, width)
+    halved = down.matmul(features.reshape(grids, rows, columns * width))
+    return across.matmul(halved.reshape(grids * left, columns, width)).reshape(grids, left * narrow, width)
 
 
 def _vision_indices(config: Any, facts: VisionFacts, batch: int) -> dict[str, Any]:
     import torch
 
-    if not isinstance(facts.merge, Pooled):
+    if (sizes := _resizing(facts)) is None:
         return {}
-    return {
+    made = {
         name: torch.tensor(bilinear_weights(before, after))
-        for name, before, after in zip(("down", "across"), facts.merge.grid, facts.grid, strict=True)
+        for name, before, after in zip(("down", "across"), *sizes, strict=True)
     }
+    if facts.tiles is not None and facts.tiles.picture is not None:
+        made["places"] = torch.tensor(facts.tiles.picture.places)
+    return made
 
 
 def _vision_reference(model: Any, pixel_values: Any, facts: VisionFacts) -> tuple[Any, ...]:
-    """Features of a video's frames ``[F,N,D]``, without the row behind them, and no planes."""
+    """Features of a video's frames, or of an image whose picture is resized, ``[F,N,D]``, without the rows behind them,
+    and no planes."""
     config = model.config
+    if facts.tiles is not None:
+        import torch
+
+        image = model.model.get_image_features(
+            pixel_values[None], torch.tensor([facts.tiles.image_size]),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            vision_aspect_ratio=config.vision_aspect_ratio, return_dict=True,
+        ).pooler_output[0]  # fmt: skip
+        return (image[[place >= 0 for place in facts.tiles.order]][None],)
     video = model.model.get_video_features(
         pixel_values[None], vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy, return_dict=True,

@@ -267,9 +267,10 @@ class Oracle:
                 raw[tower_raw(kind, layer)] = heads[kind]
         groups, length = stage.planned.groups, stage.planned.length_in
         begun = start_state([n for n in stage.signals if n not in state], groups, length)
-        tiles = None if len(tokens) == groups else TileMap.of(facts)
+        whole = facts.resizes_picture
+        tiles = None if len(tokens) == groups and not whole else TileMap.of(facts)
         seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge,
-                         facts.patch_order, None if tiles is None else tiles.join)  # fmt: skip
+                         facts.patch_order, None if tiles is None else tiles.join, whole)  # fmt: skip
         return reduce_patches(stage, seen, layers, tracked, given, watch)
 
     def note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:

@@ -1,4 +1,4 @@
-"""Grids of patches that are resized to grids of fewer tokens, by bilinear interpolation."""
+"""Grids of patches, or of tokens, that are resized to grids of fewer tokens, by bilinear interpolation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ class Pooled:
     """The grid of patches that becomes a smaller grid of tokens."""
 
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the tiles of an image make when they are put together, where that is too large and becomes smaller."""
+
+    places: tuple[int, ...]
+    """Of its tokens, row by row, where each lies among those of the image's grids."""
+    before: tuple[int, int]
+    """Its rows and columns of tokens."""
+    after: tuple[int, int]
+    """Those that reach the decoder."""
 
 
 def bilinear_weights(before: int, after: int) -> list[list[float]]:

@@ -39,7 +39,7 @@ def insert_vision_stages(
     ``kept`` counts within the row: image j's tokens are offset by ``j * length_in``. Stages behind the tower choose
     among all tokens of an image that is cut into tiles, those of its padding left out.
     """
-    batch = shape_of(program.results[0])[0] // facts.frames
+    batch = shape_of(program.results[0])[0] // facts.groups
     inserting = _Inserting(tower, facts, batch, program.outputs[2:])
     for index, stage in enumerate(stages):
         later = track_state(stages, index + 1)
@@ -86,8 +86,9 @@ class _Inserting:
         order = {n: i for i, n in enumerate(graph.nodes)}
         cls = int(inside and facts.has_cls)
         groups = self.batch * planned.groups
-        # What tiles have is put together by the first stage that works on whole images.
-        tiles = None if shape_of(value)[0] == groups else TileMap.of(facts)
+        # What tiles have is put together by the first stage that works on whole images; those that are resized are.
+        whole = facts.resizes_picture
+        tiles = None if shape_of(value)[0] == groups and not whole else TileMap.of(facts)
         after = self._readers(graph, value, stage, order)
         layers = tower_layers(stage, facts)
         attention = {
@@ -118,7 +119,7 @@ class _Inserting:
             seen = PatchView(
                 given["tokens"][:, cls:], {n: given[n] for n in raw_names}, next(iter(scales)), facts.has_cls, held,
                 {n: given[n] for n in extra}, facts.grid, facts.merge, facts.patch_order,
-                tiles.join if tiles is not None else None,
+                tiles.join if tiles is not None else None, whole,
             )  # fmt: skip
             thin = reduce_patches(stage, seen, layers, tracked)
             beside = [thin.thin(given[as_input(name)]) for name in planes]

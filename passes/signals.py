@@ -20,8 +20,9 @@ from secateur.compiler.plan_recipe import PlannedStage
 from secateur.passes.stage import StageFunction
 from secateur.passes.units import Merge, mean_units, sum_units
 
-Join = Callable[[Tensor, int], Tensor]
-"""(numbers per token of each grid, the dimension of the tokens) -> numbers per token of each image."""
+Join = Callable[[Tensor, int, bool], Tensor]
+"""(numbers per token of each grid, the dimension of the tokens, whether they are attention paid to these) -> numbers
+per token of each image."""
 
 STATE = ("carried", "size", "source")
 """Signals that are handed from stage to stage, one number per prunable token of a row."""
@@ -300,6 +301,13 @@ class PatchView:
     join: Join | None = None
     """Where ``tokens``, ``raw`` and ``extra`` are those of the tiles of an image, and groups are whole images: puts
     them together. ``state`` is the image's already."""
+    whole: bool = False
+    """Whether ``tokens`` are the image's already."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The tokens a stage chooses among ``[G,N,D]``."""
+        return self.tokens if self.join is None or self.whole else self.join(self.tokens, 1, False)
 
     def heads(self, kind: str, layer: int) -> Tensor:
         """Queries, keys or values of a tower layer, patches row by row."""
@@ -323,6 +331,7 @@ _TOKENS_AT = {
     "received_attention": 2, "received_attention_layers": 3, "queries": 2, "keys": 2, "values": 2,
 }  # fmt: skip
 """The dimension of a grid's tokens in each signal that tiles of an image can be put together in."""
+_PAID = ("cls_attention", "cls_attention_layers", "received_attention", "received_attention_layers")
 NEED_CLS = ("cls_attention", "cls_attention_layers", "cls_values")
 
 
@@ -350,7 +359,8 @@ def patch_signals(stage: StageFunction, seen: PatchView, layers: Mapping[str, tu
     """The signals of a tower-side stage, float32, per image; ``layers`` gives each signal's tower layers."""
     found = {name: _patch_signal(name, stage, seen, layers.get(name, ())) for name in stage.signals}
     if seen.join is not None:
-        found = {n: v if v is None or n in STATE else seen.join(v, _TOKENS_AT[n]) for n, v in found.items()}
+        own = (*STATE, *(["tokens"] if seen.whole else []))
+        found = {n: v if v is None or n in own else seen.join(v, _TOKENS_AT[n], n in _PAID) for n, v in found.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

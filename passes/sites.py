@@ -116,7 +116,7 @@ def reduce_patches(
 ) -> Thinned:
     """Run a stage in the tower or after it, image by image; arguments as in :func:`reduce_sequence`."""
     signals = patch_signals(stage, seen, layers)
-    tokens = seen.tokens if seen.join is None else seen.join(seen.tokens, 1)
+    tokens = seen.rows
     if watch is not None:
         watch.append(Seen(signals, stage.score(signals) if stage.bound.score is not None else None))
     chosen, carry = stage.run(signals, forced)

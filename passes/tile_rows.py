@@ -13,29 +13,44 @@ import torch
 from torch import Tensor
 
 from secateur.compiler.families.family import Tiles, VisionFacts
+from secateur.compiler.pooled import Picture, Pooled
 from secateur.passes.signals import find_prunable
+from secateur.passes.units import mean_units, sum_units
 
 
 class TileMap(NamedTuple):
     """From numbers per token of each grid to numbers per token of the image that ``tiles`` grids show. ``places`` are
-    the image's tokens, in the order of the prompt, among those of its grids; padding is none of them."""
+    the image's tokens, in the order of the prompt, among those of its grids; padding is none of them. Where the
+    ``picture`` behind its ``first`` tokens is resized, these are what they were before."""
 
     tiles: int
     places: tuple[int, ...]
+    first: int = 0
+    picture: Picture | None = None
 
     @classmethod
     def of(cls, facts: VisionFacts) -> TileMap | None:
         """None where a grid stays a grid."""
         if facts.tiles is None:
             return None
+        first, picture = facts.tokens_per_image, facts.tiles.picture
+        if picture is not None:
+            return cls(facts.grids_per_item, (*range(first), *picture.places), first, picture)
         return cls(facts.grids_per_item, tuple(place for place in facts.tiles.order if place >= 0))
 
-    def join(self, values: Tensor, dim: int) -> Tensor:
-        """``[n*tiles,...,P,...]`` with a grid's tokens at ``dim`` -> ``[n,...,N,...]``."""
+    def join(self, values: Tensor, dim: int, paid: bool = False) -> Tensor:
+        """``[n*tiles,...,P,...]`` with a grid's tokens at ``dim`` -> ``[n,...,N,...]``. What is ``paid`` to the
+        tokens of a picture that is resized is shared out, anything else becomes a mean."""
         split = values.reshape(values.shape[0] // self.tiles, self.tiles, *values.shape[1:])
         beside = split.permute(0, *range(2, dim + 1), 1, *range(dim + 1, split.dim()))
         whole = beside.reshape(*beside.shape[:dim], -1, *beside.shape[dim + 2 :])
-        return whole.index_select(dim, torch.tensor(self.places))
+        picked = whole.index_select(dim, torch.tensor(self.places))
+        if self.picture is None:
+            return picked
+        before, after = self.picture.before, self.picture.after
+        small, large = picked.split((self.first, before[0] * before[1]), dim)
+        resize = sum_units if paid else mean_units
+        return torch.cat((small, resize(large, after, Pooled(before), dim)), dim)
 
 
 class Placed(NamedTuple):

@@ -54,7 +54,8 @@ def _resize(values: Tensor, grid: tuple[int, int], merge: Pooled, dim: int, shar
         torch.tensor(bilinear_weights(before, after)) for before, after in zip(merge.grid, grid, strict=True)
     )
     if shared:
-        down, across = down / down.sum(0), across / across.sum(0)
+        # What is paid to a patch that counts in no token is lost: a grid that shrinks to less than half has some.
+        down, across = (weights / weights.sum(0).where(weights.sum(0) > 0, 1.0) for weights in (down, across))
     last = values.transpose(dim, -1)
     # Rows, then columns: the grid lies in the last dimension.
     split = last.reshape(-1, *merge.grid) @ across.t()

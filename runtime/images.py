@@ -66,7 +66,7 @@ _MOST = 4096
 """Where ``longest_edge`` is given, transformers makes no image larger."""
 _SQUARE = ("LlavaOnevisionImageProcessor",)
 """Types that pad an image to a square of the mean colour, first of all. (This one does so where a prompt has several
-images; of one alone it makes tiles, which are not supported.)"""
+images; of one alone it makes tiles, see ``runtime/tiles.py``.)"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Images cut into tiles of high resolution, with the whole in small: what transformers' processor of LLaVA-NeXT makes.
+"""Images cut into tiles of high resolution, with the whole in small: what transformers' processors of LLaVA-NeXT and
+LLaVA-OneVision make.
 
 How many tiles an image has, and where padding lies in them, follows from its size. A bundle was compiled for one size:
 an image with the same tiles and as many tokens in them is taken as it is, any other is fitted into that size first.
@@ -23,8 +24,11 @@ _log = logging.getLogger(__name__)
 
 Size: TypeAlias = "tuple[int, int]"
 """Height and width."""
-KINDS = ("LlavaNextImageProcessor",)
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_PINPOINTS = {
+    "LlavaNext": [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)],
+    "LlavaOnevision": [(384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7)],
+}
+"""The resolutions of processors whose files name none."""
 _WHERE = "preprocessor_config.json"
 
 
@@ -47,7 +51,10 @@ class TilePipeline:
         """Read a ``preprocessor_config.json`` for images of ``size``, ``tokens`` to a tile."""
         view = ImagePipeline.from_config(config)
         edges = view.output_size or (view.size, view.size)
-        given = read_part(config, "image_processor").get("image_grid_pinpoints") or _PINPOINTS
+        values = read_part(config, "image_processor")
+        kind = str(values.get("image_processor_type"))
+        usual = _PINPOINTS["LlavaOnevision" if kind.startswith("LlavaOnevision") else "LlavaNext"]
+        given = values.get("image_grid_pinpoints") or usual
         try:
             resolutions = tuple((int(height), int(width)) for height, width in given)
         except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
-from secateur.compiler.pooled import Pooled
+from secateur.compiler.pooled import Picture, Pooled
 from secateur.runtime.errors import UserError
 
 
@@ -22,6 +22,9 @@ class Tiles:
     image_size: tuple[int, int]
     """Height and width of the image, in pixels."""
     order: tuple[int, ...]
+    picture: Picture | None = None
+    """What is resized behind the projector. ``order`` then counts the tokens of the first grid, and the smaller
+    picture's behind them."""
 
     @property
     def tokens(self) -> int:
@@ -118,7 +121,17 @@ class VisionFacts:
     @property
     def projector_merges(self) -> bool:
         """Whether what enters the projector are not yet the visual tokens, so that stages stand behind it alone."""
-        return self.packed or isinstance(self.merge, Pooled)
+        return self.packed or isinstance(self.merge, Pooled) or self.resizes_picture
+
+    @property
+    def resizes_picture(self) -> bool:
+        """Whether the tiles of an image are one picture, resized, as soon as they leave the projector."""
+        return self.tiles is not None and self.tiles.picture is not None
+
+    @property
+    def groups(self) -> int:
+        """Groups of tokens of a row that leave the projector: its grids, or images whose tiles are one by then."""
+        return self.items if self.resizes_picture else self.frames
 
     @property
     def images(self) -> tuple[VisionFacts, ...]:
@@ -181,9 +194,9 @@ class Family:
     read_vision: Callable[[Any, Geometry], VisionFacts]
     """(configuration, geometry) -> facts; raises UserError for a layout that is not supported."""
     vision_forward: Forward
-    """(model, what the tower reads, facts, indices) -> (features [M,N,D] of the visual tokens, last tower state): every
-    tower layer must be reachable from the two, so that signals may be read from layers the features do not need.
-    Features of inner layers (``VisionFacts.deepstack``) follow, each [M,N,D]."""
+    """(model, what the tower reads, facts, indices) -> (features [M,N,D] of the visual tokens, last tower state), M the
+    ``groups`` of all rows: every tower layer must be reachable from the two, so that signals may be read from layers
+    the features do not need. Features of inner layers (``VisionFacts.deepstack``) follow, each [M,N,D]."""
     vision_indices: Callable[[Any, VisionFacts, int], Mapping[str, Any]] | None = None
     """(configuration, facts, rows) -> what ``vision_forward`` gets as indices: tensors on the CPU, and runs of the rows
     that attend to each other as tuples of bounds."""

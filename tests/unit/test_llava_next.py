@@ -160,6 +160,11 @@ def test_in_the_decoder_an_image_is_one_group(source: Path) -> None:
     assert (stage.groups, stage.length_in, stage.length_out) == (2, 16 + 6 * 8, 32)
 
 
+def test_a_size_of_which_no_line_is_left_is_refused(source: Path) -> None:
+    with pytest.raises(UserError, match="would leave no line of an image of 1x600"):
+        read_source(source, Geometry(image_size=(1, 600)))
+
+
 def test_videos_and_sound_are_refused(source: Path) -> None:
     with pytest.raises(UserError, match="takes images only; leave --frames out"):
         read_source(source, Geometry(frames=4))

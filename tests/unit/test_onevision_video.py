@@ -190,6 +190,13 @@ def test_numbers_of_patches_become_those_of_tokens() -> None:
     torch.testing.assert_close(mean_units(paid, (14, 14), Pooled((27, 27)), 1), want, rtol=0, atol=1e-5)
 
 
+def test_what_is_paid_to_patches_that_count_in_no_token_is_lost() -> None:
+    # Of seven in a line two are left, each made of the two around its centre.
+    paid = torch.rand(7, generator=torch.Generator().manual_seed(0))
+    summed = sum_units(paid.expand(7, 7).reshape(1, 49), (2, 2), Pooled((7, 7)))
+    torch.testing.assert_close(summed[0, :2], 2 * torch.stack([paid[1:3].sum(), paid[4:6].sum()]))
+
+
 def test_a_stage_before_the_projector_stands_behind_the_frames_tokens(source: Path, write_recipe: Any) -> None:
     recipe = pipeline.load_recipe(write_recipe("vision.out"))
     job = pipeline.plan_job(read_source(source), GEOMETRY, recipe, None)

@@ -67,8 +67,9 @@ def write_model(directory: Path, *, seed: int = 0, **options: Any) -> Path:
     return directory
 
 
-def load_processor(directory: Path) -> Any:
-    """transformers' processor of a directory, with its Pillow image processor and no video processor."""
+def load_processor(directory: Path, **options: Any) -> Any:
+    """transformers' processor of a directory, with its Pillow image processor and no video processor; ``options`` are
+    those of its class."""
     from transformers import LlavaOnevisionProcessor, PreTrainedTokenizerFast
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -81,5 +82,5 @@ def load_processor(directory: Path) -> Any:
     return ImagesOnly(
         image_processor=LlavaOnevisionImageProcessorPil.from_pretrained(directory),
         tokenizer=PreTrainedTokenizerFast.from_pretrained(directory),
-        num_image_tokens=PATCHES, vision_feature_select_strategy="full",
+        num_image_tokens=PATCHES, vision_feature_select_strategy="full", **options,
     )  # fmt: skip

@@ -19,7 +19,7 @@ Kind = Literal["parity", "identity", "engine"]
 KEEPS, BATCHES, FRAMES = (0.5, 0.1), (1, 3), 4
 TEXT_TOKENS, NEW_TOKENS = 24, 4
 ENGINE_DTYPES = ("fp16", "bf16")
-OTHERS = 6
+OTHERS = 4
 """Layouts with few rows of which a sample builds engines."""
 
 
@@ -80,9 +80,8 @@ class Layout:
     axes: bool = False
 
     def geometry(self, batch: int = 1, images: int = 1) -> Geometry:
-        return Geometry(
-            batch=batch, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS, **(self.media or {"images": images})
-        )
+        sizes = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, **(self.media or {"images": images})}
+        return Geometry(batch=batch, **sizes)
 
     def same_at_one(self, recipe: Recipe) -> bool:
         """Whether at keep 1.0 the recipe must leave the model as it is."""

@@ -250,7 +250,7 @@ LAYOUTS: dict[str, Layout] = {
             "Qwen3-VL-MoE, decoder of experts",
             _QWEN_TOWER,
             partial(_write_qwen, kind="qwen3_vl_moe"),
-            _video(_QWEN3_SQUARE),
+            _video(_QWEN3_SQUARE) | {"text_tokens": 96},  # the times before its grids are text
             ("seats", *_WITHOUT_CLS),
             axes=True,
         ),

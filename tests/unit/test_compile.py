@@ -129,7 +129,7 @@ def test_rows_of_a_batch_answer_as_they_do_alone(model_dir: Callable[..., Path],
 
 TWICE = """
 import sys, time
-from secateur.compiler import pipeline
+from secateur.compiler import build_bundle, pipeline
 from secateur.tools import cli
 
 def compile_to(out):
@@ -140,7 +140,7 @@ def compile_to(out):
 
 folder = sys.argv[1]
 assert compile_to(folder + "/whole") == 0
-traced, real = [], pipeline.write_weights
+traced, real = [], build_bundle.write_weights
 
 def wait_in_the_middle(layout, checkpoint, path, on_bytes):
     def stop(done, total):
@@ -149,7 +149,7 @@ def wait_in_the_middle(layout, checkpoint, path, on_bytes):
             time.sleep(60)
     return real(layout, checkpoint, path, stop)
 
-pipeline.write_weights = wait_in_the_middle
+build_bundle.write_weights = wait_in_the_middle
 sys.exit(compile_to(folder + "/interrupted"))
 """
 

@@ -24,6 +24,7 @@ from secateur.exporters.onnx import Exported, export_program, export_programs, s
 from secateur.exporters.weights import WEIGHTS_FILE, WeightLayout, write_weights
 from secateur.runtime.errors import SecateurError, UserError
 
+from .rows import SEEING
 from .tiny_model import DECODERS, IMAGE, PAD, write_config
 
 DEPTH = 4
@@ -77,7 +78,7 @@ def saved(exported: Callable[..., Exported], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_every_layer_is_fused_alike(exported: Callable[..., Exported], recipe: str, dialect: str) -> None:
     models = exported(recipe, dialect).models
     assert tuple(models) == PROGRAMS
@@ -102,7 +103,17 @@ def test_every_decoder_is_fused_alike(exported: Callable[..., Exported], decoder
 
 GREEDY = {
     **dict.fromkeys(
-        ("divprune", "idpruner", "scope", "seats_stage1", "todre", "vispruner", "vispruner_siglip", "zoo_prune"),
+        (
+            "divprune",
+            "idpruner",
+            "idpruner_learned",
+            "scope",
+            "seats_stage1",
+            "todre",
+            "vispruner",
+            "vispruner_siglip",
+            "zoo_prune",
+        ),
         "vision",
     ),
     "cdpruner": "prefill",
@@ -111,7 +122,7 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_a_greedy_selection_is_one_scan(exported: Callable[..., Exported], recipe: str, dialect: str) -> None:
     models = exported(recipe, dialect).models
     scans = {name: count_ops(model)["Scan"] for name, model in models.items()}
@@ -121,7 +132,7 @@ def test_a_greedy_selection_is_one_scan(exported: Callable[..., Exported], recip
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_every_value_has_a_static_shape_and_a_type(
     exported: Callable[..., Exported], recipe: str, dialect: str
 ) -> None:
@@ -135,7 +146,7 @@ def test_every_value_has_a_static_shape_and_a_type(
         assert len(taken) == len(set(taken)), "names are unique, in loop bodies as well"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_plain_graphs_pass_the_checker(saved: Callable[..., Path], pruned: Callable[..., Any], recipe: str) -> None:
     """The full check infers every shape anew and compares it with the one written down."""
     path = saved(recipe, "plain", pruned(recipe))
@@ -147,7 +158,7 @@ def test_plain_graphs_pass_the_checker(saved: Callable[..., Path], pruned: Calla
 
 
 @pytest.mark.parametrize("dialect", ["onnxruntime", "plain"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SEEING)
 def test_graphs_load_in_onnx_runtime(
     saved: Callable[..., Path], pruned: Callable[..., Any], recipe: str, dialect: str
 ) -> None:

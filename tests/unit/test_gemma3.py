@@ -193,7 +193,7 @@ def test_the_same_bytes_whatever_order_sets_have(source: Path) -> None:
             [sys.executable, "-c", script, str(source)], env=os.environ | {"PYTHONHASHSEED": seed},
             check=True, capture_output=True, text=True,
         ).stdout
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     }  # fmt: skip
     assert len(said) == 1
     assert "sliding_attention_inv_freq" in said.pop()

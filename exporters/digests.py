@@ -13,6 +13,7 @@ from types import TracebackType
 from secateur.runtime.manifest import hash_file
 
 _THREADS = 4
+_PIECE = 32 << 20  # between pieces a thread waits for Python's lock, as long as it takes to hash some megabytes
 _TELL_SECONDS = 0.2
 _NICENESS = 10  # whoever waits for nothing yet lets the rest of the compilation go first
 
@@ -75,7 +76,7 @@ class Digests:
                 raise InterruptedError
             reading.done += read
 
-        return hash_file(file, count)
+        return hash_file(file, count, _PIECE)
 
 
 def _step_back() -> None:

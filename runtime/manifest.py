@@ -77,13 +77,13 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces; ``on_bytes`` is told the bytes of each."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            on_bytes(len(piece))
+def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None, piece: int = 1 << 20) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces of ``piece`` bytes; ``on_bytes`` is told the bytes of each."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(piece, path.stat().st_size or 1)))
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            on_bytes(read)
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from secateur.exporters import digests as module
 from secateur.exporters.digests import Digests
+from secateur.runtime.manifest import hash_file
 
 
 @pytest.fixture
@@ -31,10 +32,18 @@ def test_digests_are_those_of_the_files(files: list[Path]) -> None:
     assert told[-1] == sum(path.stat().st_size for path in files)
 
 
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5000])
+def test_pieces_of_any_size_make_the_same_digest(tmp_path: Path, size: int) -> None:
+    path, told = tmp_path / "file", list[int]()
+    path.write_bytes(bytes(range(256)) * 20 if size == 5000 else bytes(size))
+    assert hash_file(path, told.append, 1000) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sum(told) == path.stat().st_size
+
+
 def test_a_file_is_read_once(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
-    def hash_file(path: Path, on_bytes: object) -> str:
+    def hash_file(path: Path, on_bytes: object, piece: int) -> str:
         read.append(path)
         return path.name
 
@@ -58,10 +67,10 @@ def test_leaving_stops_what_is_under_way(files: list[Path], monkeypatch: pytest.
     """A compilation that fails does not wait for gigabytes to be read."""
     started, pieces = threading.Event(), []
 
-    def hash_file(path: Path, on_bytes: object) -> str:
+    def hash_file(path: Path, on_bytes: object, piece: int) -> str:
         assert callable(on_bytes)
-        for piece in range(1_000_000):
-            pieces.append(piece)
+        for number in range(1_000_000):
+            pieces.append(number)
             started.set()
             on_bytes(1)
             time.sleep(0.001)
@@ -76,7 +85,7 @@ def test_leaving_stops_what_is_under_way(files: list[Path], monkeypatch: pytest.
 
 
 def test_files_that_turn_out_unneeded_are_not_read_on(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def hash_file(path: Path, on_bytes: object) -> str:
+    def hash_file(path: Path, on_bytes: object, piece: int) -> str:
         assert callable(on_bytes)
         while path == files[0]:
             on_bytes(1)

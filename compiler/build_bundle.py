@@ -84,12 +84,14 @@ def build(
         for one in pruned:
             copy_processor_files(one.job, work)
         graphs = _save_graphs(exported, target, work)
+        # Counted while a large checkpoint is still being read.
+        counts = [count_unpruned(one.traced) for one in pruned]
         with phase("weights", progress):
             checkpoint = open_checkpoint(pruned[0].job.source.path, pruned[0].traced.model)
             weights = _place_weights(exported[0], checkpoint, work, tell, digests)
         engines = _build_engines(list(dict.fromkeys(file for files in graphs for file in files.values())), target, work,
                                  tell)  # fmt: skip
-        parts = [Part(one, files, count_unpruned(one.traced)) for one, files in zip(pruned, graphs, strict=True)]
+        parts = [Part(one, files, count) for one, files, count in zip(pruned, graphs, counts, strict=True)]
         write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines))
     return out
 

@@ -93,24 +93,29 @@ def compile(
         check_output(out, force)
     # What cannot work fails here, before the model is traced.
     source = read_source(Path(model_dir))
-    if dtype == AUTO:
-        goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
-    budget = Budget.of(keep, mean_keep, flops_keep)
-    if budget.rates is not None:
-        row = row.with_rates(budget.rates)
-    keep = choose_keep(source, geometries[0], row, budget)
-    jobs = [plan_one(source, number, geometries, row, keep) for number in range(len(geometries))]
-    check_distinct(jobs)
-    for note in dict.fromkeys(note for job in jobs for note in job.notes):
-        _log.warning("%s", note)
-    if stop_after is None:
-        for job in jobs:
-            check_processor_files(job)
-        files = list_tensors(source.path)
     with Digests() as digests:
-        if stop_after is None and weights == "reference":
+
+        def read_ahead() -> None:
             # Beside the tracing: reading a large checkpoint takes as long.
-            digests.begin(list_unread(source.path / file for file in files))
+            if stop_after is None and weights == "reference":
+                digests.begin(list_unread(source.path / file for file in list_tensors(source.path)))
+
+        if dtype == AUTO:
+            read_ahead()
+            goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
+        budget = Budget.of(keep, mean_keep, flops_keep)
+        if budget.rates is not None:
+            row = row.with_rates(budget.rates)
+        keep = choose_keep(source, geometries[0], row, budget)
+        jobs = [plan_one(source, number, geometries, row, keep) for number in range(len(geometries))]
+        check_distinct(jobs)
+        for note in dict.fromkeys(note for job in jobs for note in job.notes):
+            _log.warning("%s", note)
+        if stop_after is None:
+            for job in jobs:
+                check_processor_files(job)
+            list_tensors(source.path)
+        read_ahead()
         return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests)
 
 

@@ -196,14 +196,15 @@ def sample_engines(
     """``each`` rows per layout that has them all, and one on ``others`` of those with a few: their programs are built,
     in one of the engine types each."""
     rng = random.Random(seed)
-    few = [name for name, layout in layouts.items() if layout.rows]
+    fitting = {}
+    for layout in layouts.values():
+        rows = [r for r, _ in list_pairs(recipes, {layout.name: layout}) if r.stages and not lacks(r, layout.tower)]
+        fitting[layout.name] = [r for r in rows if layout.rows or 1 in layout.image_counts(r)]
+    few = [name for name, rows in fitting.items() if rows and layouts[name].rows]
     drawn = {name for name, layout in layouts.items() if not layout.rows} | {*rng.sample(few, min(others, len(few)))}
     cells = []
     for layout, dtype in zip([o for n, o in layouts.items() if n in drawn], itertools.cycle(ENGINE_DTYPES)):
-        pairs = list_pairs(recipes, {layout.name: layout})
-        fitting = [r for r, _ in pairs if r.stages and not lacks(r, layout.tower)]
-        fitting = [r for r in fitting if layout.rows or 1 in layout.image_counts(r)]
-        for recipe in rng.sample(fitting, 1 if layout.rows else each):
+        for recipe in rng.sample(fitting[layout.name], 1 if layout.rows else each):
             images = layout.image_counts(recipe)[-1] if layout.rows else 1
             cells.append(Cell("engine", recipe.name, layout.name, None, 2, images, dtype))
     return cells

@@ -45,7 +45,7 @@ def test_keep_one_answers_as_hugging_face(sweep: Sweep, name: str) -> None:
     assert outcome["logits"] <= TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "keep"), zip(ROWS, itertools.cycle([0.5, 0.1]), strict=False))
+@pytest.mark.parametrize(("name", "keep"), list(zip(ROWS, itertools.cycle([0.5, 0.1]), strict=False)))
 def test_bundle_equals_oracle(sweep: Sweep, name: str, keep: float) -> None:
     outcome = sweep.compare(RECIPES[name], keep, (1, 3), lambda: None)
     assert passed([{"kind": "compare", "outcome": outcome}]), outcome

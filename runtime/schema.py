@@ -274,6 +274,8 @@ class Program(_Frozen):
     outputs: list[Port]
     flops: Count
     unpruned_flops: Count
+    weights: list[str] = []
+    """The tensors its engine takes from outside itself, by their names in the manifest's ``tensors``."""
 
     def has_input(self, name: str) -> bool:
         return any(port.name == name for port in self.inputs)
@@ -303,6 +305,52 @@ class FileEntry(_Frozen):
     header_sha256: Digest | None = None
 
 
+class StoredTensor(_Frozen):
+    """Where a weight lies: ``bytes`` from ``offset`` on in ``file``, one of the manifest's weights files."""
+
+    file: BundlePath
+    offset: Count
+    bytes: Size
+    dtype: Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
+    shape: list[int]
+
+
+class Engines(_Frozen):
+    """How the engines were built.
+
+    ``weights``: ``plan``, each engine holds its own; ``stripped``, engines hold none and are refitted from the weights
+    files when they are loaded; ``inputs``, weights are inputs of the engines, all bound to one allocation.
+    """
+
+    weights: Literal["plan", "stripped", "inputs"] = "plan"
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    opt_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    workspace: Size | None = None
+    """Bytes of scratch memory the builder was allowed; None for its default."""
+
+
+class Forecast(_Frozen):
+    """What one request is expected to take, in bytes, worked out from shapes alone before anything was built."""
+
+    engines: Count
+    """The engine or graph files."""
+    weights: Count
+    """Weights on the device, as often as they are there."""
+    caches: Count
+    activations: Count
+    """The largest program's intermediate results."""
+    buffers: Count
+    """Inputs and outputs of all programs, without the caches."""
+    host: Count
+    """Memory of the machine while it compiles."""
+
+    @property
+    def device(self) -> int:
+        """Memory of the device while it runs."""
+        return self.weights + self.caches + self.activations + self.buffers
+
+
 class Variant(_Frozen):
     """What a further geometry of a bundle has of its own; everything else, the weights above all, it shares."""
 
@@ -313,6 +361,7 @@ class Variant(_Frozen):
     media: Media | None = None
     position_offset: int
     notes: list[str] = []
+    forecast: Forecast | None = None
 
 
 class Manifest(_Frozen):
@@ -345,6 +394,11 @@ class Manifest(_Frozen):
     """The safetensors files the graphs point into."""
     files: dict[BundlePath, FileEntry]
     variants: list[Variant] = []
+    engines: Engines | None = None
+    """None where nothing was built."""
+    tensors: dict[str, StoredTensor] = {}
+    """What engines without weights of their own take from the weights files."""
+    forecast: Forecast | None = None
     manifest_sha256: Digest | None = None
 
     @model_validator(mode="after")
@@ -355,6 +409,14 @@ class Manifest(_Frozen):
         for path in self.weights:
             if self.files[path].header_sha256 is None:
                 raise ValueError(f"{path} has no header_sha256")
+        for name, tensor in self.tensors.items():
+            if tensor.file not in self.weights:
+                raise ValueError(f"tensor {name}: {tensor.file} is not one of the weights files")
+            if tensor.offset + tensor.bytes > self.files[tensor.file].bytes:
+                raise ValueError(f"tensor {name} ends behind the end of {tensor.file}")
+        wanted = {name for part in self._parts() for p in part.programs.values() for name in p.weights}
+        if missing := sorted(wanted - self.tensors.keys()):
+            raise ValueError(f"{missing[0]} is not listed in tensors")
         _check_shapes(self, self.model.layers)
         for number, variant in enumerate(self.variants, 1):
             try:

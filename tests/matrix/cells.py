@@ -123,28 +123,30 @@ def list_pairs(recipes: Iterable[Recipe], layouts: Mapping[str, Layout]) -> list
 
 
 def sample(
-    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, others: int = 8, identities: int = 2
+    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, others: int = 4, identities: int = 2
 ) -> list[Cell]:
     """A part of the matrix that ``make test`` has time for, compared on ONNX Runtime.
 
     On the first layout every row is compared once, on each further one that has them all about ``others`` rows, on one
     that has a few the first of them and another. Rows are dealt out in a seeded order to the pairs of keep ratio and
-    batch in turn, so that every pair of values of any two of layout, keep ratio and batch comes up. Rows that look at
-    frames get four of them, with a batch of one.
+    batch in turn, so that every pair of values of any two of layout, keep ratio and batch comes up; a layout with few
+    rows has one batch, the next one the other, as each batch is traced anew. Rows that look at frames get four of them,
+    with a batch of one.
     """
     rng = random.Random(seed)
     cells = []
+    batches = itertools.cycle(BATCHES)
     for number, layout in enumerate(layouts.values()):
         fitting = [r for r, _ in list_pairs(recipes, {layout.name: layout}) if r.stages and not lacks(r, layout.tower)]
         rng.shuffle(fitting)
         same = [r for r in fitting if layout.same_at_one(r) and 1 in layout.image_counts(r)]
         if layout.rows:
-            # Two cells: either differs from the other in both settings.
-            settings = [(KEEPS[i], BATCHES[(i + number) % 2]) for i in range(2)]
+            batch = next(batches)
+            keeps = KEEPS if number % 4 < 2 else KEEPS[::-1]
             fitting.sort(key=lambda recipe: recipe.name != layout.rows[0])
             cells += [
                 Cell("parity", recipe.name, layout.name, keep, batch, layout.image_counts(recipe)[-1])
-                for recipe, (keep, batch) in zip(fitting, settings, strict=False)
+                for recipe, keep in zip(fitting, keeps, strict=False)
             ]
             continue
         dealt = itertools.cycle(itertools.product(KEEPS, BATCHES))

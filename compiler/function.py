@@ -150,6 +150,7 @@ def _to_program(
     root = nn.Module()
     values: dict[fx.Node, fx.Node] = {}
     ports = dict(zip(exported.graph_signature.user_inputs, inputs, strict=True))
+    held = _list_held(exported, names, constants)
     for node in module.graph.nodes:
         if node.name in ports:
             values[node] = graph.placeholder(ports[node.name])
@@ -157,7 +158,7 @@ def _to_program(
         elif node.op == "placeholder" and not node.users:
             continue
         elif node.op == "placeholder":
-            values[node] = _lift(graph, root, node, exported, names, constants)
+            values[node] = _lift(graph, root, node, *held[node.name])
         elif node.op == "output":
             graph.output(tuple(values[n] for n in node.args[0]))
         elif node.target is aten.detach_.default or _converts_nothing(node):
@@ -184,22 +185,27 @@ def _converts_nothing(node: fx.Node) -> bool:
     return bool(source.meta["val"].dtype == node.meta["val"].dtype)
 
 
-def _lift(
-    graph: fx.Graph, root: nn.Module, node: fx.Node, exported: Any, names: _Names, constants: Mapping[str, Tensor]
-) -> fx.Node:
+def _list_held(
+    exported: Any, names: _Names, constants: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, dict[str, str]]]:
+    """The tensors behind the inputs that the exporter made of what modules and functions hold, by the input's name;
+    with that of a weight."""
     signature = exported.graph_signature
-    name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
-    lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
-    meta: dict[str, Any] = {"val": node.meta["val"]}
-    if lifted is not None:
-        tensor = exported.constants[lifted]
-    elif (full := names.restore(str(name))) in constants:
-        tensor = constants[full]
-    else:
-        tensor, meta["weight"] = exported.state_dict[str(name)], full
+    found: dict[str, tuple[Tensor, dict[str, str]]] = {
+        place: (exported.constants[name], {}) for place, name in signature.inputs_to_lifted_tensor_constants.items()
+    }
+    for place, name in {**signature.inputs_to_buffers, **signature.inputs_to_parameters}.items():
+        if (full := names.restore(name)) in constants:
+            found[place] = constants[full], {}
+        elif name in exported.state_dict:
+            found[place] = exported.state_dict[name], {"weight": full}
+    return found
+
+
+def _lift(graph: fx.Graph, root: nn.Module, node: fx.Node, tensor: Tensor, weight: Mapping[str, str]) -> fx.Node:
     setattr(root, node.name, nn.Buffer(tensor.detach(), persistent=False))
     new = graph.get_attr(node.name)
-    new.meta = meta
+    new.meta = {"val": node.meta["val"], **weight}
     return new
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.backends import Writable
+from secateur.runtime.backends import Shared, Writable
 from secateur.runtime.errors import UserError
 from secateur.runtime.schema import Manifest
 
@@ -23,9 +23,13 @@ def check_array(name: str, values: Any, shape: Sequence[int], where: str) -> Wri
 
     Memory of another device (DLPack) comes back as it is: the buffer that takes it checks it.
     """
-    if not isinstance(values, np.ndarray) and hasattr(values, "__dlpack__") and values.__dlpack_device__()[0] != _CPU:
-        found: Writable = values
-        return found
+    if isinstance(values, Shared) and not isinstance(values, np.ndarray):
+        if values.__dlpack_device__()[0] != _CPU:
+            return values
+        try:
+            values = np.from_dlpack(values)
+        except (BufferError, RuntimeError) as error:
+            raise UserError(f"{name} cannot be read: {error}", where=where, fix="give an array of NumPy") from None
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise UserError(f"{name} is {array.dtype}, not numbers", where=where, fix=f"give an array {list(shape)}")

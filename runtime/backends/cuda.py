@@ -83,7 +83,10 @@ class Stream:
 
     def __init__(self) -> None:
         self.handle = call("cudaStreamCreateWithFlags", bindings().cudaStreamNonBlocking)
-        self.number = int(self.handle)
+        from cuda.bindings.utils import get_cuda_native_handle
+
+        self.number = int(get_cuda_native_handle(self.handle))
+        """What other libraries call the stream."""
         self._release = _release_with(self, "cudaStreamDestroy", self.handle)
 
     def synchronize(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,17 @@ def install(monkeypatch: pytest.MonkeyPatch, flavour: str = "tensorrt-rtx") -> n
     for name in dir(cuda):
         if name.startswith("cuda"):
             setattr(runtime, name, getattr(cuda, name))
+    utilities = ModuleType("cuda.bindings.utils")
+    utilities.get_cuda_native_handle = int  # type: ignore[attr-defined]
     package, inner = ModuleType("cuda"), ModuleType("cuda.bindings")
-    for module in (package, inner, runtime):
-        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, is_package=module is not runtime)
-        module.__path__ = []
-        monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
+    for module in (package, inner, runtime, utilities):
+        is_package = module in (package, inner)
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, is_package=is_package)
+        if is_package:
+            module.__path__ = []
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     package.bindings, inner.runtime = inner, runtime  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, null_tensorrt.MODULES[flavour], library.module())
+    monkeypatch.setitem(sys.modules, null_tensorrt.MODULES[flavour], library.module())
     return library
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ pytest.importorskip("onnx")
 
 from secateur.runtime import Session
 from secateur.runtime.backends.cuda import DeviceMemory, PinnedMemory, Stream, call
+from secateur.runtime.backends.tensorrt import make_logger
 
 from . import null_bundle, null_tensorrt
 from .null_cuda import BrokenRuleError, NullCuda
@@ -104,3 +106,17 @@ def test_the_fakes_have_no_names_the_libraries_lack(name: str) -> None:
             assert int(getattr(getattr(real, kind), member.name)) >= 0
     for member in null_tensorrt.EngineInvalidityDiagnostics:
         assert int(getattr(real.EngineInvalidityDiagnostics, member.name)) == int(member)
+
+
+def test_the_real_library_takes_mapped_files_and_its_words_are_kept(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = make_logger(trt)
+    runtime = trt.Runtime(logger)
+    (tmp_path / "engine").write_bytes(bytes(1000))
+    with open(tmp_path / "engine", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        validity, bits = runtime.get_engine_validity(plan)
+        assert validity == trt.EngineValidity.INVALID
+        assert int(bits) in range(1 << 8)
+        assert runtime.deserialize_cuda_engine(plan) is None
+    assert "Error Code" in logger.last
+    assert "\n" not in logger.last

@@ -281,6 +281,21 @@ def test_buffers_that_are_not_the_ports(tiny: ModuleType, tmp_path: Path, librar
         del backend, inputs, outputs
 
 
+def test_a_program_writes_over_what_the_host_left(
+    tiny: ModuleType, tmp_path: Path, library: Library, image: Image.Image
+) -> None:
+    with Session(null_bundle.build(tiny, tmp_path / "b")) as session:
+        inputs = session.processor(["<image>what"], [[image]])
+        request = session.request()
+        want = session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)
+        features: Any = request._ports["prefill"]["features"]
+        features.write(np.ones(features.shape))
+        assert np.array_equal(features.read(), np.ones(features.shape))
+        again = session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)
+        assert np.array_equal(again, want)
+        del request, features
+
+
 def test_threads_share_a_session(tiny: ModuleType, tmp_path: Path, library: Library) -> None:
     with Session(null_bundle.build(tiny, tmp_path / "b", weights="inputs")) as session:
         pictures = [row[0] for row in draw(4)]

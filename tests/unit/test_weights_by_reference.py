@@ -147,6 +147,14 @@ def test_engines_read_several_files(bundle: Make, checkpoint: Any) -> None:
     path = bundle("reference", source, target="tensorrt-rtx", dtype="fp16")
     assert len(read_manifest(path).weights) == len(shards_of(source)) > 1
     assert all((path / f"{name}.engine").stat().st_size > 0 for name in ("vision", "prefill", "decode"))
+    if find_driver() == 0:
+        with pytest.raises(UserError, match="engines cannot run here: missing an NVIDIA GPU with its driver"):
+            Session(path)
+
+
+def find_driver() -> int:
+    """The newest CUDA that this machine's driver runs; 0 without one."""
+    return int(pytest.importorskip("cuda.bindings.runtime").cudaDriverGetVersion()[1])
 
 
 # -- where the shards come from -----------------------------------------------------------------------------

@@ -60,9 +60,6 @@ class DeviceMemory:
         self.address = int(call("cudaMalloc", max(size, 1)))
         self._release = _release_with(self, "cudaFree", self.address)
 
-    def free(self) -> None:
-        self._release()
-
 
 class PinnedMemory:
     """``size`` bytes of host memory that the GPU copies from and to by itself; freed with the object."""
@@ -73,9 +70,6 @@ class PinnedMemory:
         self._release = _release_with(self, "cudaFreeHost", self.address)
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
         """The memory itself; not to be used once this object is gone."""
-
-    def free(self) -> None:
-        self._release()
 
 
 class Stream:

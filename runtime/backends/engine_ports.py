@@ -11,7 +11,7 @@ from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.kv import cache_shapes, present_port
 from secateur.runtime.schema import Manifest, Port, Program, StoredTensor
 
-_DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 """What the library calls the types of ports."""
 
 
@@ -26,7 +26,7 @@ def check_engine_ports(
     for index in range(engine.num_io_tensors):
         port = engine.get_tensor_name(index)
         dtype = engine.get_tensor_dtype(port).name
-        shown = f"{_DTYPES.get(dtype, dtype)}{list(engine.get_tensor_shape(port))}"
+        shown = f"{DTYPES.get(dtype, dtype)}{list(engine.get_tensor_shape(port))}"
         if engine.get_tensor_location(port).name != "DEVICE":
             shown += " in host memory"
         found[engine.get_tensor_mode(port).name.lower(), port] = shown

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from secateur.runtime.backends.cuda import DeviceMemory, Event, PinnedMemory, Stream
+from secateur.runtime.backends.engine_ports import DTYPES
 from secateur.runtime.backends.host_types import byte_size
 from secateur.runtime.errors import BundleError
 from secateur.runtime.schema import Manifest, StoredTensor
@@ -18,7 +19,7 @@ _ALIGNMENT = 256
 """Of the address of an engine's input."""
 _PIECE = 16 << 20
 
-_TRT_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+_LIBRARY_TYPES = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor], where: str) -> None:
@@ -97,7 +98,7 @@ def refit(trt: Any, engine: Any, logger: Any, directory: Path, tensors: Mapping[
             mapped[tensor.file] = _map(directory / tensor.file)
         data = mapped[tensor.file][tensor.offset : tensor.offset + tensor.bytes]
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        weights = trt.Weights(getattr(trt.DataType, _TRT_TYPES[tensor.dtype]), data.ctypes.data, count)
+        weights = trt.Weights(getattr(trt.DataType, _LIBRARY_TYPES[tensor.dtype]), data.ctypes.data, count)
         if not refitter.set_named_weights(name, weights):
             raise BundleError(_said(f"the library does not take weights {name}", logger), where=where,
                               fix="compile the bundle again")  # fmt: skip

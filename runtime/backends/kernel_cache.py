@@ -33,6 +33,7 @@ class KernelCache:
         self.path = directory / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
         self._cache: Any = None
         self._saved = b""
+        self._ran = False
         self._lock = threading.Lock()
 
     def attach(self, config: Any) -> None:
@@ -43,6 +44,12 @@ class KernelCache:
                 self._load()
             if not config.set_runtime_cache(self._cache):
                 _log.debug("the library does not take the kernel cache %s", self.path)
+
+    def save_first(self) -> None:
+        """:meth:`save` the first time: what an engine's first run has not compiled can wait until it is closed."""
+        if not self._ran:
+            self._ran = True
+            self.save()
 
     def save(self) -> None:
         """Write what is new since the last time, whole or not at all."""

@@ -47,7 +47,11 @@ class Opened:
                                 where=where)  # fmt: skip
         return context
 
-    def save_kernels(self) -> None:
+    def after_first_run(self) -> None:
+        if self.kernels is not None:
+            self.kernels.save_first()
+
+    def close(self) -> None:
         if self.kernels is not None:
             self.kernels.save()
 
@@ -108,14 +112,14 @@ class TensorRTBackend:
             weights,
             self._scratch(variant, [*reads.values(), *writes.values()]),
             self._graphs,
-            opened.save_kernels,
+            opened.after_first_run,
             alive=(opened, self._weights, self._runtime, self._logger),
         )
 
     def close(self) -> None:
         """Let go of engines and weights; bound programs keep theirs."""
         for opened in self._opened.values():
-            opened.save_kernels()
+            opened.close()
         self._opened.clear()
         self._weights = None
 

@@ -19,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .null_cuda import ALIGNMENT, NullCuda, Work
+from .null_cuda import ALIGNMENT, NullCuda
+from .null_cuda_types import Work
 
 MAGIC = {"tensorrt-rtx": b"vtrt", "tensorrt": b"null"}
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -146,6 +147,11 @@ class Context:
                     raise engine.library.cuda.broken(f"{output} lies in {name}")
 
 
+class RtxContext(Context):
+    def is_stream_capturable(self, number: int) -> bool:
+        return not self._engine.library.cannot_be_captured
+
+
 class Engine:
     """A deserialized engine."""
 
@@ -193,7 +199,7 @@ class Engine:
         if isinstance(how, RuntimeConfig) and how.cache is not None and self.name not in how.cache.kernels:
             how.cache.kernels.append(self.name)
             self.library.calls.append(f"{self.name} compiled")
-        context = Context(self)
+        context = (RtxContext if isinstance(how, RuntimeConfig) else Context)(self)
         self.library.contexts.add(context)
         return context
 
@@ -257,6 +263,7 @@ class Library:
         self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self.refuses_to_run = False
         self.opens_nothing = False
+        self.cannot_be_captured = False
         self.invalid = 0
         """Bits of the diagnostics that ``get_engine_validity`` gives."""
         self._logger: Any = None

@@ -18,7 +18,8 @@ from secateur.runtime.backends.cuda import DeviceMemory, PinnedMemory, Stream, c
 from secateur.runtime.backends.tensorrt import make_logger
 
 from . import null_bundle, null_tensorrt
-from .null_cuda import BrokenRuleError, NullCuda
+from .null_cuda import NullCuda
+from .null_cuda_types import BrokenRuleError
 
 
 def test_broken_rules_are_found(
@@ -44,7 +45,7 @@ def test_broken_rules_are_found(
     offset = memory.address - library.cuda.block(memory.address, 1, "device", "test").memory.ctypes.data
     assert (library.cuda.block(memory.address, 1, "device", "test").memory[offset : offset + 64] == 7).all()
     address = memory.address
-    memory.free()
+    del memory
     with pytest.raises(BrokenRuleError, match="not in live device memory"):
         stream.zero(address, 1)
     with pytest.raises(BrokenRuleError, match="freed twice"):
@@ -94,6 +95,7 @@ def test_the_fakes_have_no_names_the_libraries_lack(name: str) -> None:
     for fake_class, real_class in (
         (null_tensorrt.Engine, real.ICudaEngine),
         (null_tensorrt.Context, real.IExecutionContext),
+        (null_tensorrt.RtxContext, real.IExecutionContext),
         (null_tensorrt.RuntimeCache, real.IRuntimeCache),
         (null_tensorrt.RuntimeConfig, real.IRuntimeConfig),
     ):

@@ -22,7 +22,7 @@ from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.schema import Forecast
 
 from . import null_bundle, null_tensorrt
-from .null_cuda import Error
+from .null_cuda_types import Error
 from .null_tensorrt import Library
 
 FORECAST = Forecast(engines=1, weights=6 << 30, caches=1 << 30, activations=1 << 30, buffers=1, host=1).model_dump()

@@ -143,7 +143,7 @@ def _cuda_of_wheel(flavour: str) -> int:
     """The major version of CUDA in the name of the library's package; 0 where it was installed otherwise."""
     import importlib.metadata as metadata
 
-    names = ("tensorrt-rtx-cu{}",) if flavour == "tensorrt-rtx" else ("tensorrt-cu{}", "tensorrt-cu{}-libs")
+    names = ("tensorrt-rtx-cu{}",) if flavour == "tensorrt-rtx" else ("tensorrt-cu{}", "tensorrt-cu{}-bindings")
     for major in range(20, 11, -1):
         for name in names:
             try:

@@ -16,6 +16,7 @@ pytest.importorskip("onnx")
 from secateur.runtime import Session
 from secateur.runtime.backends.cuda import DeviceMemory, PinnedMemory, Stream, call
 from secateur.runtime.backends.tensorrt import make_logger
+from secateur.runtime.errors import SecateurError
 
 from . import null_bundle, null_tensorrt
 from .null_cuda import NullCuda
@@ -108,6 +109,18 @@ def test_the_fakes_have_no_names_the_libraries_lack(name: str) -> None:
             assert int(getattr(getattr(real, kind), member.name)) >= 0
     for member in null_tensorrt.EngineInvalidityDiagnostics:
         assert int(getattr(real.EngineInvalidityDiagnostics, member.name)) == int(member)
+
+
+def test_the_real_cuda_names_its_errors() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    if int(runtime.cudaDriverGetVersion()[1]) != 0:
+        pytest.skip("there is a driver")
+    with pytest.raises(SecateurError) as caught:
+        Stream()
+    assert str(caught.value) == (
+        "CUDA: cudaStreamCreateWithFlags failed with cudaErrorInsufficientDriver: "
+        "CUDA driver version is insufficient for CUDA runtime version; update the NVIDIA driver"
+    )
 
 
 def test_the_real_library_takes_mapped_files_and_its_words_are_kept(tmp_path: Path) -> None:

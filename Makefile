@@ -37,7 +37,7 @@ demo-omni: $(STAMP)  ## the same with video and sound: SEATS on the omni demo mo
 	$(BIN)/python -m secateur.tools.demo.omni
 
 test: $(STAMP)  ## run every test that needs no GPU
-	$(PYTEST) -n $(WORKERS) --dist loadfile tests
+	$(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests
 
 test-matrix: $(STAMP)  ## compile every row for every layout: equal to its oracle, engines build; writes docs/
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --jobs $(WORKERS)

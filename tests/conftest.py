@@ -1,4 +1,4 @@
-"""For all tests: signals as a terminal has them, and golden text, what something prints, compared line by line."""
+"""For all tests: who runs which, signals as a terminal has them, and golden text, which is compared line by line."""
 
 from __future__ import annotations
 
@@ -27,6 +27,26 @@ def default_logging() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+LONG = (
+    "test_matrix_layouts.py", "test_matrix_sample.py", "test_tensorrt_recipes.py", "test_demo_omni_run.py",
+    "test_demo_run.py", "test_compile_scale.py", "test_timed_prompts.py",
+)  # fmt: skip
+"""Files whose tests are few and long: begun first, so that no worker is left alone with one at the end."""
+TOGETHER = ("test_export.py", "test_passes.py", "test_passes_golden.py")
+"""Files that look at the same pruned programs, of every row of the table, which one worker then makes once."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For ``--dist loadgroup``: a file stays with one worker, so that what its fixtures make is made once."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        name = TOGETHER[0] if item.path.name in TOGETHER else str(item.path.relative_to(config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(name))
+    place = {name: index for index, name in enumerate((*LONG, *TOGETHER))}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

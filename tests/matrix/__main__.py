@@ -7,6 +7,7 @@ that failed are tried again each time. Exit code 1 when any fails.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from secateur.passes.recipes import RECIPES, get_recipe
 from secateur.tools.console import notes
 
 from . import page
-from .cells import lacks, list_cells, list_pairs
+from .applies import lacks
+from .cells import list_cells
 from .layouts import LAYOUTS
 from .walk import read_held, walk
 
@@ -33,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     layouts = {name: LAYOUTS[name] for name in options.layouts}
     recipes = [get_recipe(name) for name in options.recipes or RECIPES]
-    skipped = {(r.name, o.name): why for r, o in list_pairs(recipes, layouts) if (why := lacks(r, o.tower))}
+    pairs = itertools.product(recipes, layouts.values())
+    skipped = {(r.name, o.name): why for r, o in pairs if (why := lacks(r, o.tower))}
     cells = [c for c in list_cells(recipes, layouts) if options.kinds is None or c.kind in options.kinds]
     found = read_held(cells, options.work, options.fresh)
     todo = [cell for cell in cells if cell not in found]

@@ -7,20 +7,19 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.recipe import Recipe
-from secateur.passes.needs import needs_sound, needs_weights
-from secateur.passes.signals import NEED_CLS
-from secateur.passes.vocabulary import bind_stage
+
+from .applies import Tower, lacks
 
 Kind = Literal["parity", "identity", "engine"]
 KEEPS, BATCHES, FRAMES = (0.5, 0.1), (1, 3), 4
 TEXT_TOKENS, NEW_TOKENS = 24, 4
 ENGINE_DTYPES = ("fp16", "bf16")
-OTHERS = 4
-"""Layouts with few rows of which a sample builds engines."""
+OTHERS = 3
+"""Layouts with few rows compared of which a sample builds engines."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +46,14 @@ class Cell:
         return asdict(self)
 
 
-class Tower(NamedTuple):
-    """What a layout's tower has: a CLS token; ``merges``: several patches become one token behind it; ``read_last``:
-    the projector reads its last layer, so that there is none behind it to score with; ``linear``: the projector is;
-    ``tiles``: it sees an image in tiles, whose tokens are put together without padding behind the projector;
-    ``hears``: a tower for sound stands beside it."""
-
-    has_cls: bool
-    merges: bool = False
-    read_last: bool = False
-    linear: bool = False
-    tiles: bool = False
-    hears: bool = False
-
-
 @dataclass(frozen=True)
 class Layout:
     """A model layout. ``write`` makes the model directory and returns it; ``tower``: what rows can ask of its tower.
 
     ``media`` are the fields of the geometry that say what a row holds; empty: one image, or as many as a recipe looks
-    at together. ``rows`` are the recipes it is compiled with, the first of them also in every sample; empty: all.
-    ``axes``: position ids have several axes, so that a recipe which numbers anew what is left changes the model even
-    where it keeps all tokens.
+    at together. ``rows`` are the recipes whose bundles are compared, the first of them in every sample; empty: all.
+    Engines are built of every row that applies. ``axes``: position ids have several axes, so that a recipe which
+    numbers anew what is left changes the model even where it keeps all tokens.
     """
 
     name: str
@@ -92,31 +77,6 @@ class Layout:
         return (self.media.get("images", 1),) if self.media else image_counts(recipe)
 
 
-def lacks(recipe: Recipe, tower: Tower) -> str | None:
-    """Why a row does not apply to a layout; None where it does."""
-    if needs_weights(recipe):
-        return "it waits for a file of learned weights"
-    if needs_sound(recipe) and not tower.hears:
-        return "it compares what is seen with what is heard, and nothing is heard"
-    if tower.merges and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
-        return "its stages stand between layers of the tower, behind which patches are put together"
-    if tower.tiles and any(stage.site.kind == "vision.layer" for stage in recipe.stages):
-        return "its stages stand between layers of the tower, which sees the tiles of an image one by one"
-    terms = [term for stage in recipe.stages for term in bind_stage(stage, where=recipe.name).terms]
-    if tower.tiles and any("grid" in term.every_reserved() for term in terms):
-        return "it needs the whole grid of patches, and an image in tiles has several"
-    nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]
-    if tower.has_cls and tower.read_last and nexts:
-        return f"{nexts[0]} is that of the layer behind the one the projector reads, which is the last"
-    for index, stage in enumerate(recipe.stages):
-        for signal in bind_stage(stage, where=f"{recipe.name}: stages[{index}]").signals:
-            if signal == "probe_slopes" and tower.linear:
-                return "probe_slopes are the same for every token behind a linear projector"
-            if signal in NEED_CLS and not tower.has_cls:
-                return f"{signal} needs a CLS token"
-    return None
-
-
 def image_counts(recipe: Recipe) -> tuple[int, ...]:
     """Images per row a recipe is compiled for: one, and four where it compares or shares between images (frames)."""
     windows = [stage.window for stage in recipe.stages if stage.scope == "window"]
@@ -129,53 +89,64 @@ def image_counts(recipe: Recipe) -> tuple[int, ...]:
 
 
 def list_cells(recipes: Iterable[Recipe], layouts: Mapping[str, Layout], engines: bool = True) -> list[Cell]:
-    """Every cell, row by row."""
+    """Every cell, row by row. Bundles are compared on the layout's own rows; engines are built of every row."""
     cells = []
-    for recipe, layout in list_pairs(recipes, layouts):
+    for recipe, layout in itertools.product(recipes, layouts.values()):
         if lacks(recipe, layout.tower):
             continue
         counts = layout.image_counts(recipe)
-        if not recipe.stages:
-            cells += [Cell("parity", recipe.name, layout.name, None, batch, counts[-1]) for batch in BATCHES]
-        for images, keep, batch in itertools.product(counts, KEEPS, BATCHES):
-            if recipe.stages:
-                cells.append(Cell("parity", recipe.name, layout.name, keep, batch, images))
-        if layout.same_at_one(recipe):
-            cells.append(Cell("identity", recipe.name, layout.name, 1.0, 1, counts[-1]))
+        if not layout.rows or recipe.name in layout.rows:
+            if not recipe.stages:
+                cells += [Cell("parity", recipe.name, layout.name, None, batch, counts[-1]) for batch in BATCHES]
+            for images, keep, batch in itertools.product(counts, KEEPS, BATCHES):
+                if recipe.stages:
+                    cells.append(Cell("parity", recipe.name, layout.name, keep, batch, images))
+            if layout.same_at_one(recipe):
+                cells.append(Cell("identity", recipe.name, layout.name, 1.0, 1, counts[-1]))
         if engines:
-            cells.append(Cell("engine", recipe.name, layout.name, None, 2, counts[-1], "fp16"))
+            keep = engine_keep(recipe, layout)
+            cells += [Cell("engine", recipe.name, layout.name, keep, 2, counts[-1], dtype) for dtype in ENGINE_DTYPES]
     return cells
 
 
+def engine_keep(recipe: Recipe, layout: Layout) -> float | None:
+    """None, the published ratio; another where that is a mean over layers of which the first ones keep all tokens:
+    too many of them, in a decoder of few layers."""
+    late = all(stage.site.kind == "decoder.layer" and stage.site.layer for stage in recipe.stages)
+    return KEEPS[-1] if layout.tower.hears and recipe.rates is not None and late else None
+
+
 def list_pairs(recipes: Iterable[Recipe], layouts: Mapping[str, Layout]) -> list[tuple[Recipe, Layout]]:
-    """What is asked for, whether or not the row applies to the layout."""
+    """What bundles are compared of, whether or not the row applies to the layout."""
     pairs = itertools.product(recipes, layouts.values())
     return [(recipe, layout) for recipe, layout in pairs if not layout.rows or recipe.name in layout.rows]
 
 
 def sample(
-    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, others: int = 8, identities: int = 2
+    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, others: int = 4, identities: int = 2
 ) -> list[Cell]:
     """A part of the matrix that ``make test`` has time for, compared on ONNX Runtime.
 
     On the first layout every row is compared once, on each further one that has them all about ``others`` rows, on one
     that has a few the first of them and another. Rows are dealt out in a seeded order to the pairs of keep ratio and
-    batch in turn, so that every pair of values of any two of layout, keep ratio and batch comes up. Rows that look at
-    frames get four of them, with a batch of one.
+    batch in turn, so that every pair of values of any two of layout, keep ratio and batch comes up; a layout with few
+    rows has one batch, the next one the other, as each batch is traced anew. Rows that look at frames get four of them,
+    with a batch of one.
     """
     rng = random.Random(seed)
     cells = []
+    batches = itertools.cycle(BATCHES)
     for number, layout in enumerate(layouts.values()):
         fitting = [r for r, _ in list_pairs(recipes, {layout.name: layout}) if r.stages and not lacks(r, layout.tower)]
         rng.shuffle(fitting)
         same = [r for r in fitting if layout.same_at_one(r) and 1 in layout.image_counts(r)]
         if layout.rows:
-            # Two cells: either differs from the other in both settings.
-            settings = [(KEEPS[i], BATCHES[(i + number) % 2]) for i in range(2)]
+            batch = next(batches)
+            keeps = KEEPS if number % 4 < 2 else KEEPS[::-1]
             fitting.sort(key=lambda recipe: recipe.name != layout.rows[0])
             cells += [
                 Cell("parity", recipe.name, layout.name, keep, batch, layout.image_counts(recipe)[-1])
-                for recipe, (keep, batch) in zip(fitting, settings, strict=False)
+                for recipe, keep in zip(fitting, keeps, strict=False)
             ]
             continue
         dealt = itertools.cycle(itertools.product(KEEPS, BATCHES))
@@ -191,20 +162,17 @@ def sample(
 
 
 def sample_engines(
-    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, each: int = 2, others: int = OTHERS
+    recipes: Sequence[Recipe], layouts: Mapping[str, Layout], seed: int, each: int = 1, others: int = OTHERS
 ) -> list[Cell]:
-    """``each`` rows per layout that has them all, and one on ``others`` of those with a few: their programs are built,
-    in one of the engine types each."""
+    """``each`` rows per layout whose bundles are compared for every row, and one on ``others`` of the rest: their
+    programs are built, in one of the engine types each."""
     rng = random.Random(seed)
-    fitting = {}
-    for layout in layouts.values():
-        rows = [r for r, _ in list_pairs(recipes, {layout.name: layout}) if r.stages and not lacks(r, layout.tower)]
-        fitting[layout.name] = [r for r in rows if layout.rows or 1 in layout.image_counts(r)]
-    few = [name for name, rows in fitting.items() if rows and layouts[name].rows]
+    few = [name for name, layout in layouts.items() if layout.rows]
     drawn = {name for name, layout in layouts.items() if not layout.rows} | {*rng.sample(few, min(others, len(few)))}
     cells = []
     for layout, dtype in zip([o for n, o in layouts.items() if n in drawn], itertools.cycle(ENGINE_DTYPES)):
-        for recipe in rng.sample(fitting[layout.name], 1 if layout.rows else each):
-            images = layout.image_counts(recipe)[-1] if layout.rows else 1
-            cells.append(Cell("engine", recipe.name, layout.name, None, 2, images, dtype))
+        fitting = [r for r in recipes if r.stages and not lacks(r, layout.tower)]
+        for recipe in rng.sample([r for r in fitting if layout.image_counts(r)[0] == 1], 1 if layout.rows else each):
+            images = layout.image_counts(recipe)[0]
+            cells.append(Cell("engine", recipe.name, layout.name, engine_keep(recipe, layout), 2, images, dtype))
     return cells

@@ -160,7 +160,7 @@ def _video(square: int, seconds: int = 0) -> dict[str, Any]:
 _WITH_CLS = ("visionzip", "none", "fastv", "divprune")
 _HEARING = ("random_omni", "visionzip_omni", "fastv_omni", "contextguard_proxy")
 _WITHOUT_CLS = ("vispruner_siglip", "none", "fastv", "divprune")
-_QWEN_TOWER = Tower(False, merges=True, read_last=True)
+_QWEN_TOWER = Tower(False, merges=True, projected=True, read_last=True)
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
@@ -175,7 +175,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "onevision_video",
             "LLaVA-OneVision, frames resized behind the projector",
-            Tower(False, merges=True, read_last=True),
+            Tower(False, merges=True, projected=True, read_last=True),
             partial(_write_onevision, few=True),
             {"frames": 4},
             ("seats", *_WITHOUT_CLS),

@@ -8,6 +8,7 @@ from typing import Any
 from secateur.compiler.parity import KINDS, TOLERANCE
 from secateur.tools.bench.accuracy_page import markdown
 
+from . import engine_tables
 from .cells import FRAMES, Layout
 from .layouts import (
     AUDIO_LAYERS,
@@ -22,26 +23,17 @@ from .work import QUESTIONS
 
 HEADER = [
     "recipe", "layout", "kept equal", "ties", "different", "features", "hidden", "cache", "logits", "keep 1.0",
-    "engines",
 ]  # fmt: skip
 Record = dict[str, Any]
 
 
-def table_rows(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> list[list[str]]:
-    """Header and a line per (row, layout), in the order cells come; ``skipped``: why a pair does not apply."""
+def table_rows(records: Sequence[Record]) -> list[list[str]]:
+    """Header and a line per (row, layout) that was compared, in the order cells come."""
     pairs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        pairs.setdefault((record["cell"]["recipe"], record["cell"]["layout"]), []).append(record)
-    lines = [HEADER]
-    done: set[str] = set()
-    for (recipe, layout), found in pairs.items():
-        lines.append([recipe, layout, *_figures(found)])
-        if recipe not in done:
-            # What does not apply stands below the row's first layout.
-            lines += [[recipe, other, f"does not apply: {why}"] + [""] * 8 for (r, other), why in skipped.items()
-                      if r == recipe]  # fmt: skip
-            done.add(recipe)
-    return lines
+        if record["cell"]["kind"] != "engine":
+            pairs.setdefault((record["cell"]["recipe"], record["cell"]["layout"]), []).append(record)
+    return [HEADER, *([*pair, *_figures(found)] for pair, found in pairs.items())]
 
 
 def _figures(records: Sequence[Record]) -> list[str]:
@@ -52,7 +44,7 @@ def _figures(records: Sequence[Record]) -> list[str]:
         figures.append(f"{max(known):.1e}" if known else "")
     if any("error" in o for o in compared):
         figures[0] += " **(failed)**"
-    return [*figures, _verdict(records, "identity"), _engines(records)]
+    return [*figures, _verdict(records, "identity")]
 
 
 def _verdict(records: Iterable[Record], kind: str) -> str:
@@ -61,15 +53,6 @@ def _verdict(records: Iterable[Record], kind: str) -> str:
         return ""
     worst = [o["logits"] for o in found if "logits" in o]
     return f"{max(worst):.1e}" if worst and all(o["passed"] for o in found) else "**failed**"
-
-
-def _engines(records: Iterable[Record]) -> str:
-    found = [r["outcome"] for r in records if r["cell"]["kind"] == "engine"]
-    if not found:
-        return ""
-    if any(o["passed"] is None for o in found):
-        return "not built: no library"
-    return "build" if all(o["passed"] for o in found) else "**failed**"
 
 
 def failures(records: Iterable[Record]) -> list[str]:
@@ -87,7 +70,7 @@ def _reason(outcome: Mapping[str, Any]) -> str:
     if outcome.get("same_tokens") != outcome.get("steps"):
         said.append(f"{outcome['same_tokens']} of {outcome['steps']} tokens are those of the unpruned model")
     for name, program in outcome.get("programs", {}).items():
-        said += [f"{name}: {line}" for line in (*program["warnings"], *program.get("lint", ()))]
+        said += [f"{name}: {line}" for line in (*program["warnings"], *program["lint"], *program["unlike"])]
     return "; ".join(said) or "failed"
 
 
@@ -98,14 +81,13 @@ def _describe(layout: Layout) -> str:
     if layout.axes:
         said += " Position ids have three axes."
     if layout.rows:
-        said += f" Rows: {', '.join(layout.rows)}."
+        said += f" Rows compared: {', '.join(layout.rows)}."
     return said
 
 
 def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> str:
     failed = failures(records)
     unbuilt = sum(r["outcome"]["passed"] is None for r in records)
-    library = sorted({r["outcome"]["library"] for r in records if "library" in r["outcome"]})
     verdict = "Every cell is within the bar." if not failed else f"**{len(failed)} cells are not within the bar.**"
     if unbuilt:
         verdict += f" **{unbuilt} engines were not built, because the library is not installed.**"
@@ -120,9 +102,11 @@ Tiny models whose weights are random numbers from a seed: they show that a bundl
 computes, not how well a recipe does. Pixels and sound are noise. {TOWER_LAYERS} tower layers and {DECODER_LAYERS}
 decoder layers; {FEW_TOWER_LAYERS} and {FEW_DECODER_LAYERS} in layouts that have a few rows, and {AUDIO_LAYERS} layers
 that hear. Where nothing else is said a prompt holds an image of {SIDE_PATCHES}x{SIDE_PATCHES} visual tokens, and every
-row of the table is compiled that applies.
+row of the table is compared that applies. Rows that read learned weights get random ones.
 
 {layouts}
+
+## Against the oracle
 
 Each row is compiled at keep 0.5 and 0.1, for batches of 1 and 3, and where it compares or shares between images for
 {FRAMES} images as well, unless the layout has media of its own. {QUESTIONS} questions of different lengths go through
@@ -132,8 +116,8 @@ four columns are the largest absolute differences with the choice held equal: pr
 decoder stage leaves, keys and values of all layers, logits after the prompt and two forced tokens. The bar is no
 different choice and {TOLERANCE:g}. *keep 1.0*: where a row keeps all tokens unchanged at that ratio, and does not
 number them anew where positions have several axes, the largest difference of its logits from the unpruned model's,
-whose most likely tokens must be the same. *Engines*: every program of the row at its published keep ratio, fp16,
-batch 2, builds without a warning{" (" + ", ".join(library) + ")" if library else ""}.
+whose most likely tokens must be the same.
 
-{markdown(table_rows(records, skipped))}
-"""
+{markdown(table_rows(records))}
+
+{engine_tables.write(records, skipped)}"""

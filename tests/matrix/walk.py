@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .cells import Cell
 from .work import Workshop, try_cell
 
 _shop: Workshop | None = None
+LIBRARIES = ("torch", "transformers", "onnxruntime", "onnx-ir", "tensorrt-rtx-cu13")
 
 
 @lru_cache
@@ -31,13 +32,21 @@ def digest_code() -> str:
     root = Path(secateur.__file__).parent
     code = [path for part in PROGRAM_SOURCES for path in (root / part).rglob("*.py")]
     code = [path for path in code if root / "passes" / "recipes" not in path.parents]
-    own = [here / "cells.py", here / "layouts.py", here / "work.py", *(here.parent / "unit").glob("tiny_*.py")]
+    own = [here / f"{name}.py" for name in ("applies", "cells", "engines", "fused", "layouts", "work")]
+    own += [here.parent / "unit" / "rows.py", *(here.parent / "unit").glob("tiny_*.py")]
     return digest(
         {
             "files": {"/".join(path.parts[-3:]): hash_file(path) for path in sorted([*code, *own])},
-            "libraries": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "onnx-ir")},
+            "libraries": {name: _version(name) for name in LIBRARIES},
         }
     )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def key_of(cell: Cell) -> str:
@@ -56,21 +65,72 @@ def record_path(cell: Cell, work: Path) -> Path:
     return work / "cells" / f"{cell}.json"
 
 
+class Hands:
+    """Deals cells out to processes so that each stays with one layout: what it traced for a cell serves the next.
+
+    A process that is done takes the layout with most cells left, or, when all are taken, half of what another one has
+    left, if that is more than the traces it costs.
+    """
+
+    WORTH_SHARING = 12
+
+    def __init__(self, cells: Sequence[Cell], jobs: int) -> None:
+        layouts: dict[str, list[Cell]] = {}
+        for cell in cells:
+            layouts.setdefault(cell.layout, []).append(cell)
+        # Cells of one trace stand together.
+        self.free = [sorted(found, key=_trace_of) for found in sorted(layouts.values(), key=len)]
+        self.held: list[list[Cell]] = [[] for _ in range(jobs)]
+
+    def next(self, process: int) -> Cell | None:
+        """The cell that ``process`` shall run now; None where there is none left for it."""
+        if not self.held[process]:
+            self.held[process] = self.free.pop() if self.free else self._share()
+        return self.held[process].pop(0) if self.held[process] else None
+
+    def _share(self) -> list[Cell]:
+        longest = max(self.held, key=len)
+        if len(longest) < self.WORTH_SHARING:
+            return []
+        middle = len(longest) // 2
+        taken, longest[middle:] = longest[middle:], []
+        return taken
+
+
+def _trace_of(cell: Cell) -> tuple[str, int, int]:
+    return cell.dtype, cell.batch, cell.images
+
+
 def walk(cells: Sequence[Cell], work: Path, jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Run cells in ``jobs`` processes and yield them as they come, each written down."""
     # Spawned: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, _open, (work,))
+    processes = [ProcessPoolExecutor(1, context, _open, (work,)) for _ in range(jobs)]
     try:
-        for future in as_completed([pool.submit(_run, cell) for cell in cells]):
-            cell, outcome = future.result()
+        for cell, outcome in _run_all(Hands(cells, jobs), [process.submit for process in processes]):
             record = {"key": key_of(cell), "name": str(cell), "cell": cell.as_json(), "outcome": outcome}
             write_record(record_path(cell, work), record)
             yield cell, record
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.shutdown(cancel_futures=True)
         for folder in (f for kind in ("models-*", "bundle-*", "engine-*") for f in work.glob(kind)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_all(hands: Hands, submit: Sequence[Callable[..., Future[Any]]]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    running: dict[Future[Any], int] = {}
+
+    def give(process: int) -> None:
+        if (cell := hands.next(process)) is not None:
+            running[submit[process](_run, cell)] = process
+
+    for process in range(len(submit)):
+        give(process)
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            give(running.pop(future))
+            yield future.result()
 
 
 def _open(work: Path) -> None:

@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from tests.unit.rows import ready
 
 from secateur.compiler.inputs import RowInput, random_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
-from secateur.compiler.pipeline import export, plan_job, prune, trace_model
+from secateur.compiler.pipeline import plan_job, trace_model
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, OracleRun
-from secateur.exporters.checkpoint import Checkpoint
-from secateur.exporters.lint import lint_graph
-from secateur.exporters.onnx import save_model
-from secateur.exporters.tensorrt import build_engine
-from secateur.exporters.tensorrt_library import load_library
-from secateur.exporters.weights import WEIGHTS_FILE, write_weights
 from secateur.passes.recipes import RECIPES
-from secateur.runtime.errors import UserError
 from secateur.runtime.session import Session
 from secateur.tools.sweep.bundles import Bundles
 
 from .cells import Cell
+from .engines import NoLibraryError, build
 from .layouts import LAYOUTS
 
 FORCED, QUESTIONS = 2, 6
-FLAVOUR = "tensorrt-rtx"
-
-
-class NoLibraryError(Exception):
-    """TensorRT-RTX is not installed: its cells say nothing."""
 
 
 @dataclass
 class Workshop:
-    """Where cells are made. ``work`` holds models, bundles while they are compared, and notes on built graphs."""
+    """Where cells are made. ``work`` holds models, bundles while they are compared, and notes on built graphs.
+
+    What is kept in memory is that of one layout: cells come layout by layout.
+    """
 
     work: Path
-    bundles_made: dict[tuple[str, int, int], Bundles] = field(default_factory=dict)
+    layout: str = ""
+    bundles_made: dict[tuple[int, int], Bundles] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
-    half: dict[tuple[str, int, int, str], Any] = field(default_factory=dict)
+    half: dict[tuple[int, int, str], Any] = field(default_factory=dict)
+    unpruned: dict[tuple[int, int, str], Any] = field(default_factory=dict)
+    """Layers of the unpruned engines' programs."""
+
+    def enter(self, layout: str) -> None:
+        """Forget what was made for another layout."""
+        if layout != self.layout:
+            for made in (self.bundles_made, self.references, self.half, self.unpruned):
+                made.clear()  # type: ignore[attr-defined]
+            self.layout = layout
 
     @cached_property
     def models(self) -> Path:
@@ -68,10 +68,16 @@ class Workshop:
         return path
 
     def bundles(self, layout: str, batch: int, images: int) -> Bundles:
-        key = layout, batch, images
+        self.enter(layout)
+        key = batch, images
         if key not in self.bundles_made:
             self.bundles_made[key] = Bundles(self.model(layout), LAYOUTS[layout].geometry(batch, images), self.work)
         return self.bundles_made[key]
+
+    def recipe(self, cell: Cell) -> Recipe:
+        """The cell's row; one with learned weights gets seeded random ones, as wide as the decoder's tokens."""
+        source = self.bundles(cell.layout, cell.batch, cell.images).source
+        return ready(cell.recipe, width=source.text.hidden_size)
 
     def oracle(self, cell: Cell, recipe: Recipe, keep: float | None) -> Oracle:
         made = self.bundles(cell.layout, cell.batch, cell.images)
@@ -81,9 +87,9 @@ class Workshop:
 
     def traced(self, cell: Cell) -> Any:
         """In half precision, for engines."""
-        key = cell.layout, cell.batch, cell.images, cell.dtype
+        key = cell.batch, cell.images, cell.dtype
+        made = self.bundles(cell.layout, cell.batch, cell.images)
         if key not in self.half:
-            made = self.bundles(*key[:3])
             self.half[key] = trace_model(made.source, made.geometry, cell.dtype)
         return self.half[key]
 
@@ -93,7 +99,7 @@ def run_cell(cell: Cell, shop: Workshop) -> dict[str, Any]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        recipe = RECIPES[cell.recipe]
+        recipe = shop.recipe(cell)
         if cell.kind == "parity":
             return compare(cell, recipe, shop)
         return identify(cell, recipe, shop) if cell.kind == "identity" else build(cell, recipe, shop)
@@ -146,46 +152,3 @@ def identify(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
 
 def questions(session: Session) -> list[RowInput]:
     return random_rows(session.manifest, QUESTIONS, FORCED, seed=0)
-
-
-def build(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
-    """Every program as a TensorRT-RTX engine. A graph that was built before, for any row, is not built again."""
-    try:
-        version = load_library(FLAVOUR).version
-    except UserError as error:
-        raise NoLibraryError(f"not built: {error}") from None
-    traced = shop.traced(cell)
-    exported = export(prune(traced, recipe, cell.keep), "tensorrt")
-    programs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="engine-", dir=shop.work) as folder:
-        work = Path(folder)
-        write_weights(exported.layout, Checkpoint(traced.source.path, traced.model), work / WEIGHTS_FILE)
-        for name, graph in exported.models.items():
-            wrong = [str(found) for found in lint_graph(graph, FLAVOUR, cell.dtype, 89)]
-            save_model(graph, work / f"{name}.onnx")
-            digest = hashlib.sha256(f"{version} {cell.layout} {cell.dtype} ".encode())
-            digest.update((work / f"{name}.onnx").read_bytes())
-            note = shop.work / "engines" / f"{digest.hexdigest()}.json"
-            programs[name] = _read_note(note) or _build_one(work / f"{name}.onnx", note)
-            if wrong:
-                programs[name] = programs[name] | {"lint": wrong}
-    passed = all(p["bytes"] and not p["warnings"] and not p.get("lint") for p in programs.values())
-    return {"library": f"{FLAVOUR} {version}", "programs": programs, "passed": passed}
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    return {}
-
-
-def _build_one(graph: Path, note: Path) -> dict[str, Any]:
-    info = build_engine(graph, graph.with_suffix(".engine"), flavour=FLAVOUR)
-    graph.with_suffix(".engine").unlink()
-    found = {"bytes": info.bytes, "warnings": list(info.warnings)}
-    note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(f"{graph.parent.name}.partial")
-    partial.write_text(json.dumps(found))
-    partial.replace(note)
-    return found

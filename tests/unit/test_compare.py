@@ -247,20 +247,24 @@ def test_a_fault_behind_the_passes_is_not_theirs(
     assert "computed differently" in shown
 
 
+@pytest.fixture(scope="module")
+def two_images(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A trace of LLaVA-OneVision for two images, each with a row behind it, in a batch of two."""
+    source = pipeline.read_source(tiny_onevision.write_model(tmp_path_factory.mktemp("two") / "model"))
+    return pipeline.trace_model(source, Geometry(batch=2, images=2, text_tokens=16, new_tokens=4))
+
+
 @pytest.mark.parametrize("recipe", ["none", "vision"])
-def test_no_pass_changes_numbers_where_rows_follow_each_image(recipe: str, tmp_path: Path) -> None:
-    """Two images of LLaVA-OneVision, each with a row behind it, in a batch of two."""
-    source = pipeline.read_source(tiny_onevision.write_model(tmp_path / "model"))
-    geometry = Geometry(batch=2, images=2, text_tokens=16, new_tokens=4)
+def test_no_pass_changes_numbers_where_rows_follow_each_image(recipe: str, two_images: Any, tmp_path: Path) -> None:
+    source = two_images.source
     if recipe == "vision":
         stage = "{site: projector.out, score: {name: seeded_random, options: {seed: 3}}, select: top_k, share: 0.5}"
         path = tmp_path / "vision.yaml"
         path.write_text(f"name: vision\nstages:\n  - {stage}\n")
         recipe = str(path)
-    job = plan_job(source, geometry, load_recipe(recipe), None)
-    traced = pipeline.trace_model(source, geometry)
+    job = plan_job(source, two_images.geometry, load_recipe(recipe), None)
     item = random_rows(outline(job), 1, 1, seed=1)[0]
-    steps = follow_passes(traced, job, PASSES, load_recording_model(source), item)
+    steps = follow_passes(two_images, job, PASSES, load_recording_model(source), item)
     assert [step.name for step in steps] == ["trace", *(step.name for step in PASSES)]
     assert not any(step.changes for step in steps), [step.as_json() for step in steps]
     assert {step.against for step in steps} == {"the oracle", "the pass before"}

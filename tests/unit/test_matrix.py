@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.matrix import page
+from tests.matrix import engine_tables, page
 from tests.matrix import walk as walking
-from tests.matrix.cells import Cell, Tower, image_counts, lacks, list_cells, sample_engines
+from tests.matrix.applies import Tower, lacks
+from tests.matrix.cells import Cell, image_counts, list_cells, sample_engines
+from tests.matrix.engines import NoLibraryError
+from tests.matrix.fused import count_fused, differences, summarize
 from tests.matrix.layouts import LAYOUTS
-from tests.matrix.work import NoLibraryError, try_cell
+from tests.matrix.work import try_cell
 
 from secateur.compiler.recipe import Recipe
+from secateur.exporters.tensorrt import ParsedLayer
 from secateur.passes.recipes import RECIPES
 from secateur.tools.sweep.records import write_record
 
@@ -22,6 +26,9 @@ PARITY = {
     "passed": True, "rows": 6, "chose_equally": 5, "tied": 1, "chose_differently": 0, "mismatches": [],
     "features": 1e-6, "hidden": 2e-6, "cache": 3e-6, "logits": 4e-6, "scales": {"features": 1.0, "hidden": 1.0},
 }  # fmt: skip
+
+
+FINE: dict[str, list[str]] = {"warnings": [], "lint": [], "unlike": []}
 
 
 def record(cell: Cell, **outcome: Any) -> dict[str, Any]:
@@ -56,6 +63,22 @@ def test_a_row_that_needs_single_tiles_does_not_apply() -> None:
 def test_a_row_that_probes_the_projector_applies_only_where_it_is_no_linear_map() -> None:
     assert lacks(RECIPES["zoo_prune"], Tower(False, merges=True)) is None
     assert str(lacks(RECIPES["zoo_prune"], Tower(False, merges=True, linear=True))).startswith("probe_slopes")
+    assert str(lacks(RECIPES["zoo_prune"], Tower(False, merges=True, projected=True))).startswith("probe_slopes")
+
+
+def test_a_row_that_takes_images_apart_in_the_decoder_does_not_apply_where_sound_lies_between_them() -> None:
+    hears = Tower(False, merges=True, hears=True)
+    for name in ("aim", "cdpruner", "dycoke", "fastv_debiased"):
+        assert lacks(RECIPES[name], Tower(False, merges=True)) is None
+        assert str(lacks(RECIPES[name], hears)).endswith("in the decoder, where sound lies between them")
+    assert lacks(RECIPES["fastv"], hears) is None
+    assert lacks(RECIPES["echoingpixels"], hears) is None
+
+
+def test_a_mean_that_a_shallow_decoder_cannot_reach_is_not_built_at() -> None:
+    keeps = {(c.recipe, c.layout): c.keep for c in list_cells(list(RECIPES.values()), LAYOUTS) if c.kind == "engine"}
+    others = {pair: keep for pair, keep in keeps.items() if keep is not None}
+    assert others == {("fastv_omni", "qwen2_5_omni"): 0.1, ("fastv_omni", "qwen3_omni"): 0.1}
 
 
 def test_cells_of_a_row() -> None:
@@ -64,14 +87,18 @@ def test_cells_of_a_row() -> None:
     pairs = [*(("fastv", layout) for layout in LAYOUTS), ("fastervlm", "llava")]
     assert parity == {(*pair, keep, batch) for pair, keep, batch in itertools.product(pairs, (0.5, 0.1), (1, 3))}
     assert [(c.recipe, c.layout) for c in cells if c.kind == "identity"] == pairs
-    assert {(c.recipe, c.layout, c.dtype) for c in cells if c.kind == "engine"} == {(*p, "fp16") for p in pairs}
+    built = [(c.recipe, c.layout, c.dtype) for c in cells if c.kind == "engine"]
+    pairs += [("fastervlm", "llava_next"), ("fastervlm", "internvl")]  # where it is not compared
+    assert sorted(built) == sorted((*pair, dtype) for pair in pairs for dtype in ("fp16", "bf16"))
     assert len({str(c) for c in cells}) == len(cells), "names are files"
 
 
-def test_a_layout_with_few_rows_has_them_all_and_no_other() -> None:
+def test_a_layout_with_few_rows_compares_them_all_and_no_other_and_builds_what_applies() -> None:
     cells = list_cells(list(RECIPES.values()), LAYOUTS)
     for layout in LAYOUTS.values():
-        recipes = {cell.recipe for cell in cells if cell.layout == layout.name}
+        recipes = {cell.recipe for cell in cells if cell.layout == layout.name and cell.kind != "engine"}
+        built = {cell.recipe for cell in cells if cell.layout == layout.name and cell.kind == "engine"}
+        assert built == {name for name, row in RECIPES.items() if lacks(row, layout.tower) is None}
         assert not set(layout.rows) - set(RECIPES)
         if layout.rows:
             applying = {name for name in layout.rows if lacks(RECIPES[name], layout.tower) is None}
@@ -154,17 +181,98 @@ def test_the_page_sums_and_names_what_failed() -> None:
     bad = {**PARITY, "passed": False, "chose_differently": 1, "mismatches": ["stage0 row 2"], "cache": 2e-3}
     good = [record(cells[0], **PARITY), record(same, passed=True, logits=5e-6, same_tokens=9, steps=9)]
     records = [*good, record(cells[1], **bad), record(engine, passed=None, error="not built: no library")]
-    skipped = {("fastv", "onevision"): "cls_attention needs a CLS token"}
-    header, line, other = page.table_rows(records, skipped)
+    header, line = page.table_rows(records)
     assert line[:5] == ["fastv", "llava", "10", "2", "1"]
-    assert line[5:] == ["1.0e-06", "2.0e-06", "2.0e-03", "4.0e-06", "5.0e-06", "not built: no library"]
-    assert other[:3] == ["fastv", "onevision", "does not apply: cls_attention needs a CLS token"]
-    assert len(line) == len(other) == len(header)
+    assert line[5:] == ["1.0e-06", "2.0e-06", "2.0e-03", "4.0e-06", "5.0e-06"]
+    assert len(line) == len(header)
     (failed,) = page.failures(records)
     assert failed == f"{cells[1]}: 1 rows chose differently (stage0 row 2); cache differ by 2.00e-03"
-    text = page.write(records, skipped)
+    text = page.write(records, {("fastv", "onevision"): "cls_attention needs a CLS token"})
     assert "**1 cells are not within the bar.**" in text
     assert "**1 engines were not built" in text
+
+
+def test_the_page_has_a_mark_for_every_engine_and_the_reason_for_every_other() -> None:
+    def engine(recipe: str, layout: str, dtype: str, passed: bool | None, **more: Any) -> dict[str, Any]:
+        return record(Cell("engine", recipe, layout, dtype=dtype), passed=passed, **more)
+
+    stack = {"layers": 8, "attention": [1, 1], "RMS norm": [2, 3]}
+    records = [
+        engine("none", "llava", "fp16", True, programs={"prefill": {"fused": {"model.layers": stack}}}),
+        engine("none", "llava", "bf16", False, error="x"),
+        *(engine("fastv", "llava", dtype, True) for dtype in ("fp16", "bf16")),
+        *(engine("fastv", "gemma3", dtype, None) for dtype in ("fp16", "bf16")),
+    ]
+    skipped = {("none", "gemma3"): "one reason", ("tome", "gemma3"): "another", ("tome", "llava"): "one reason"}
+    assert engine_tables.grid(records, skipped) == [
+        ["recipe", "llava", "gemma3"],
+        ["none", "fp16 ✓, bf16 **✗**", "a"],
+        ["fastv", "✓", "fp16 –, bf16 –"],
+        ["tome", "a", "b"],
+    ]
+    assert engine_tables.list_reasons(skipped) == "* a: one reason\n* b: another"
+    assert engine_tables.layers(records)[1:] == [["llava", "`model.layers`", "8", "1", "", "2 to 3", "", ""]]
+    assert engine_tables.write([record(Cell("parity", "fastv", "llava"), **PARITY)], skipped) == ""
+
+
+def parsed(*nodes: str, type: str = "RMS_NORMALIZATION") -> list[ParsedLayer]:
+    return [ParsedLayer(type, node, None if type == "ATTENTION_INPUT" else node) for node in nodes]
+
+
+def test_fused_layers_are_counted_where_they_stand() -> None:
+    stack = "model.decoder.layers"
+    found = count_fused([
+        *parsed(f"{stack}.0.norm/RMSNormalization", f"{stack}.11.norm/RMSNormalization", f"score/{stack}.1.norm/R"),
+        *parsed(f"{stack}.0.attn/Attention_AttentionInput", type="ATTENTION_INPUT"),
+        *parsed("model.norm/RMSNormalization"), *parsed(f"{stack}.0.mlp/MatMul", type="MATRIX_MULTIPLY"),
+    ])  # fmt: skip
+    assert found == {
+        f"{stack}.0": {"RMS norm": 1, "attention": 1}, f"{stack}.11": {"RMS norm": 1},
+        f"score/{stack}.1": {"RMS norm": 1}, "model.norm": {"RMS norm": 1},
+    }  # fmt: skip
+    assert summarize(found)[stack] == {"layers": 2, "RMS norm": [1, 1], "attention": [0, 1]}
+
+
+def test_a_layer_that_is_not_fused_as_the_model_asks_or_as_without_a_recipe_is_named() -> None:
+    whole = {"attention": 1, "rotary": 2, "RMS norm": 2}
+    layer, other, norm = "model.layers.0", "model.layers.1", {"model.norm": {"RMS norm": 1}}
+    expected, unpruned = {layer: whole, other: whole}, {layer: whole, other: whole, **norm}
+    score = {"score/model.layers.1": {"RMS norm": 1}}
+    assert list(differences({**unpruned, **score}, expected, unpruned)) == []
+    unfused = {**unpruned, other: {"attention": 1, "RMS norm": 2}}
+    assert list(differences(unfused, expected, unfused)) == [
+        f"{other} has 1 attention, 2 RMS norm, and the model has 2 rotary"
+    ]
+    assert [line.partition(" ")[0] for line in differences(unfused, expected, unpruned)] == [other, other]
+    assert list(differences({layer: whole, **norm}, expected, {layer: whole, **norm})) == [
+        f"{other} has no fused attention"
+    ]
+    assert list(differences({layer: whole, other: whole}, expected, unpruned)) == [
+        "model.norm has nothing fused, and without a recipe 1 RMS norm"
+    ]
+
+
+def test_a_process_stays_with_a_layout_and_shares_one_that_is_long() -> None:
+    cells = [Cell("parity", f"r{i}", layout) for layout, n in (("a", 3), ("b", 40), ("c", 5)) for i in range(n)]
+    hands = walking.Hands(cells, 2)
+    dealt: list[list[str]] = [[], []]
+    idle: set[int] = set()
+    while len(idle) < 2:
+        for process in (0, 1, 1):  # the second is twice as fast
+            cell = hands.next(process)
+            dealt[process] += [cell.layout] if cell else []
+            idle |= set() if cell else {process}
+    assert sum(map(len, dealt)) == len(cells)
+    assert [layout for layout, _ in itertools.groupby(dealt[1])] == ["c", "a", "b"]
+    assert set(dealt[0]) == {"b"}
+
+
+def test_cells_of_one_trace_stand_together() -> None:
+    cells = list_cells([RECIPES["fastv"], RECIPES["dycoke"]], {"llava": LAYOUTS["llava"]})
+    hands = walking.Hands(cells, 1)
+    order = [(c.dtype, c.batch, c.images) for c in iter(lambda: hands.next(0), None)]
+    assert len(order) == len(cells)
+    assert len([key for key, _ in itertools.groupby(order)]) == len(set(order))
 
 
 @pytest.mark.parametrize(
@@ -172,17 +280,16 @@ def test_the_page_sums_and_names_what_failed() -> None:
     [
         ("parity", {"passed": False, "error": "KeyError: 'x'"}, "KeyError: 'x'"),
         ("identity", {"passed": False, "logits": 1e-3, "same_tokens": 8, "steps": 9}, "8 of 9 tokens are those"),
-        ("engine", {"passed": False, "programs": {"prefill": {"warnings": ["odd"]}}}, "prefill: odd"),
+        ("engine", {"passed": False, "programs": {"prefill": {**FINE, "warnings": ["odd"]}}}, "prefill: odd"),
+        ("engine", {"passed": False, "programs": {"decode": {**FINE, "unlike": ["odd"]}}}, "decode: odd"),
     ],
 )
 def test_every_kind_of_failure_is_explained(kind: Any, outcome: dict[str, Any], said: str) -> None:
     found = record(Cell(kind, "fastv", "llava"), **outcome)
     (line,) = page.failures([found])
     assert said in line
-    assert (
-        "**failed**" in " ".join(page.table_rows([found], {})[1])
-        or "**(failed)**" in page.table_rows([found], {})[1][2]
-    )
+    table = engine_tables.grid([found], {}) if kind == "engine" else page.table_rows([found])
+    assert {"parity": "**(failed)**", "identity": "**failed**", "engine": "**✗**"}[kind] in " ".join(table[1])
 
 
 def test_a_recipe_without_stages_lacks_nothing() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.matrix.cells import Cell, Tower
+from tests.matrix.applies import Tower
+from tests.matrix.cells import Cell
 from tests.matrix.layouts import LAYOUTS
 from tests.matrix.work import Workshop, run_cell
 
@@ -30,8 +31,8 @@ def test_towers_have_the_token_the_table_says(layout: str, shop: Workshop) -> No
     vision = source.vision
     read_last = vision.feature_layer == vision.layers - 1
     found = Tower(
-        vision.has_cls, vision.merge != 1, read_last, vision.linear_projector, vision.tiles is not None,
-        source.audio is not None,
+        vision.has_cls, vision.merge != 1, vision.projector_merges, read_last, vision.linear_projector,
+        vision.tiles is not None, source.audio is not None,
     )  # fmt: skip
     assert found == LAYOUTS[layout].tower
     assert (made.source.family.read_media is not None) == LAYOUTS[layout].axes

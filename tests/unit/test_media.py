@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from secateur.compiler.bundle import outline
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pipeline import load_recipe, prune
 from secateur.compiler.runs import EagerBackend, Weights
-from secateur.compiler.trace import read_source, trace_model
+from secateur.compiler.trace import Traced, read_source, trace_model
 from secateur.runtime.manifest import Manifest
 from secateur.runtime.processing import Processor
 from secateur.runtime.request import Request
@@ -44,11 +44,16 @@ GEOMETRIES = {
 }
 
 
+@cache
+def trace(source: Path, geometry: Geometry) -> Traced:
+    return trace_model(read_source(source), geometry)
+
+
 class Opened:
     """A pruned model that is run in PyTorch, fed as a bundle is."""
 
     def __init__(self, source: Path, geometry: Geometry, recipe: str, keep: float | None) -> None:
-        traced = trace_model(read_source(source), geometry)
+        traced = trace(source, geometry)
         pruned = prune(traced, load_recipe(recipe), keep)
         self.manifest: Manifest = outline(pruned.job, pruned.programs)
         self.processor = Processor(source, self.manifest)

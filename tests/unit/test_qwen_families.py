@@ -46,8 +46,7 @@ GEOMETRIES = {
     "video with sound": Geometry(batch=2, frames=8, text_tokens=24, new_tokens=4, fps=2.0, audio_seconds=4),
     "images and sound": Geometry(batch=1, images=2, text_tokens=24, new_tokens=4, audio_seconds=2),
 }
-SEEN = ("images", "video")
-HEARD = tuple(media for media in GEOMETRIES if media not in SEEN)
+HEARD = ("video with sound", "images and sound")
 RECIPES = ("none", "fastv", "divprune", "seats")
 
 
@@ -84,7 +83,7 @@ def compare(traced: Traced, model: Any, recipe: str, rows: int = 4) -> Parity:
 # Beside the matrix's sample, which has Qwen2-VL and Qwen3-VL with an image, Qwen3-VL-MoE and Qwen3-Omni with a video.
 CASES = [
     *(("qwen2_vl", "video", recipe) for recipe in RECIPES),
-    *(("qwen3_vl", media, recipe) for media in SEEN for recipe in RECIPES),
+    *(("qwen3_vl", "images", recipe) for recipe in RECIPES),
     *((OMNI, media, recipe) for media in HEARD for recipe in ("none", "fastv")),
 ]
 
@@ -103,7 +102,7 @@ def test_programs_equal_the_oracle(
 def test_features_of_inner_layers_are_noticed(
     trace_of: Callable[[str, str], tuple[Traced, Any]], monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    traced, model = trace_of("qwen3_vl", "video")
+    traced, model = trace_of("qwen3_vl", "images")
     whole = Oracle.encode
 
     def without_the_last(self: Oracle, *given: Any) -> Any:

@@ -200,6 +200,11 @@ def join_prefill(
     (logits,) = splice(module, head, {"row": row})
     graph.output((logits, *rest))
     _fix_length(module, sequence)
+    if laid_out:
+        # Where no stage follows nobody asks which rows are visual tokens, the only thing read off their places here.
+        erase_dead(module)
+        if not port["kept"].users:
+            graph.erase_node(port["kept"])
     return Program("prefill", module, ("logits", *decoder.outputs[2:])).with_module(module)
 
 

@@ -119,6 +119,14 @@ def test_pruned_programs_are_the_oracles(traced: Traced, model: Any, name: str, 
     assert passes(found, 2)
 
 
+@pytest.mark.parametrize(("name", "asked"), [("divprune", False), ("gprune", True), ("visiondrop", True)])
+def test_places_of_survivors_are_an_input_only_where_they_are_read(traced: Traced, name: str, asked: bool) -> None:
+    """With positions numbered anew, only a stage in the decoder asks which rows are visual tokens."""
+    prefill = pipeline.prune(traced, RECIPES[name], 0.5).programs["prefill"]
+    assert ("kept" in prefill.inputs) == asked
+    assert all(node.users for node in prefill.graph.nodes if node.op == "placeholder")
+
+
 def test_a_bundle_is_the_oracles(source: Path, model: Any, tmp_path: Path) -> None:
     geometry = Geometry(batch=3, image_size=(40, 50), text_tokens=20, new_tokens=4)
     pipeline.compile(source, tmp_path / "bundle", recipe="visionzip", keep=0.1, geometry=geometry)

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from secateur.compiler import ops
 from secateur.compiler.learned import WeightsFile
 from secateur.runtime.errors import UserError
 
@@ -84,8 +85,7 @@ def learned_perceptron(
     width = tokens.shape[-1]
     rows = tokens
     if "norm.weight" in weights.names:
-        rows = rows * torch.rsqrt((rows * rows).mean(dim=-1, keepdim=True) + epsilon)
-        rows = rows * weights.take("norm.weight", width)
+        rows = ops.rms_norm(rows, weights.take("norm.weight", width), epsilon)
     up = weights.take("up.weight", -1, width)
     inner = rows @ up.transpose(0, 1)
     if "up.bias" in weights.names:

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import secateur
 from secateur.compiler.calibration import digests_of, digests_of_weights
+from secateur.compiler.engine_facts import KINDS, describe_engines, list_outside
 from secateur.compiler.flops import count_flops
 from secateur.compiler.model_facts import describe_model, named_texts, token_text
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
+from secateur.exporters.engine_options import EngineOptions
 from secateur.exporters.onnx import Exported, port_name
+from secateur.exporters.tensorrt import EngineInfo, load_library
 from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_KINDS = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
 _PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,11 +41,16 @@ _TOOLS = ("torch", "transformers", "onnx-ir")
 
 @dataclass(frozen=True)
 class Target:
-    """What a bundle is built for. ``provider`` is the ONNX Runtime provider that runs it, None if none does."""
+    """What a bundle is built for. ``provider`` is the ONNX Runtime provider that runs it, None if none does.
+
+    ``sms`` are all GPU architectures its engines run on, ``sm`` the first of them; ``engines`` says how to build them.
+    """
 
     name: str
     dtype: str
     sm: int | None
+    sms: tuple[int, ...] = ()
+    engines: EngineOptions | None = None
 
     @property
     def dialect(self) -> str:
@@ -128,7 +133,7 @@ def make_manifest(
     target: Target,
     work: Path,
     weights: Mapping[str, str],
-    engines: Mapping[str, str],
+    engines: Mapping[str, EngineInfo],
 ) -> m.Manifest:
     """The manifest of everything that lies in ``work``; ``weights`` are the paths and digests of the files that hold
     them, made while they were put there, ``engines`` those made of graph files."""
@@ -138,8 +143,6 @@ def make_manifest(
     files = {path: m.file_entry(work / path, weights.get(path)) for path in paths}
     versions = {"secateur": secateur.__version__, **{t: importlib.metadata.version(t) for t in _TOOLS}}
     if target.name.startswith("tensorrt"):
-        from secateur.exporters.tensorrt import load_library
-
         versions[target.name] = load_library(target.name).version
     return m.Manifest(
         secateur=secateur.__version__,
@@ -154,11 +157,13 @@ def make_manifest(
         weights=sorted(weights),
         files=files,
         variants=[m.Variant(**_of_geometry(part, engines)) for part in others],
+        engines=describe_engines(target.engines or EngineOptions(), target.sms) if engines else None,
+        tensors=list_outside(exported.layout, engines.values()),
         **_of_geometry(first, engines),
     )
 
 
-def _of_geometry(part: Part, engines: Mapping[str, str]) -> dict[str, Any]:
+def _of_geometry(part: Part, engines: Mapping[str, EngineInfo]) -> dict[str, Any]:
     """What a geometry has of its own, as the manifest says it."""
     job, programs = part.pruned.job, part.pruned.programs
     return {
@@ -199,26 +204,28 @@ def _programs(
     programs: ProgramSet,
     unpruned: Mapping[str, int],
     graphs: Mapping[str, str] = {},
-    engines: Mapping[str, str] = {},
+    engines: Mapping[str, EngineInfo] = {},
 ) -> dict[str, m.Program]:
     made = {}
     for name, program in programs.programs.items():
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         graph = graphs.get(name, graph_file(name, 0))
+        engine = engines.get(graph)
         made[name] = m.Program(
             graph=graph,
-            engine=engines.get(graph),
+            engine=engine.path.name if engine else None,
             inputs=[_port(port_name(n.name), n.meta["val"]) for n in inputs],
             outputs=[_port(o, r.meta["val"]) for o, r in zip(program.outputs, program.results, strict=True)],
             flops=count_flops(program),
             unpruned_flops=unpruned[name],
+            weights=list(engine.weights) if engine else [],
         )
     return made
 
 
 def _port(name: str, value: Tensor) -> m.Port:
     shape = [int(n) for n in value.shape]
-    return m.Port(name=name, dtype=_KINDS[value.dtype], shape=shape)  # type: ignore[arg-type]  # pydantic checks
+    return m.Port(name=name, dtype=KINDS[value.dtype], shape=shape)  # type: ignore[arg-type]  # pydantic checks
 
 
 def _recipe(job: Job) -> m.Recipe:

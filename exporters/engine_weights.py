@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,7 @@ def take_weights_out(onnx_path: Path, weights: str) -> Iterator[tuple[Path, tupl
         return
     import onnx_ir as ir
 
-    for name in names:
-        value = model.graph.initializers.pop(name)
-        value.const_value = None
-        model.graph.inputs.append(value)
+    turn_into_inputs(model, names)
     variant = onnx_path.with_name(f".{onnx_path.stem}.inputs.onnx")
     try:
         variant.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
@@ -56,6 +53,14 @@ def list_shared(model: Any) -> list[str]:
         if not any(use.node.op_type in ("Conv", "ConvTranspose") for use in value.uses()):
             found.append(name)
     return sorted(found)
+
+
+def turn_into_inputs(model: Any, names: Iterable[str]) -> None:
+    """Make initializers inputs of the graph, behind its own, by the same names and in the same shapes."""
+    for name in names:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
 
 
 def mark_stripped(network: Any, names: tuple[str, ...], where: str) -> None:

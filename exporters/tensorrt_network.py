@@ -67,11 +67,9 @@ def parse(library: Library, path: Path, speech: Speech, shown: Path) -> tuple[An
     if not path.is_file():
         raise UserError("no such file", where=str(shown))
     # From TensorRT 11 on a network is always strongly typed; the flag says the same to older ones.
-    flags = getattr(library.trt, "NetworkDefinitionCreationFlag", None)
+    typed = hasattr(library.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     try:
-        builder, network, parser = library.loaders.network_from_onnx_path(
-            str(path), strongly_typed=hasattr(flags, "STRONGLY_TYPED")
-        )
+        builder, network, parser = library.loaders.network_from_onnx_path(str(path), strongly_typed=typed)
     except Exception as error:
         node, reason = speech.parser_error() if speech.errors else (None, str(error))
         where = f"{shown}: {node}" if node else str(shown)

@@ -77,10 +77,9 @@ def compile(
     first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
     bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
     architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT builds.
-    ``weights`` says how they come into the bundle: ``stream`` writes one file of
-    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
-    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
-    returned.
+    ``weights`` says how they come into the bundle: ``stream`` writes one file of them, cast where needed, tensor by
+    tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after``
+    nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
@@ -249,11 +248,12 @@ def check_target(
         sms = tensorrt.check_target(target, dtype=dtype, sm=sm)
         check_options(target, options)
         check_library(target, tensorrt.load_library(target).trt, options)
+        tensorrt.check_machine(target)
         return Target(target, dtype, sms[0] if sms else None, sms, options)
     if engines is not None:
         where = flag_of((*given(engines), "weights")[0])
         raise UserError(f"target {target} builds no engines", where=where, fix="leave it out")
-    if sm is not None and sm != ():
+    if sm:
         raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
     goal = Target(target, dtype or "fp32", None)
     if goal.provider is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from secateur.exporters.engine_options import EngineOptions, check_library, check_options
 from secateur.exporters.engine_weights import mark_stripped, take_weights_out
-from secateur.exporters.gpu import find_architecture
+from secateur.exporters.gpu import find_architecture, has_driver
 from secateur.exporters.tensorrt_library import MODULES, Library, listening, load_library
 from secateur.exporters.tensorrt_network import ParsedLayer, layers_of, parse, parsed_layer_types, parsed_layers
 from secateur.exporters.tensorrt_progress import Progress, Watch, stop_on_interrupt
@@ -25,7 +25,7 @@ from secateur.runtime.errors import SecateurError, UserError
 
 __all__ = [
     "DEFAULT_SM", "MODULES", "SMS", "EngineInfo", "EngineOptions", "ParsedLayer", "Progress", "build_engine",
-    "check_target", "parsed_layer_types", "parsed_layers",
+    "check_machine", "check_target", "parsed_layer_types", "parsed_layers",
 ]  # fmt: skip
 
 SMS = (75, 80, 86, 89, 120, 121)
@@ -88,6 +88,15 @@ def check_target(flavour: str, *, dtype: str | None = None, sm: int | Sequence[i
     if dtype == "bf16" and 75 in sms:
         raise UserError("GPUs of architecture 75 have no bf16", where="--dtype bf16", fix="compile with --dtype fp16")
     return sms
+
+
+def check_machine(flavour: str) -> None:
+    """Raise UserError where ``tensorrt`` is to build without a GPU: it would fail only after everything else."""
+    if flavour == "tensorrt" and not has_driver():
+        raise UserError(
+            "it builds on the GPU it builds for, and no GPU driver is here (libcuda.so.1)", where=f"--target {flavour}",
+            fix="compile on that machine, or use --target tensorrt-rtx",
+        )  # fmt: skip
 
 
 def build_engine(

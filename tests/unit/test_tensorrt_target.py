@@ -74,6 +74,17 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         tensorrt.check_target("tensorrt", dtype="bf16")
 
 
+def test_the_datacentre_library_needs_a_gpu_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "has_driver", lambda: False)
+    tensorrt.check_machine("tensorrt-rtx")
+    with pytest.raises(UserError) as caught:
+        tensorrt.check_machine("tensorrt")
+    assert str(caught.value) == (
+        "--target tensorrt: it builds on the GPU it builds for, and no GPU driver is here (libcuda.so.1); "
+        "compile on that machine, or use --target tensorrt-rtx"
+    )
+
+
 class FakeDriver:
     """Answers as ``cuda.bindings.driver`` does: a status, and a value where there is one."""
 

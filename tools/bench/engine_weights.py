@@ -31,6 +31,7 @@ from secateur.compiler.pipeline import (
     load_recipe,
     prune,
     read_source,
+    trace_model,
 )
 from secateur.exporters.engine_options import WEIGHTS
 from secateur.exporters.gpu import find_architecture
@@ -50,7 +51,6 @@ _REPEAT = 20
 
 def measure(target: str, dtype: str, sm: int | None, folder: Path) -> dict[str, Any]:
     """Build all ways below ``folder``; per way ``programs`` (bytes, seconds), or why it was not built."""
-    from secateur.compiler.trace import trace_model
     from secateur.tools.bench.random_model import make_random_model
 
     model = make_random_model(folder / "model", IMAGE_SIZE, TOWER, DECODER)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from secateur.exporters.tensorrt import EngineOptions, build_engine, parsed_layer_types, parsed_layers
+from secateur.runtime.backends.engine_file import RtxHeader, check_engine_file, read_rtx_header
 from secateur.runtime.errors import SecateurError, UserError
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
@@ -62,9 +63,17 @@ def test_an_engine_is_built_with_progress(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.onnx", "one.engine"]
 
 
-@pytest.mark.parametrize(("sm", "shown"), [(75, "SM75"), ((120, 86), "SM86, SM120")])
-def test_other_architectures(tmp_path: Path, sm: int | tuple[int, ...], shown: str) -> None:
-    assert f", {shown}, " in str(build_engine(save(tmp_path, DECODE), tmp_path / "decode.engine", sm=sm))
+@pytest.mark.parametrize(("asked", "sms", "shown"), [(75, (75,), "SM75"), ((120, 86), (86, 120), "SM86, SM120")])
+def test_other_architectures(tmp_path: Path, asked: int | tuple[int, ...], sms: tuple[int, ...], shown: str) -> None:
+    """Also that the header, whose layout is not documented, is where the runtime looks for it."""
+    path = tmp_path / "decode.engine"
+    info = build_engine(save(tmp_path, DECODE), path, sm=asked)
+    assert info.sms == sms
+    assert f", {shown}, " in str(info)
+    version = tuple(int(part) for part in info.version.split("."))
+    assert read_rtx_header(path) == RtxHeader(info.bytes, version, sms)  # type: ignore[arg-type]  # four numbers
+    for sm in sms:
+        check_engine_file(path, "here", "tensorrt-rtx", info.version, sm)
 
 
 def test_workspace_and_level_reach_the_builder(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_hardware_compatible_engines(
 
 
 def test_engines_of_several_architectures(tiny: ModuleType, bundle: Path, library: Library) -> None:
-    tiny.resign(bundle, sm=86, engines={"weights": "plan", "architectures": [86, 89]})
+    tiny.resign(bundle, sm=86, engines__architectures=[86, 89])
     library.cuda.sm = 89
     Session(bundle).close()
     library.cuda.sm = 120

@@ -31,6 +31,7 @@ from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
 from secateur.exporters.tensor_names import tied_names
+from secateur.exporters.tensorrt import EngineInfo, build_engine
 from secateur.exporters.weights import MODES, WEIGHTS_FILE, WeightLayout, plan_weights, write_weights
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file, write_manifest
@@ -89,8 +90,8 @@ def build(
         with phase("weights", progress):
             checkpoint = open_checkpoint(pruned[0].job.source.path, pruned[0].traced.model)
             weights = _place_weights(exported[0], checkpoint, work, tell, digests)
-        engines = _build_engines(list(dict.fromkeys(file for files in graphs for file in files.values())), target, work,
-                                 tell)  # fmt: skip
+        files = list(dict.fromkeys(file for files in graphs for file in files.values()))
+        engines = _build_engines(files, target, work, tell)
         parts = [Part(one, files, count) for one, files, count in zip(pruned, graphs, counts, strict=True)]
         write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines))
     return out
@@ -162,19 +163,23 @@ def _save_graphs(exported: Sequence[Exported], target: Target, work: Path) -> li
     return found
 
 
-def _build_engines(graphs: Sequence[str], target: Target, work: Path, tell: Progress) -> dict[str, str]:
-    """The engine file of every graph file."""
+def _build_engines(graphs: Sequence[str], target: Target, work: Path, tell: Progress) -> dict[str, EngineInfo]:
+    """The engine of every graph file."""
     if target.dialect != "tensorrt":
         return {}
-    from secateur.exporters.tensorrt import build_engine
-
     made = {}
     for graph in graphs:
         name = graph.removesuffix(".onnx")
+        told, sms = partial(_tell_of, tell, f"engine {name}"), target.sms if target.name == "tensorrt-rtx" else None
         with phase(f"engine {name}", tell):
-            told = partial(_tell_of, tell, f"engine {name}")
-            build_engine(work / graph, work / f"{name}.engine", flavour=target.name, sm=target.sm, progress=told)
-        made[graph] = f"{name}.engine"
+            made[graph] = build_engine(
+                work / graph,
+                work / f"{name}.engine",
+                flavour=target.name,
+                sm=sms,
+                options=target.engines,
+                progress=told,
+            )
     return made
 
 

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import secateur
 from secateur.compiler.calibration import digests_of, digests_of_weights
+from secateur.compiler.engine_facts import KINDS, describe_engines, list_outside
 from secateur.compiler.flops import count_flops
+from secateur.compiler.model_facts import describe_model, named_texts, token_text
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
+from secateur.exporters.engine_options import EngineOptions
 from secateur.exporters.onnx import Exported, port_name
+from secateur.exporters.tensorrt import EngineInfo, load_library
 from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_KINDS = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
 _PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,11 +41,16 @@ _TOOLS = ("torch", "transformers", "onnx-ir")
 
 @dataclass(frozen=True)
 class Target:
-    """What a bundle is built for. ``provider`` is the ONNX Runtime provider that runs it, None if none does."""
+    """What a bundle is built for. ``provider`` is the ONNX Runtime provider that runs it, None if none does.
+
+    ``sms`` are all GPU architectures its engines run on, ``sm`` the first of them; ``engines`` says how to build them.
+    """
 
     name: str
     dtype: str
     sm: int | None
+    sms: tuple[int, ...] = ()
+    engines: EngineOptions | None = None
 
     @property
     def dialect(self) -> str:
@@ -74,7 +78,7 @@ def check_processor_files(job: Job, directory: Path | None = None) -> None:
         )  # fmt: skip
     # What a manifest says of processing is known before anything is traced.
     manifest = m.Manifest.model_construct(
-        model=_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
+        model=describe_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
     )
     try:
         processor = Processor(directory or source, manifest)
@@ -129,7 +133,7 @@ def make_manifest(
     target: Target,
     work: Path,
     weights: Mapping[str, str],
-    engines: Mapping[str, str],
+    engines: Mapping[str, EngineInfo],
 ) -> m.Manifest:
     """The manifest of everything that lies in ``work``; ``weights`` are the paths and digests of the files that hold
     them, made while they were put there, ``engines`` those made of graph files."""
@@ -139,12 +143,10 @@ def make_manifest(
     files = {path: m.file_entry(work / path, weights.get(path)) for path in paths}
     versions = {"secateur": secateur.__version__, **{t: importlib.metadata.version(t) for t in _TOOLS}}
     if target.name.startswith("tensorrt"):
-        from secateur.exporters.tensorrt import load_library
-
         versions[target.name] = load_library(target.name).version
     return m.Manifest(
         secateur=secateur.__version__,
-        model=_model(job, _digest_weights(weights)),
+        model=describe_model(job, _digest_weights(weights)),
         target=target.name,  # type: ignore[arg-type]  # pydantic checks
         dialect=exported.dialect,
         dtype=target.dtype,  # type: ignore[arg-type]  # pydantic checks
@@ -155,11 +157,13 @@ def make_manifest(
         weights=sorted(weights),
         files=files,
         variants=[m.Variant(**_of_geometry(part, engines)) for part in others],
+        engines=describe_engines(target.engines or EngineOptions(), target.sms) if engines else None,
+        tensors=list_outside(exported.layout, engines.values()),
         **_of_geometry(first, engines),
     )
 
 
-def _of_geometry(part: Part, engines: Mapping[str, str]) -> dict[str, Any]:
+def _of_geometry(part: Part, engines: Mapping[str, EngineInfo]) -> dict[str, Any]:
     """What a geometry has of its own, as the manifest says it."""
     job, programs = part.pruned.job, part.pruned.programs
     return {
@@ -178,7 +182,7 @@ def outline(job: Job, programs: ProgramSet | None = None) -> m.Manifest:
     for running programs, and preparing their inputs, without a bundle."""
     told = {} if programs is None else _programs(programs, dict.fromkeys(programs.programs, 0))
     return m.Manifest.model_construct(
-        model=_model(job, weights_sha256="0" * 64),
+        model=describe_model(job, weights_sha256="0" * 64),
         recipe=_recipe(job),
         geometry=_geometry(job),
         dtype="fp32",
@@ -200,53 +204,28 @@ def _programs(
     programs: ProgramSet,
     unpruned: Mapping[str, int],
     graphs: Mapping[str, str] = {},
-    engines: Mapping[str, str] = {},
+    engines: Mapping[str, EngineInfo] = {},
 ) -> dict[str, m.Program]:
     made = {}
     for name, program in programs.programs.items():
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         graph = graphs.get(name, graph_file(name, 0))
+        engine = engines.get(graph)
         made[name] = m.Program(
             graph=graph,
-            engine=engines.get(graph),
+            engine=engine.path.name if engine else None,
             inputs=[_port(port_name(n.name), n.meta["val"]) for n in inputs],
             outputs=[_port(o, r.meta["val"]) for o, r in zip(program.outputs, program.results, strict=True)],
             flops=count_flops(program),
             unpruned_flops=unpruned[name],
+            weights=list(engine.weights) if engine else [],
         )
     return made
 
 
 def _port(name: str, value: Tensor) -> m.Port:
     shape = [int(n) for n in value.shape]
-    return m.Port(name=name, dtype=_KINDS[value.dtype], shape=shape)  # type: ignore[arg-type]  # pydantic checks
-
-
-def _model(job: Job, weights_sha256: str) -> m.Model:
-    source, text = job.source, job.source.text
-    heads = text.num_attention_heads
-    token, named = int(source.config.image_token_id), _named_tokens(job)
-    mark = named.get("prompt_token_id")
-    return m.Model(
-        family=source.family.name,
-        model_type=source.config.model_type,
-        architecture=(source.config.architectures or ["?"])[0],
-        source=source.path.resolve().name,
-        license=_license(source.path),
-        config_sha256=m.hash_file(source.path / "config.json"),
-        weights_sha256=weights_sha256,
-        layers=source.decoder_layers,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        image_token=_token_text(source.path, token if mark is None else mark),
-        image_token_id=token,
-        bos_token_id=getattr(text, "bos_token_id", None),
-        eos_token_ids=_stop_tokens(source.path, source.config),
-        pad_token_id=source.pad_token,
-        **named,
-    )
+    return m.Port(name=name, dtype=KINDS[value.dtype], shape=shape)  # type: ignore[arg-type]  # pydantic checks
 
 
 def _recipe(job: Job) -> m.Recipe:
@@ -305,8 +284,8 @@ def _tile_marks(job: Job) -> list[list[int]]:
 
     source, token = job.source, int(job.source.config.image_token_id)
     named = {n: text["content"] if isinstance(text, dict) and "content" in text else text
-             for n, text in _named_texts(job).items()}  # fmt: skip
-    text = _token_text(source.path, token).join(split.texts).format_map(named)
+             for n, text in named_texts(job).items()}  # fmt: skip
+    text = token_text(source.path, token).join(split.texts).format_map(named)
     marks: list[list[int]] = [[]]
     for each in Tokenizer.from_file(str(source.path / "tokenizer.json")).encode(text, add_special_tokens=False).ids:
         if each == token:
@@ -341,90 +320,6 @@ def _media(job: Job) -> m.Media | None:
     )  # fmt: skip
 
 
-def _stop_tokens(path: Path, config: Any) -> list[int]:
-    """End-of-sequence ids: of the generation defaults, else of the configuration."""
-    defaults = path / "generation_config.json"
-    found = None
-    if defaults.is_file():
-        try:
-            found = json.loads(defaults.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError("not a JSON object", where=str(defaults), fix="download the file again") from None
-    where = path / "config.json" if found is None else defaults
-    for holder in (config, config.text_config):
-        found = getattr(holder, "eos_token_id", None) if found is None else found
-    if found is None or found == []:
-        raise UserError("no eos_token_id", where=str(path), fix="set it in generation_config.json")
-    ids, size = found if isinstance(found, list) else [found], config.text_config.vocab_size
-    if not all(type(i) is int and 0 <= i < size for i in ids):
-        raise UserError(
-            f"eos_token_id {found!r} is none of the {size} tokens of the vocabulary", where=str(where),
-            fix="set it to the id of the token that ends an answer",
-        )  # fmt: skip
-    return sorted(set(ids))
-
-
-def _token_text(path: Path, token: int) -> str:
-    from tokenizers import Tokenizer
-
-    file = str(path / "tokenizer.json")
-    try:
-        text = Tokenizer.from_file(file).id_to_token(token)
-    except Exception as error:  # the library has no class of its own
-        raise UserError(f"not a tokenizer ({error})", where=file, fix="download the file again") from None
-    if text is None:
-        raise UserError(
-            f"image token {token} is not in the tokenizer", where=file,
-            fix="use the tokenizer that belongs to this checkpoint",
-        )  # fmt: skip
-    return str(text)
-
-
-def _named_tokens(job: Job) -> dict[str, Any]:
-    """Ids of the tokens around an image, and of the one that marks a video.
-
-    Where a family has tokens around its images, ``tokenizer_config.json`` names them all, as named special tokens.
-    """
-    source = job.source
-    if not any(source.family.image_marks):
-        return {key: getattr(source.config, key, None) for key in ("video_token_id", "audio_token_id")}
-    named = _named_texts(job)
-    before, behind = ([_token_id(source.path, named.get(n), n) for n in names] for names in source.family.image_marks)
-    video = _token_id(source.path, named["video_token"], "video_token") if "video_token" in named else None
-    found: dict[str, Any] = {"image_before": before, "image_behind": behind, "video_token_id": video}
-    if mark := source.family.prompt_mark:
-        found |= {"prompt_token_id": _token_id(source.path, named.get(mark), mark)}
-        found |= {"image_space": list(source.family.mark_space)}
-    return found
-
-
-def _named_texts(job: Job) -> dict[str, Any]:
-    """Special tokens by name, each as text or as an object with ``content``."""
-    file = job.source.path / "tokenizer_config.json"
-    try:
-        said = json.loads(file.read_text()) if file.is_file() else {}
-        named: dict[str, Any] = {**job.source.family.mark_texts, **said}
-    except (ValueError, TypeError, RecursionError):
-        raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
-    for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
-        named |= part if isinstance(part, dict) else {}
-    return named
-
-
-def _token_id(path: Path, token: Any, name: str) -> int:
-    """The id of a named special token, written as text or as an object with ``content``."""
-    from tokenizers import Tokenizer
-
-    text = token.get("content") if isinstance(token, dict) else token
-    found = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(text) if isinstance(text, str) else None
-    if found is None:
-        what = f"names no {name}" if text is None else f"calls {name} {text!r}, which tokenizer.json does not have"
-        raise UserError(
-            what, where=str(path / "tokenizer_config.json"), fix="use the tokenizer that belongs to this checkpoint"
-        )
-    return int(found)
-
-
 def _blame_source(source: Path, text: str) -> UserError:
     """The runtime's complaint about a processor file, under that file's name in the model directory."""
     named = next((name for name in _PROCESSOR_FILES if f"{name}: " in text), None)
@@ -435,12 +330,3 @@ def _blame_source(source: Path, text: str) -> UserError:
         reason.removesuffix("; compile the bundle again"), where=str(source / (named or "")),
         fix="take the processor files that belong to this checkpoint",
     )  # fmt: skip
-
-
-def _license(path: Path) -> str | None:
-    """The ``license:`` field of the model card's front matter."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text(errors="replace"), re.S | re.M)
-    return found[1] if found else None

@@ -32,8 +32,10 @@ from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.trace import Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
+from secateur.exporters import tensorrt
 from secateur.exporters.checkpoint import Checkpoint, list_tensors
 from secateur.exporters.digests import Digests
+from secateur.exporters.engine_options import EngineOptions, check_library, check_options, flag_of, given, read_size
 from secateur.exporters.onnx import Exported, export_programs
 from secateur.exporters.shards import list_unread
 from secateur.passes.recipe_file import digest_recipe, load_recipe
@@ -58,7 +60,8 @@ def compile(
     geometry: Geometry | Sequence[Geometry] | None = None,
     target: str = "onnxruntime",
     dtype: str | None = None,
-    sm: int | None = None,
+    sm: int | Sequence[int] | None = None,
+    engines: EngineOptions | None = None,
     weights: str = "stream",
     force: bool = False,
     dump_dir: Path | None = None,
@@ -73,14 +76,14 @@ def compile(
     prefill's FLOPs. Several geometries become one bundle with one copy of the weights; a budget is then met in the
     first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
     bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
-    architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
-    them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
-    them. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
-    returned.
+    architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT builds.
+    ``weights`` says how they come into the bundle: ``stream`` writes one file of them, cast where needed, tensor by
+    tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after``
+    nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
-    goal = check_target(target, None if dtype == AUTO else dtype, sm)
+    goal = check_target(target, None if dtype == AUTO else dtype, sm, engines=engines)
     check_weights_mode(weights)
     check_pass(stop_after)
     if stop_after is not None and len(geometries) > 1:
@@ -102,7 +105,8 @@ def compile(
 
         if dtype == AUTO:
             read_ahead()
-            goal = check_target(target, Checkpoint(source.path, build_meta_model(source, "fp32")).dtype(), sm, AUTO)
+            own = Checkpoint(source.path, build_meta_model(source, "fp32")).dtype()
+            goal = check_target(target, own, sm, AUTO, engines)
         budget = Budget.of(keep, mean_keep, flops_keep)
         if budget.rates is not None:
             row = row.with_rates(budget.rates)
@@ -223,8 +227,14 @@ def plan_one(source: Source, number: int, geometries: Sequence[Geometry], recipe
         raise UserError(str(error), where=f"geometry {number}") from None
 
 
-def check_target(target: str, dtype: str | None, sm: int | None, asked: str | None = None) -> Target:
-    """Resolve defaults and refuse what no backend runs; TensorRT's library must be there.
+def check_target(
+    target: str,
+    dtype: str | None,
+    sm: int | Sequence[int] | None,
+    asked: str | None = None,
+    engines: EngineOptions | None = None,
+) -> Target:
+    """Resolve defaults and refuse what no backend runs; TensorRT's library must be there and have the options.
 
     ``asked`` is the option that ``dtype`` was found by, for messages: ``auto``.
     """
@@ -233,13 +243,17 @@ def check_target(target: str, dtype: str | None, sm: int | None, asked: str | No
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=(*DTYPES, AUTO))
     if target.startswith("tensorrt"):
-        from secateur.exporters import tensorrt
-
         dtype = dtype or "fp16"
-        sm = tensorrt.check_target(target, dtype=dtype, sm=sm)
-        tensorrt.load_library(target)
-        return Target(target, dtype, sm)
-    if sm is not None:
+        options = engines or EngineOptions()
+        sms = tensorrt.check_target(target, dtype=dtype, sm=sm)
+        check_options(target, options)
+        check_library(target, tensorrt.load_library(target).trt, options)
+        tensorrt.check_machine(target)
+        return Target(target, dtype, sms[0] if sms else None, sms, options)
+    if engines is not None:
+        where = flag_of((*given(engines), "weights")[0])
+        raise UserError(f"target {target} builds no engines", where=where, fix="leave it out")
+    if sm:
         raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
     goal = Target(target, dtype or "fp32", None)
     if goal.provider is None:
@@ -265,6 +279,7 @@ __all__ = [
     "PASSES",
     "TARGETS",
     "Budget",
+    "EngineOptions",
     "Geometry",
     "Pass",
     "Source",
@@ -282,6 +297,7 @@ __all__ = [
     "prune",
     "read_geometries",
     "read_questions",
+    "read_size",
     "read_sizes",
     "verify",
     "write_calibrated",

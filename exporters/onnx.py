@@ -95,7 +95,10 @@ def _tensor(builder: Builder, node: fx.Node, program: Program, layout: WeightLay
     name = node.meta.get("weight")
     if name is None:
         return builder.constant(tensor)
-    place = layout.find(name)
+    name, place = layout.aliases.get(name, name), layout.find(name)
+    for held in builder.initializers:
+        if held.name == name:  # tied: one tensor by two names
+            return held
     kind = TYPES[place.dtype]
     value = ir.Value(name=name, shape=ir.Shape(place.shape), type=ir.TensorType(kind))
     value.const_value = ir.ExternalTensor(

@@ -30,6 +30,9 @@ INSTALL: dict[str, str] = {
     "tensorrt-rtx": "install it with: pip install 'secateur[tensorrt-rtx]'",
 }
 
+OLDEST = (10, 15)
+"""The first version of ``tensorrt`` whose parser knows every operator of the dialect."""
+
 _HARMLESS = ("Int64 binding", "logger passed into createInferBuilder", "'colored' module")
 _PARSER_ERROR = re.compile(
     r"In node -?\d+ with name: (?P<node>.*?) and operator: (?P<op>\S*) \(.*?\): \w+: (?P<why>.*)"
@@ -76,7 +79,18 @@ def load_library(flavour: str) -> Library:
     elif is_rtx != bool(settings.USE_TENSORRT_RTX):
         other = "tensorrt" if is_rtx else "tensorrt-rtx"
         raise SecateurError(f"this process builds for {other}", where=where, fix="build in a process of its own")
-    return Library("tensorrt-rtx" if is_rtx else "tensorrt", trt, importlib.import_module("polygraphy.backend.trt"))
+    library = Library("tensorrt-rtx" if is_rtx else "tensorrt", trt, importlib.import_module("polygraphy.backend.trt"))
+    if not is_rtx and _numbers(library.version) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(
+            f"{flavour} {library.version} is too old: rotary embeddings and cache updates need {oldest}", where=where,
+            fix=INSTALL[flavour],
+        )  # fmt: skip
+    return library
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _broken(flavour: str, error: Exception) -> UserError:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 Progress = Callable[[str, int, int], None]
 """Called with (phase, step, steps) as the builder goes on; step 0 opens a phase, step == steps closes it.
 
@@ -65,16 +67,30 @@ class Watch:
 
 @contextmanager
 def stop_on_interrupt(watch: Watch) -> Iterator[None]:
-    """Let Ctrl-C stop the build at its next step instead of raising inside the library's callbacks."""
+    """Let Ctrl-C, and signals the caller handles by raising, stop the build at its next step.
+
+    Raised inside the library's callbacks they would be lost, or end the process. What their handlers raise is kept
+    for the end of the build.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    taken: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for each in _SIGNALS:
+        if callable(handler := signal.getsignal(each)):
+            taken[each] = handler
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        watch.stopped_by = watch.stopped_by or KeyboardInterrupt()
+    def note(number: int, frame: FrameType | None) -> None:
+        try:
+            taken[number](number, frame)
+        except BaseException as error:
+            watch.stopped_by = watch.stopped_by or error
 
-    before = signal.signal(signal.SIGINT, note)
+    for number in taken:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in taken.items():
+            if signal.getsignal(number) is note:  # a handler may have set another for the time after it
+                signal.signal(number, handler)

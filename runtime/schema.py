@@ -106,6 +106,9 @@ class Engines(Frozen):
     opt_level: Annotated[int, Field(ge=0, le=5)] | None = None
     workspace: Size | None = None
     """Bytes of scratch memory the builder was allowed; None for its default."""
+    architectures: list[Size] = []
+    """The GPU architectures they were built for, such as 89; the manifest's ``sm`` is the first. Empty where the
+    library did not say."""
 
 
 class Forecast(Frozen):

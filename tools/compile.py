@@ -12,6 +12,17 @@ import typer
 from secateur.runtime.errors import UserError
 from secateur.runtime.row_media import PARTS
 from secateur.runtime.schema import PROGRAMS
+from secateur.tools.engine_flags import (
+    EngineWeights,
+    HardwareCompatible,
+    OptLevel,
+    Sm,
+    StripWeights,
+    TimingCache,
+    VersionCompatible,
+    Workspace,
+    read_engine_options,
+)
 from secateur.tools.geometry import (
     AudioInVideo,
     AudioSeconds,
@@ -68,9 +79,14 @@ def compile_model(
         str | None,
         typer.Option(help="fp32, fp16, bf16, or auto for the checkpoint's own; fp32 if not given, fp16 for TensorRT."),
     ] = None,
-    sm: Annotated[
-        int | None, typer.Option(help="GPU architecture for tensorrt-rtx: 75, 80, 86, 89, 120, 121; 89 if not given.")
-    ] = None,
+    sm: Sm = None,
+    engine_weights: EngineWeights = None,
+    strip_weights: StripWeights = False,
+    workspace: Workspace = None,
+    opt_level: OptLevel = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
+    timing_cache: TimingCache = None,
     weights: Annotated[
         str,
         typer.Option(
@@ -94,6 +110,7 @@ def compile_model(
       secateur compile QWEN_VL -o BUNDLE --recipe divprune --images 2 --image-size 448x672
       secateur compile QWEN_OMNI -o BUNDLE --frames 16 --fps 2 --image-size 336x448 --audio-seconds 8
       secateur compile MODEL_DIR -o ENGINES --recipe divprune --target tensorrt-rtx --sm 89
+      secateur compile MODEL_DIR -o ENGINES --target tensorrt --dtype bf16 --workspace 8GiB --timing-cache FILE
       secateur compile MODEL_DIR -o BUNDLE --target plain --dtype auto --weights reference
       secateur compile MODEL_DIR --recipe fastv --stop-after insert_decoder_stages
     """
@@ -107,12 +124,15 @@ def compile_model(
         audio_seconds=audio_seconds, audio_in_video=audio_in_video,
     )  # fmt: skip
     geometries = pipeline.read_geometries(list(geometry or []), plain)
+    engines = read_engine_options(
+        engine_weights, strip_weights, workspace, opt_level, version_compatible, hardware_compatible, timing_cache
+    )
     with show_progress() as tell:
         made = pipeline.compile(
             model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=read_mean_keep(mean_keep),
             flops_keep=flops_keep,
-            geometry=geometries, target=target, dtype=dtype, sm=sm, weights=weights,
-            force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
+            geometry=geometries, target=target, dtype=dtype, sm=sm or None, engines=engines,
+            weights=weights, force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
         )  # fmt: skip
     if not isinstance(made, Path):
         text = str(made)

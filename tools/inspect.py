@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.runtime.errors import UserError
 from secateur.runtime.schema import PROGRAMS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from secateur.runtime.schema import GeometrySizes, Manifest, Port
+    from secateur.runtime.schema import Engines, GeometrySizes, Manifest, Port
 
 
 def inspect(
@@ -22,17 +23,29 @@ def inspect(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest and the derived numbers as JSON.")
     ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Instead: the layers its engines are made of, as far as they open here.")
+    ] = False,
+    program: Annotated[
+        str | None, typer.Option(help="With --layers: vision, prefill or decode alone.", metavar="NAME")
+    ] = None,
 ) -> dict[str, Any]:
     """Show a bundle's model, recipe, geometry, programs, ports, segments and files.
 
-    Reads only the manifest; `secateur verify` looks at the files.
+    Reads only the manifest; `secateur verify` looks at the files. With --layers the graphs are parsed again by the
+    library the engines were built with, on any machine; engines open only where their GPU is.
 
     \b
       secateur inspect BUNDLE --json
+      secateur inspect BUNDLE --layers --program prefill
     """
     from secateur.runtime.manifest import read_manifest
 
     manifest = read_manifest(bundle)
+    if layers:
+        return _show_layers(bundle, manifest, program, as_json)
+    if program is not None:
+        raise UserError("goes with --layers", where="--program", fix=f"say --layers --program {program}")
     facts = describe(manifest)
     if as_json:
         typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
@@ -48,6 +61,21 @@ def inspect(
         tables += own
     for table in (*tables, _files(manifest)):
         results.print(table)
+        results.print()
+    return facts
+
+
+def _show_layers(bundle: Path, manifest: Manifest, program: str | None, as_json: bool) -> dict[str, Any]:
+    from secateur.tools.console import results
+    from secateur.tools.engine_layers import draw_layers, list_layers
+
+    found = list_layers(bundle, manifest, program)
+    facts = {"bundle": str(bundle), "target": manifest.target, "programs": found}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return facts
+    for drawn in draw_layers(found):
+        results.print(drawn, markup=False, soft_wrap=isinstance(drawn, str))
         results.print()
     return facts
 
@@ -122,6 +150,7 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
         *([("tokens of sound", f"{g.audio_tokens}")] if g.audio_tokens else []),
         ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
+        *([("engines", _engines_text(m.engines))] if m.engines else []),
         *(("note", note) for note in dict.fromkeys(note for one in m.each_variant() for note in one.notes)),
         ("caches", ", ".join(size_text(one["cache_bytes"]) for one in facts["geometries"])),
         ("on disk", size_text(facts["bytes"])),
@@ -129,6 +158,16 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
     ):  # fmt: skip
         table.add_row(what, Text(value))
     return table
+
+
+def _engines_text(e: Engines) -> str:
+    said = [{"inputs": "weights are inputs", "plan": "weights inside", "stripped": "weights by a refit"}[e.weights]]
+    said += [f"built for SM {', '.join(map(str, e.architectures))}"] if e.architectures else []
+    said += ["also for later versions"] if e.version_compatible else []
+    said += ["also for other GPUs from Ampere on"] if e.hardware_compatible else []
+    said += [f"optimization level {e.opt_level}"] if e.opt_level is not None else []
+    said += [f"workspace {size_text(e.workspace)}"] if e.workspace is not None else []
+    return ", ".join(said)
 
 
 def _tokens_text(g: GeometrySizes) -> str:

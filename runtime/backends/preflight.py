@@ -205,12 +205,15 @@ def _check_architecture(manifest: Manifest, engines: Engines, flavour: str, sm: 
                 fix="compile on this machine without --hardware-compatible",
             )  # fmt: skip
         return
-    if manifest.sm is None:  # built for the GPU of some machine: only the library knows which
+    built_for = engines.architectures or ([] if manifest.sm is None else [manifest.sm])
+    if not built_for:  # for the GPU of some machine: only the library knows which
         _log.debug("the manifest names no GPU architecture; this one is %d", sm)
         return
-    if manifest.sm != sm:
+    if sm not in built_for:
         fix = f"compile with --sm {sm}" if flavour == "tensorrt-rtx" else "compile on this machine"
-        raise BundleError(f"the engines are for architecture {manifest.sm}, {gpu} is {sm}", where=where, fix=fix)
+        raise BundleError(
+            f"the engines are for architecture {', '.join(map(str, built_for))}, {gpu} is {sm}", where=where, fix=fix
+        )
 
 
 def _check_memory(manifest: Manifest, gpu: str, where: str) -> None:

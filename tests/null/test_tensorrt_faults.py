@@ -197,6 +197,14 @@ def test_hardware_compatible_engines(
     assert "hardware compatible engines run from architecture 80 on, Null GPU is 75" in refusal(bundle, BundleError)
 
 
+def test_engines_of_several_architectures(tiny: ModuleType, bundle: Path, library: Library) -> None:
+    tiny.resign(bundle, sm=86, engines__architectures=[86, 89])
+    library.cuda.sm = 89
+    Session(bundle).close()
+    library.cuda.sm = 120
+    assert "the engines are for architecture 86, 89, Null GPU is 120; compile with --sm 120" in refusal(bundle)
+
+
 def test_another_flavour(tiny: ModuleType, bundle: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(bundle, UserError, "tensorrt") == (
         "backend tensorrt: the bundle was compiled for tensorrt-rtx; compile it with --target tensorrt, or leave the "

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from secateur.exporters.tensorrt import build_engine, parsed_layer_types, parsed_layers
+from secateur.exporters.tensorrt import EngineOptions, build_engine, parsed_layer_types, parsed_layers
 from secateur.runtime.backends.engine_file import RtxHeader, check_engine_file, read_rtx_header
 from secateur.runtime.errors import SecateurError, UserError
 
@@ -53,7 +53,7 @@ def test_an_engine_is_built_with_progress(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     info = build_engine(graph, tmp_path / "one.engine", progress=lambda *step: told.append(step))
     size = (tmp_path / "one.engine").stat().st_size
-    assert (info.flavour, info.sm, info.bytes) == ("tensorrt-rtx", 89, size)
+    assert (info.flavour, info.sms, info.bytes) == ("tensorrt-rtx", (89,), size)
     assert dict(info.layer_types)["KV_CACHE_UPDATE"] == 2
     assert info.warnings == ()
     assert str(info).startswith("one.engine: tensorrt-rtx ")
@@ -63,15 +63,26 @@ def test_an_engine_is_built_with_progress(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.onnx", "one.engine"]
 
 
-@pytest.mark.parametrize("sm", [75, 120])
-def test_other_architectures(tmp_path: Path, sm: int) -> None:
+@pytest.mark.parametrize(("asked", "sms", "shown"), [(75, (75,), "SM75"), ((120, 86), (86, 120), "SM86, SM120")])
+def test_other_architectures(tmp_path: Path, asked: int | tuple[int, ...], sms: tuple[int, ...], shown: str) -> None:
     """Also that the header, whose layout is not documented, is where the runtime looks for it."""
     path = tmp_path / "decode.engine"
-    info = build_engine(save(tmp_path, DECODE), path, sm=sm)
-    assert info.sm == sm
+    info = build_engine(save(tmp_path, DECODE), path, sm=asked)
+    assert info.sms == sms
+    assert f", {shown}, " in str(info)
     version = tuple(int(part) for part in info.version.split("."))
-    assert read_rtx_header(path) == RtxHeader(info.bytes, version, (sm,))  # type: ignore[arg-type]  # four numbers
-    check_engine_file(path, "here", "tensorrt-rtx", info.version, sm)
+    assert read_rtx_header(path) == RtxHeader(info.bytes, version, sms)  # type: ignore[arg-type]  # four numbers
+    for sm in sms:
+        check_engine_file(path, "here", "tensorrt-rtx", info.version, sm)
+
+
+def test_workspace_and_level_reach_the_builder(tmp_path: Path) -> None:
+    text = """<ir_version: 11, opset_import: ["" : 23]> g (float16[1,3,32,32] x, float16[32,3,8,8] w)
+    => (float16[1,32,4,4] y) { y = Conv <kernel_shape=[8,8], strides=[8,8]> (x, w) }"""
+    graph = save(tmp_path, text)
+    assert build_engine(graph, tmp_path / "one.engine", options=EngineOptions(workspace=1 << 26, opt_level=0)).bytes
+    with pytest.raises(SecateurError, match=r"workspace size if applicable.*; give more --workspace"):
+        build_engine(graph, tmp_path / "two.engine", options=EngineOptions(workspace=1))
 
 
 def test_weights_are_read_from_the_file_beside_the_graph(tmp_path: Path) -> None:
@@ -88,7 +99,7 @@ def test_weights_are_read_from_the_file_beside_the_graph(tmp_path: Path) -> None
     )
     graph = tmp_path / "vision.onnx"
     ir.save(model, graph)
-    build_engine(graph, tmp_path / "vision.engine")
+    assert build_engine(graph, tmp_path / "vision.engine").weights == ()  # too small to be an input
     assert weight.tobytes() in (tmp_path / "vision.engine").read_bytes()
     (tmp_path / "weights.safetensors").unlink()
     with pytest.raises(SecateurError, match=r"does not take the graph: Failed to open file: .*weights\.safetensors"):
@@ -141,11 +152,19 @@ def test_a_failing_callback_stops_the_build(tmp_path: Path) -> None:
     assert not (tmp_path / "decode.engine").exists()
 
 
-def test_an_interrupt_stops_the_build(tmp_path: Path) -> None:
-    def progress(phase: str, step: int, steps: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_build(tmp_path: Path, number: signal.Signals) -> None:
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(save(tmp_path, DECODE), tmp_path / "decode.engine", progress=progress)
+    def progress(phase: str, step: int, steps: int) -> None:
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=number.name):
+            build_engine(save(tmp_path, DECODE), tmp_path / "decode.engine", progress=progress)
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
     assert not (tmp_path / "decode.engine").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from secateur.exporters import tensorrt
+from secateur.exporters import gpu, tensorrt
 from secateur.exporters.tensorrt_library import Speech, load_library
 from secateur.exporters.tensorrt_progress import Watch
 from secateur.runtime.errors import SecateurError, UserError
@@ -27,6 +28,11 @@ from secateur.runtime.errors import SecateurError, UserError
             "tensorrt-rtx",
             {"sm": 90},
             "--sm: tensorrt-rtx does not compile for SM90 (available: 75, 80, 86, 89, 120, 121)",
+        ),
+        (
+            "tensorrt-rtx",
+            {"sm": (89, 100)},
+            "--sm: tensorrt-rtx does not compile for SM100 (available: 75, 80, 86, 89, 120, 121)",
         ),
         (
             "tensorrt-rtx",
@@ -49,9 +55,62 @@ def test_impossible_targets_are_refused_without_the_library(flavour: str, option
 
 
 def test_possible_targets() -> None:
-    assert tensorrt.check_target("tensorrt-rtx") == 89
-    assert tensorrt.check_target("tensorrt-rtx", dtype="bf16", sm=120) == 120
-    assert tensorrt.check_target("tensorrt", dtype="fp16") is None
+    assert tensorrt.check_target("tensorrt-rtx") == (89,)
+    assert tensorrt.check_target("tensorrt-rtx", dtype="bf16", sm=120) == (120,)
+    assert tensorrt.check_target("tensorrt-rtx", sm=(120, 86, 120)) == (86, 120)
+
+
+@pytest.mark.parametrize(("found", "sms"), [(None, ()), (90, (90,))])
+def test_the_datacentre_library_builds_for_the_gpu_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, found: int | None, sms: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(tensorrt, "find_architecture", lambda: found)
+    assert tensorrt.check_target("tensorrt", dtype="bf16") == sms
+
+
+def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_architecture", lambda: 75)
+    with pytest.raises(UserError, match="--dtype bf16: GPUs of architecture 75 have no bf16; compile with --dtype"):
+        tensorrt.check_target("tensorrt", dtype="bf16")
+
+
+def test_the_datacentre_library_needs_a_gpu_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "has_driver", lambda: False)
+    tensorrt.check_machine("tensorrt-rtx")
+    with pytest.raises(UserError) as caught:
+        tensorrt.check_machine("tensorrt")
+    assert str(caught.value) == (
+        "--target tensorrt: it builds on the GPU it builds for, and no GPU driver is here (libcuda.so.1); "
+        "compile on that machine, or use --target tensorrt-rtx"
+    )
+
+
+class FakeDriver:
+    """Answers as ``cuda.bindings.driver`` does: a status, and a value where there is one."""
+
+    class CUdevice_attribute:  # noqa: N801  # the library's name
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 75, 76
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def cuInit(self, _flags: int) -> tuple[int]:  # noqa: N802
+        return (self.status,)
+
+    def cuDeviceGet(self, _ordinal: int) -> tuple[int, str]:  # noqa: N802
+        return 0, "device"
+
+    def cuDeviceGetAttribute(self, attribute: int, device: str) -> tuple[int, int]:  # noqa: N802
+        assert device == "device"
+        return 0, {75: 12, 76: 1}[attribute]
+
+
+@pytest.mark.parametrize(("driver", "sm"), [(FakeDriver(0), 121), (FakeDriver(100), None), (None, None)])
+def test_the_driver_is_asked_for_the_architecture(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None, sm: int | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    assert gpu.find_architecture() == sm
 
 
 @pytest.mark.parametrize(
@@ -80,6 +139,21 @@ def test_missing_library_says_how_to_install_it(
         tensorrt.build_engine(tmp_path / "vision.onnx", tmp_path / "vision.engine", flavour=flavour)
     assert str(caught.value) == text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("version", "fits"), [("10.14.1.48", False), ("10.15.0", True), ("11.4.0", True)])
+def test_versions_of_the_datacentre_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, fits: bool
+) -> None:
+    for name in ("tensorrt", "polygraphy.config", "polygraphy.backend.trt"):
+        made = types.ModuleType(name)
+        made.__dict__.update(__version__=version, USE_TENSORRT_RTX=False)
+        monkeypatch.setitem(sys.modules, name, made)
+    if fits:
+        assert load_library("tensorrt").version == version
+        return
+    with pytest.raises(UserError, match=r"tensorrt 10\.14\.1\.48 is too old: rotary .* need 10\.15; install it with"):
+        load_library("tensorrt")
 
 
 def test_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from secateur.tools.bench import accuracy, latency, overhead, seats
+from secateur.tools.bench import accuracy, engine_weights, latency, overhead, seats
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Times first, while the machine is quiet.
-    tables = {"latency": latency.main, "overhead": overhead.main, "seats": seats.main, "accuracy": accuracy.main}
+    tables = {
+        "latency": latency.main, "overhead": overhead.main, "seats": seats.main, "engine_weights": engine_weights.main,
+        "accuracy": accuracy.main,
+    }  # fmt: skip
     if arguments and arguments[0] in tables:
         tables[arguments[0]](arguments[1:])
         return

@@ -1,0 +1,65 @@
+"""The options of `secateur compile` that say how engines are built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from secateur.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from secateur.compiler.pipeline import EngineOptions
+
+Sm = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="GPU architecture for tensorrt-rtx: 75, 80, 86, 89, 120, 121; 89 if not given. Given several times, one "
+        "engine runs on all of them."
+    ),
+]
+EngineWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="inputs (default): engines take their large weights as inputs, and all share one copy on the device. "
+        "plan: each engine holds its own. stripped: engines hold none and are refitted when they are loaded.",
+        metavar="inputs|plan|stripped",
+    ),
+]
+StripWeights = Annotated[bool, typer.Option("--strip-weights", help="The same as --engine-weights stripped.")]
+Workspace = Annotated[str | None, typer.Option(help="Scratch memory a layer may take, such as 4GiB.", metavar="SIZE")]
+OptLevel = Annotated[int | None, typer.Option(help="How long the builder searches, 0 to 5.")]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Engines run on later versions of tensorrt too.")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="Engines of tensorrt run on every GPU from Ampere on.")
+]
+TimingCache = Annotated[
+    Path | None, typer.Option(help="File of tensorrt's measurements, read first and added to.", metavar="FILE")
+]
+
+
+def read_engine_options(
+    weights: str | None,
+    strip: bool,
+    workspace: str | None,
+    opt_level: int | None,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    timing_cache: Path | None,
+) -> EngineOptions | None:
+    """The options as one value; None when none is given. Raises UserError for two that contradict each other."""
+    from secateur.compiler.pipeline import EngineOptions, read_size
+
+    if strip and weights not in (None, "stripped"):
+        raise UserError(f"says the opposite of --engine-weights {weights}", where="--strip-weights", fix="give one")
+    weights = "stripped" if strip else weights
+    if not any((weights, workspace, opt_level is not None, version_compatible, hardware_compatible, timing_cache)):
+        return None
+    return EngineOptions(
+        weights=weights or EngineOptions().weights, workspace=None if workspace is None else read_size(workspace),
+        opt_level=opt_level, version_compatible=version_compatible, hardware_compatible=hardware_compatible,
+        timing_cache=timing_cache,
+    )  # fmt: skip

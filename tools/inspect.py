@@ -70,11 +70,17 @@ def _caches(manifest: Manifest) -> dict[str, Any]:
     total, layers = cache_bytes(manifest), sum(s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments)
     per_row = total // layers if layers else 0
     return {
+        "forecast": forecast_of(manifest),
         "cache_bytes": total,
         "segment_cache_bytes": {
             s.name: per_row * s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments
         },
     }
+
+
+def forecast_of(manifest: Manifest) -> dict[str, int] | None:
+    """What a geometry's bundle was expected to take, in bytes; None where nothing was foretold."""
+    return manifest.forecast.model_dump() | {"device": manifest.forecast.device} if manifest.forecast else None
 
 
 def size_text(count: float) -> str:
@@ -124,11 +130,22 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
         *(("note", note) for note in dict.fromkeys(note for one in m.each_variant() for note in one.notes)),
         ("caches", ", ".join(size_text(one["cache_bytes"]) for one in facts["geometries"])),
+        *((f"forecast{of}", text) for of, text in _forecasts(m, facts)),
         ("on disk", size_text(facts["bytes"])),
         ("made by", f"secateur {m.secateur}; " + ", ".join(f"{k} {v}" for k, v in sorted(m.versions.items()))),
     ):  # fmt: skip
         table.add_row(what, Text(value))
     return table
+
+
+def _forecasts(m: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which geometry, and what it is expected to take."""
+    lines = []
+    for number, one in enumerate(facts["geometries"]):
+        if (told := one["forecast"]) is not None:
+            parts = ", ".join(f"{size_text(told[n])} {n}" for n in ("weights", "caches", "activations", "buffers"))
+            lines.append((f" {number}" if m.variants else "", f"{size_text(told['device'])} on the device: {parts}"))
+    return lines
 
 
 def _tokens_text(g: GeometrySizes) -> str:

@@ -17,10 +17,12 @@ SEED = 0
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 
 
-def random_config(image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None = None) -> Any:
+def random_config(
+    image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None = None, text: Mapping[str, int] | None = None
+) -> Any:
     """The `LlavaConfig`: 358 M parameters in the decoder's layers, 38 M in the tower's.
 
-    ``image_size`` in pixels; ``tower`` changes fields of the tower's part.
+    ``image_size`` in pixels; ``tower`` changes fields of the tower's part, ``text`` those of the decoder's.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -33,20 +35,31 @@ def random_config(image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None 
         image_size=image_size, patch_size=PATCH_SIZE, projection_dim=512, hidden_act="quick_gelu",
         **sizes,
     )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+    }
+    shape |= {"num_attention_heads": 14, "num_key_value_heads": 2, **(text or {})}
+    decoder = LlamaConfig(
+        **shape, head_dim=64, max_position_embeddings=4096,
         tie_word_embeddings=True, bos_token_id=demo.text_config.bos_token_id,
         eos_token_id=demo.text_config.eos_token_id, pad_token_id=demo.text_config.pad_token_id,
     )  # fmt: skip
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=demo.image_token_index,
+        vision_config=vision, text_config=decoder, image_token_index=demo.image_token_index,
         image_seq_length=(image_size // PATCH_SIZE) ** 2, projector_hidden_act="gelu", vision_feature_layer=-2,
         vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
 
 
-def make_random_model(directory: Path, image_size: int = IMAGE_SIZE, tower: Mapping[str, int] | None = None) -> Path:
+def make_random_model(
+    directory: Path,
+    image_size: int = IMAGE_SIZE,
+    tower: Mapping[str, int] | None = None,
+    text: Mapping[str, int] | None = None,
+) -> Path:
     """Write the model once, seeded, in half precision (0.8 GB); a directory that is there is used as it is.
 
     The other arguments are those of :func:`random_config`.
@@ -62,7 +75,7 @@ def make_random_model(directory: Path, image_size: int = IMAGE_SIZE, tower: Mapp
     work = Path(tempfile.mkdtemp(prefix=".random-", dir=directory.parent))
     try:
         torch.manual_seed(SEED)
-        model: Any = LlavaForConditionalGeneration(random_config(image_size, tower))
+        model: Any = LlavaForConditionalGeneration(random_config(image_size, tower, text))
         model = model.to(torch.float16)
         model.save_pretrained(work)
         _save_processor(work, image_size)

@@ -133,7 +133,7 @@ def check_room(needs: Needs, room: Room, out: Path, device_memory: int | None = 
     if needs.disk > room.disk:
         raise UserError(
             f"disk full: the bundle takes {gib(needs.disk)}, {gib(room.disk)} are free", where=str(out.parent),
-            fix=f"{_advise_disk(needs)}; {IGNORE}",
+            fix=_advise_disk(needs),
         )  # fmt: skip
     limit = room.device if device_memory is None else device_memory
     if limit is not None and needs.device > limit:
@@ -168,15 +168,16 @@ def _advise_host(needs: Needs) -> str:
         advice.append("take --weights reference, so that no tensor is read")
     if len(needs.geometries) > 1:
         advice.append("compile fewer geometries at a time")
-    return f"{', or '.join([*advice, 'compile on a machine with more memory, the bundle can be copied'])}"
+    return ", or ".join([*advice, "compile on a machine with more memory and copy the bundle"])
 
 
 def _advise_disk(needs: Needs) -> str:
-    linked = (
-        ["take --weights reference, which links the checkpoint's files"] if needs.weights_mode != "reference" else []
-    )
-    inputs = ["take --engine-weights inputs"] if needs.engine_weights == "plan" else []
-    return ", or ".join(["free some space or choose another directory", *linked, *inputs])
+    advice = ["free some space or choose another directory"]
+    if needs.weights_mode != "reference":
+        advice.insert(0, "take --weights reference, which links the checkpoint's files")
+    if needs.engine_weights == "plan":
+        advice.insert(0, "take --engine-weights inputs, so that engines are small")
+    return ", or ".join(advice)
 
 
 def _advise_device(needs: Needs, what: str, limit: int) -> str:

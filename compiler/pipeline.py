@@ -74,7 +74,7 @@ def compile(
     dump_dir: Path | None = None,
     stop_after: str | None = None,
     progress: Progress | None = None,
-    expected: Expected = Expected(),
+    expected: Expected | None = None,
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
@@ -87,8 +87,8 @@ def compile(
     architecture for tensorrt-rtx. ``weights`` says how they come into the bundle: ``stream`` writes one file of
     them, cast where needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies
     them. ``expected`` says what the device has, who is told the forecast, and whether it may stop the work before
-    anything is written. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are
-    returned.
+    anything is written. Returns ``out``; with ``stop_after`` nothing is written and the programs as that pass left
+    them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
@@ -129,7 +129,7 @@ def compile(
             list_tensors(source.path)
         read_ahead()
         return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests,
-                        expected)  # fmt: skip
+                        expected or Expected())  # fmt: skip
 
 
 def _compile(

@@ -55,17 +55,14 @@ class Needs:
     """Weights files that are written or copied into the bundle; linked ones take no room."""
     graphs: int
     """The graphs of all geometries, which stay in a bundle beside its engines."""
+    host: int
+    """Memory of the machine while it compiles; one process compiles all geometries."""
 
     @property
     def disk(self) -> int:
         """Room the bundle takes where nothing of it can be linked but weights files that shall be."""
         engines = sum(one.engines for one in self.geometries) if self.engine_weights else 0
         return self.written + self.graphs + engines
-
-    @property
-    def host(self) -> int:
-        """Memory of the machine while it compiles; one process compiles all geometries."""
-        return self.geometries[0].host
 
     @property
     def weights(self) -> int:
@@ -104,19 +101,17 @@ def forecast(pruned: Sequence[Pruned], exported: Sequence[Exported], target: str
     * host: imports, traces and graphs, and on top of them the larger of the tensors being streamed and the builder,
       which holds the weights that go into its engine almost four times.
     """
-    host = _host(exported, engine_weights)
-    made = [_of_geometry(*one, target, engine_weights, host) for one in zip(pruned, exported, strict=True)]
+    made = [_of_geometry(*one, engine_weights) for one in zip(pruned, exported, strict=True)]
     layout = exported[0].layout
     return Needs(
         target=target, engine_weights=engine_weights, weights_mode=layout.mode,
         batches=tuple(one.job.geometry.batch for one in pruned), geometries=tuple(made), written=_written(layout),
         graphs=sum(_graph_bytes(model) for one in exported for model in one.models.values()),
+        host=_host(exported, engine_weights),
     )  # fmt: skip
 
 
-def _of_geometry(
-    pruned: Pruned, exported: Exported, target: str, engine_weights: str | None, host: int
-) -> m.Forecast:  # fmt: skip
+def _of_geometry(pruned: Pruned, exported: Exported, engine_weights: str | None) -> m.Forecast:
     models = exported.models
     programs = {name: _ports(model.graph) for name, model in models.items()}
     if engine_weights is None:
@@ -129,7 +124,7 @@ def _of_geometry(
         caches=_caches(pruned, programs),
         activations=max(peak_bytes(model.graph, engine_weights is None) for model in models.values()),
         buffers=buffer_bytes(programs),
-        host=host,
+        host=_host([exported], engine_weights),
     )
 
 

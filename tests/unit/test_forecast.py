@@ -134,8 +134,8 @@ def test_an_engine_comes_near_what_was_foretold(pruned: Callable[..., Any], tmp_
 def test_several_geometries_share_or_do_not() -> None:
     one = Forecast(engines=10, weights=100, caches=5, activations=6, buffers=7, host=900)
     other = one.model_copy(update={"caches": 50, "weights": 110})
-    plan = Needs("tensorrt-rtx", "plan", "stream", (1, 1), (one, other), 100, 3)
-    assert (plan.weights, plan.device, plan.disk, plan.host) == (210, 210 + 63, 100 + 3 + 20, 900)
+    plan = Needs("tensorrt-rtx", "plan", "stream", (1, 1), (one, other), 100, 3, 1000)
+    assert (plan.weights, plan.device, plan.disk, plan.host) == (210, 210 + 63, 100 + 3 + 20, 1000)
     shared = replace(plan, engine_weights="inputs")
     assert (shared.weights, shared.device) == (110, 110 + 63)
     graphs = replace(plan, target="onnxruntime", engine_weights=None)
@@ -144,6 +144,7 @@ def test_several_geometries_share_or_do_not() -> None:
 
 NEEDS = Needs(
     target="tensorrt-rtx", engine_weights="plan", weights_mode="stream", batches=(4,), written=13 * GIB, graphs=MIB,
+    host=50 * GIB,
     geometries=(
         Forecast(engines=27 * GIB, weights=26 * GIB, caches=2 * GIB, activations=GIB, buffers=GIB, host=50 * GIB),
     ),

@@ -19,6 +19,7 @@ from secateur.compiler.bundle import (
     graph_file,
     make_manifest,
 )
+from secateur.compiler.forecast import Needs, forecast
 from secateur.compiler.meta_model import DTYPES
 from secateur.compiler.output import whole_directory
 from secateur.compiler.passlist import count_unpruned
@@ -27,6 +28,7 @@ from secateur.compiler.pruned import Pruned
 from secateur.compiler.trace import Traced
 from secateur.exporters.checkpoint import Checkpoint, open_checkpoint
 from secateur.exporters.digests import Digests
+from secateur.exporters.engine_options import EngineOptions
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
@@ -72,15 +74,17 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
     digests: Digests | None = None,
+    needs: Needs | None = None,
 ) -> Path:
     """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest.
 
     Several geometries come as sequences of the same length, their weights laid out together (:func:`lay_out`).
-    ``digests`` may have begun to read the checkpoint's files.
+    ``digests`` may have begun to read the checkpoint's files. ``needs`` is :func:`foresee`'s, where it was asked.
     """
     pruned = [pruned] if isinstance(pruned, Pruned) else pruned
     exported = [exported] if isinstance(exported, Exported) else exported
     tell = progress or (lambda what, done, total: None)
+    needs = needs or foresee(pruned, exported, target)
     with whole_directory(out, force) as work:
         for one in pruned:
             copy_processor_files(one.job, work)
@@ -92,9 +96,15 @@ def build(
             weights = _place_weights(exported[0], checkpoint, work, tell, digests)
         files = list(dict.fromkeys(file for files in graphs for file in files.values()))
         engines = _build_engines(files, target, work, tell)
-        parts = [Part(one, files, count) for one, files, count in zip(pruned, graphs, counts, strict=True)]
+        parts = [Part(*one) for one in zip(pruned, graphs, counts, needs.geometries, strict=True)]
         write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines))
     return out
+
+
+def foresee(pruned: Sequence[Pruned], exported: Sequence[Exported], target: Target) -> Needs:
+    """What the bundle is expected to take; see :func:`~secateur.compiler.forecast.forecast`."""
+    weights = (target.engines or EngineOptions()).weights if target.dialect == "tensorrt" else None
+    return forecast(pruned, exported, target.name, weights)
 
 
 def check_weights(*geometries: Traced, weights: str = "stream") -> list[Path]:

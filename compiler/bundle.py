@@ -125,6 +125,7 @@ class Part:
     pruned: Pruned
     graphs: Mapping[str, str]
     unpruned: Mapping[str, int]
+    forecast: m.Forecast | None = None
 
 
 def make_manifest(
@@ -174,6 +175,7 @@ def _of_geometry(part: Part, engines: Mapping[str, EngineInfo]) -> dict[str, Any
         "media": _media(job),
         "position_offset": job.position_offset,
         "notes": list(job.notes),
+        "forecast": part.forecast,
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.compiler.flops import count_flops
+from secateur.compiler.forecast import Needs
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Pruned
@@ -91,6 +92,8 @@ class Explanation:
     """By program, one run of the whole batch; see docs/flops.md."""
     kv_bytes: Change
     """Caches of one request: every layer, whole batch, at the capacity the runtime allocates."""
+    forecast: Needs | None = None
+    """What a bundle for a target is expected to take, where one was named."""
 
     @property
     def mean_keep(self) -> float:
@@ -140,8 +143,9 @@ class Explanation:
             {"layer": i, "visual": n, "text": text, "length": n + text + extra, "cached": held + text + extra}
             for i, (n, held) in enumerate(zip(self.visual_tokens, self.cached_tokens, strict=True))
         ]
-        return asdict(self) | {
+        return asdict(replace(self, forecast=None)) | {
             "flops": changes, "kv_bytes": kv_bytes, "layers": layers, "mean_keep": self.mean_keep,
+            "forecast": self.forecast.as_json() if self.forecast else None,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -162,6 +166,8 @@ class Explanation:
             lines.append(f"layers {first}-{last}: {visual} {self.kind} + {g.text_tokens} text{extra}{told}")
         lines += [f"flops {name} {change}" for name, change in self.flops.items()]
         lines.append(f"kv bytes {self.kv_bytes}")
+        if self.forecast:
+            lines.append(str(self.forecast))
         return "\n".join(lines)
 
     def paper(self) -> list[tuple[str, str]]:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from secateur.compiler.budget import Budget
-from secateur.compiler.build_bundle import Progress, build, check_weights, check_weights_mode, export, lay_out, phase
+from secateur.compiler.build_bundle import (
+    Progress,
+    build,
+    check_weights,
+    check_weights_mode,
+    export,
+    foresee,
+    lay_out,
+    phase,
+)
 from secateur.compiler.bundle import (
     Target,
     check_distinct,
@@ -17,6 +26,7 @@ from secateur.compiler.bundle import (
 )
 from secateur.compiler.calibrate import calibrate_model, write_calibrated
 from secateur.compiler.calibration import Calibration
+from secateur.compiler.capacity import Expected
 from secateur.compiler.common_ground import Toolchain
 from secateur.compiler.compare import Comparison, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
@@ -67,6 +77,7 @@ def compile(
     dump_dir: Path | None = None,
     stop_after: str | None = None,
     progress: Progress | None = None,
+    expected: Expected | None = None,
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
@@ -78,8 +89,9 @@ def compile(
     bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
     architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT builds.
     ``weights`` says how they come into the bundle: ``stream`` writes one file of them, cast where needed, tensor by
-    tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. Returns ``out``; with ``stop_after``
-    nothing is written and the programs as that pass left them are returned.
+    tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says what the device
+    has, who is told the forecast, and whether it may stop the work before anything is written. Returns ``out``; with
+    ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
@@ -120,13 +132,14 @@ def compile(
                 check_processor_files(job)
             list_tensors(source.path)
         read_ahead()
-        return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests)
+        return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests,
+                        expected or Expected())  # fmt: skip
 
 
 def _compile(
     jobs: Sequence[Job], row: Recipe, keep: float | None, budget: Budget, goal: Target, out: Path,
     weights: str, force: bool, dump_dir: Path | None, stop_after: str | None, progress: Progress | None,
-    digests: Digests,
+    digests: Digests, expected: Expected,
 ) -> Path | Pruned:  # fmt: skip
     """:func:`compile` once everything was checked that can be without a trace."""
     source, geometries = jobs[0].source, [job.geometry for job in jobs]
@@ -157,7 +170,8 @@ def _compile(
             exported.append(export_programs(one.programs.programs, goal.dialect, layout))
         if dump is not None:
             (dump / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported[-1]}\n")
-    return build(pruned, exported, goal, out, force=force, progress=progress, digests=digests)
+    needs = expected.consider(foresee(pruned, exported, goal), out)
+    return build(pruned, exported, goal, out, force=force, progress=progress, digests=digests, needs=needs)
 
 
 def explain(
@@ -168,16 +182,20 @@ def explain(
     mean_keep: float | tuple[float, float] | None = None,
     flops_keep: float | None = None,
     geometry: Geometry | None = None,
-    dtype: str = "fp32",
+    target: str | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
     """What a recipe does to a model: stages, tokens per layer, FLOPs and cache bytes before and after.
 
-    Reads the configuration only; the arguments are those of :func:`compile`. Raises UserError as it does.
+    Reads the configuration only; the arguments are those of :func:`compile`. With a ``target``, whose library need not
+    be there, also what the bundle is expected to take. Raises UserError as it does.
     """
     geometry = geometry or Geometry()
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
+    goal = None if target is None else name_target(target, dtype)
+    dtype = goal.dtype if goal else dtype or "fp32"
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
     budget = Budget.of(keep, mean_keep, flops_keep)
@@ -192,7 +210,7 @@ def explain(
         unpruned = prune(traced, RECIPES["none"]) if pruned.job.stages else pruned
     found = describe_pruned(pruned, unpruned)
     compare_flops(budget, found.flops["prefill"].after, found.flops["prefill"].before)
-    return found
+    return found if goal is None else replace(found, forecast=foresee([pruned], [export(pruned, goal.dialect)], goal))
 
 
 def verify(bundle: Path | str, model_dir: Path | str | None = None, **how: Any) -> Verification:
@@ -225,6 +243,17 @@ def plan_one(source: Source, number: int, geometries: Sequence[Geometry], recipe
         if len(geometries) == 1:
             raise
         raise UserError(str(error), where=f"geometry {number}") from None
+
+
+def name_target(target: str, dtype: str | None) -> Target:
+    """A target that need not be there, with its default dtype."""
+    if target not in TARGETS:
+        raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
+    if not target.startswith("tensorrt"):
+        return Target(target, dtype or "fp32", None)
+    dtype = dtype or "fp16"
+    sms = tensorrt.check_target(target, dtype=dtype)
+    return Target(target, dtype, sms[0] if sms else None, sms, EngineOptions())
 
 
 def check_target(
@@ -280,6 +309,7 @@ __all__ = [
     "TARGETS",
     "Budget",
     "EngineOptions",
+    "Expected",
     "Geometry",
     "Pass",
     "Source",
@@ -291,6 +321,7 @@ __all__ = [
     "digest_recipe",
     "explain",
     "export",
+    "foresee",
     "load_recipe",
     "plan_for",
     "plan_job",

@@ -21,7 +21,7 @@ def take_weights_out(onnx_path: Path, weights: str) -> Iterator[tuple[Path, tupl
     beside the graph, since other weights keep pointing into files there. With ``stripped`` the graph is as it is.
     """
     model = None if weights == "plan" else _load(onnx_path)
-    names = [] if model is None else list_shared(model)
+    names = [] if model is None else list_shared(model.graph)
     if model is None or weights == "stripped" or not names:
         yield onnx_path, tuple(names)
         return
@@ -36,7 +36,7 @@ def take_weights_out(onnx_path: Path, weights: str) -> Iterator[tuple[Path, tupl
         variant.unlink(missing_ok=True)
 
 
-def list_shared(model: Any) -> list[str]:
+def list_shared(graph: Any) -> list[str]:
     """Names of the initializers that may lie outside an engine, sorted: large ones that lie outside the graph.
 
     Kernels of convolutions stay inside: a builder lays them out anew, which it cannot do with what it does not have.
@@ -46,7 +46,7 @@ def list_shared(model: Any) -> list[str]:
 
     kinds = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
     found = []
-    for name, value in model.graph.initializers.items():
+    for name, value in graph.initializers.items():
         stored = value.const_value
         if not isinstance(stored, ir.ExternalTensor) or stored.dtype not in kinds or stored.nbytes < SMALL:
             continue

@@ -6,13 +6,17 @@ recipe shrinks caches, the layers before it hold as few.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import SecateurError
-from secateur.runtime.schema import DTYPE_BYTES, Manifest
+from secateur.runtime.schema import DTYPE_BYTES, PORT_BYTES, Manifest, Port, Program
 
 Ints = NDArray[np.int64]
+_CACHES = ("past_key.", "past_value.", "present_key.", "present_value.")
 
 
 def cache_shapes(manifest: Manifest) -> dict[str, tuple[int, int, int, int]]:
@@ -35,6 +39,31 @@ def cache_bytes(manifest: Manifest) -> int:
     """Bytes of all caches of one request."""
     size = DTYPE_BYTES[manifest.dtype]
     return sum(size * a * b * c * d for a, b, c, d in cache_shapes(manifest).values())
+
+
+def handed_on(programs: Mapping[str, Program]) -> dict[str, Port]:
+    """By name, what one program writes where the next one reads it: vision its features and what else prefill goes on
+    with, prefill the positions of cached rows that decode sees. Each has one buffer."""
+    found: dict[str, Port] = {}
+    for writer, reader in (("vision", "prefill"), ("prefill", "decode")):
+        for port in programs[writer].outputs:
+            if programs[reader].has_input(port.name):
+                found.setdefault(port.name, port)
+    return found
+
+
+def buffer_bytes(programs: Mapping[str, Program]) -> int:
+    """Bytes of what a request's programs read and write beside the caches."""
+    shared, total = handed_on(programs), 0
+    for program in programs.values():
+        for port in (*program.inputs, *program.outputs):
+            if port.name not in shared and not port.name.startswith(_CACHES):
+                total += _size(port)
+    return total + sum(map(_size, shared.values()))
+
+
+def _size(port: Port) -> int:
+    return PORT_BYTES[port.dtype] * math.prod(port.shape)
 
 
 def decode_slots(manifest: Manifest, lengths: Ints, step: int) -> dict[str, Ints]:

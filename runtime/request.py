@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from secateur.runtime.backends import Backend, Buffer, Shared
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.given import check_array, check_kept, check_placeholders
-from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, present_port
+from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, handed_on, present_port
 from secateur.runtime.media import media_positions
 from secateur.runtime.schema import Manifest
 
@@ -39,12 +39,8 @@ class Request:
         shared: dict[str, Buffer] = {}
         for name, shape in cache_shapes(manifest).items():
             shared[name] = shared[present_port(name)] = backend.buffer(shape, manifest.dtype)
-        # Vision writes its features, and what else prefill goes on with, where prefill reads them, and prefill the
-        # positions of cached rows where decode does.
-        for program, reader in (("vision", "prefill"), ("prefill", "decode")):
-            for port in manifest.programs[program].outputs:
-                if port.name not in shared and manifest.programs[reader].has_input(port.name):
-                    shared[port.name] = self._buffer(program, port.name)
+        for name, port in handed_on(manifest.programs).items():
+            shared[name] = backend.buffer(port.shape, port.dtype)
         self._ports: dict[str, dict[str, Buffer]] = {}
         self._bound = {name: self._bind(name, shared) for name in manifest.programs}
         self._kept: dict[str, Ints] = {}
@@ -176,11 +172,6 @@ class Request:
                 groups[-1][port.name] = buffer
         self._ports[program] = groups[0] | groups[1]
         return self._backend.bind(program, *groups, variant=self.variant)
-
-    def _buffer(self, program: str, name: str) -> Buffer:
-        declared = self.manifest.programs[program]
-        port = next(port for port in (*declared.inputs, *declared.outputs) if port.name == name)
-        return self._backend.buffer(port.shape, port.dtype)
 
     def _vision_stages(self) -> list[str]:
         return [stage.name for stage in self.manifest.recipe.stages if stage.chooses and not stage.in_decoder]

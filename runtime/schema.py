@@ -33,6 +33,7 @@ Target = Literal["onnxruntime", "plain", "tensorrt", "tensorrt-rtx"]
 PROGRAMS = ("vision", "prefill", "decode")
 """In the order a request meets them."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+PORT_BYTES = {**DTYPE_BYTES, "int64": 8, "int32": 4, "bool": 1}
 
 
 class Port(Frozen):

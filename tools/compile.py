@@ -23,6 +23,7 @@ from secateur.tools.engine_flags import (
     Workspace,
     read_engine_options,
 )
+from secateur.tools.forecast import DeviceMemory, IgnoreForecast, read_bytes, show_forecast
 from secateur.tools.geometry import (
     AudioInVideo,
     AudioSeconds,
@@ -99,6 +100,8 @@ def compile_model(
     stop_after: Annotated[
         str | None, typer.Option(metavar="PASS", help="Print the graphs as this pass leaves them; write no bundle.")
     ] = None,
+    device_memory: DeviceMemory = None,
+    ignore_forecast: IgnoreForecast = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> dict[str, Any]:
     """Compile a model and a pruning recipe into a bundle of static-shape graphs or engines.
@@ -133,6 +136,9 @@ def compile_model(
             flops_keep=flops_keep,
             geometry=geometries, target=target, dtype=dtype, sm=sm or None, engines=engines,
             weights=weights, force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
+            expected=pipeline.Expected(
+                read_bytes(device_memory, "--device-memory"), None if as_json else show_forecast, ignore_forecast
+            ),
         )  # fmt: skip
     if not isinstance(made, Path):
         text = str(made)
@@ -149,6 +155,7 @@ def compile_model(
 def summarize(bundle: Path) -> dict[str, Any]:
     """What was made, as plain data: place, bytes, tokens per segment, FLOPs per program, the next command."""
     from secateur.runtime.manifest import read_manifest
+    from secateur.tools.inspect import forecast_of
 
     m = read_manifest(bundle)
     return {
@@ -161,8 +168,14 @@ def summarize(bundle: Path) -> dict[str, Any]:
         "dtype": m.dtype,
         "segments": _segments(m),
         "flops": _flops(m),
+        "forecast": forecast_of(m),
         "geometries": [
-            {"geometry": one.geometry.model_dump(), "segments": _segments(one), "flops": _flops(one)}
+            {
+                "geometry": one.geometry.model_dump(),
+                "segments": _segments(one),
+                "flops": _flops(one),
+                "forecast": forecast_of(one),
+            }
             for one in m.each_variant()
         ],
         "next": _next_command(bundle, m),

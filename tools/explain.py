@@ -49,7 +49,13 @@ def explain(
     audio_seconds: AudioSeconds = 0,
     audio_in_video: AudioInVideo = True,
     batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; decides the bytes of the caches.")] = "fp32",
+    target: Annotated[
+        str | None, typer.Option(help="Also forecast what a bundle for it takes, as `secateur compile` would.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16 or bf16; decides bytes. fp32 if not given, fp16 for TensorRT targets."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> Any:
     """Show a recipe's stages, and for a model the tokens left per layer, FLOPs and cache bytes, before and after.
@@ -61,6 +67,7 @@ def explain(
       secateur explain my_recipe.yaml MODEL_DIR --images 2 --json
       secateur explain divprune:keep=0.5+fastv:keep=0.5 MODEL_DIR
       secateur explain pyramiddrop MODEL_DIR --mean-keep 0.4
+      secateur explain fastv MODEL_DIR --target tensorrt-rtx
       secateur explain seats QWEN_OMNI --frames 16 --image-size 336x448 --audio-seconds 8
     """
     from secateur.compiler.pipeline import explain as explain_recipe
@@ -78,6 +85,7 @@ def explain(
             mean_keep=read_mean_keep(mean_keep),
             flops_keep=flops_keep,
             geometry=geometry,
+            target=target,
             dtype=dtype,
             progress=tell,
         )
@@ -96,6 +104,7 @@ def draw(found: Explanation) -> list[Table]:
     """The explanation as tables."""
     from rich.text import Text
 
+    from secateur.tools.forecast import draw_forecast
     from secateur.tools.inspect import flops_text, make_table, size_text
 
     g = found.geometry
@@ -137,4 +146,5 @@ def draw(found: Explanation) -> list[Table]:
         cost.add_row(f"{name} FLOPs", flops_text(change.before), flops_text(change.after), f"{change.ratio:.1%}")
     kv = found.kv_bytes
     cost.add_row("KV caches", size_text(kv.before), size_text(kv.after), f"{kv.ratio:.1%}")
-    return [overview, stages, layers, cost] if found.stages else [overview, layers, cost]
+    tables = [overview, stages, layers, cost] if found.stages else [overview, layers, cost]
+    return tables if found.forecast is None else [*tables, draw_forecast(found.forecast)]

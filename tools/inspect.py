@@ -98,11 +98,17 @@ def _caches(manifest: Manifest) -> dict[str, Any]:
     total, layers = cache_bytes(manifest), sum(s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments)
     per_row = total // layers if layers else 0
     return {
+        "forecast": forecast_of(manifest),
         "cache_bytes": total,
         "segment_cache_bytes": {
             s.name: per_row * s.capacity * (s.last_layer - s.first_layer) for s in manifest.segments
         },
     }
+
+
+def forecast_of(manifest: Manifest) -> dict[str, int] | None:
+    """What a geometry's bundle was expected to take, in bytes; None where nothing was foretold."""
+    return manifest.forecast.model_dump() | {"device": manifest.forecast.device} if manifest.forecast else None
 
 
 def size_text(count: float) -> str:
@@ -153,6 +159,7 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
         *([("engines", _engines_text(m.engines))] if m.engines else []),
         *(("note", note) for note in dict.fromkeys(note for one in m.each_variant() for note in one.notes)),
         ("caches", ", ".join(size_text(one["cache_bytes"]) for one in facts["geometries"])),
+        *((f"forecast{of}", text) for of, text in _forecasts(m, facts)),
         ("on disk", size_text(facts["bytes"])),
         ("made by", f"secateur {m.secateur}; " + ", ".join(f"{k} {v}" for k, v in sorted(m.versions.items()))),
     ):  # fmt: skip
@@ -168,6 +175,16 @@ def _engines_text(e: Engines) -> str:
     said += [f"optimization level {e.opt_level}"] if e.opt_level is not None else []
     said += [f"workspace {size_text(e.workspace)}"] if e.workspace is not None else []
     return ", ".join(said)
+
+
+def _forecasts(m: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which geometry, and what it is expected to take."""
+    lines = []
+    for number, one in enumerate(facts["geometries"]):
+        if (told := one["forecast"]) is not None:
+            parts = ", ".join(f"{size_text(told[n])} {n}" for n in ("weights", "caches", "activations", "buffers"))
+            lines.append((f" {number}" if m.variants else "", f"{size_text(told['device'])} on the device: {parts}"))
+    return lines
 
 
 def _tokens_text(g: GeometrySizes) -> str:

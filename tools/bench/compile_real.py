@@ -119,9 +119,9 @@ def measure(name: str, layout: Layout, weights: str = "reference") -> dict[str, 
         (model / "config.json").write_text(json.dumps(layout.config))
         write_processor(model, layout)
         form = () if layout.original else ("--in-memory",)
-        _run("secateur.tools.bench.sparse_checkpoint", str(model), "--dtype", layout.dtype, *form)
+        run_module("secateur.tools.bench.sparse_checkpoint", str(model), "--dtype", layout.dtype, *form)
         begin = time.perf_counter()
-        used = _run(
+        used = run_module(
             "secateur", "compile", str(model), "-o", str(bundle), "--recipe", layout.recipe,
             "--target", "plain", "--dtype", "auto", "--weights", weights,
             *layout.options,
@@ -135,7 +135,7 @@ def measure(name: str, layout: Layout, weights: str = "reference") -> dict[str, 
         }  # fmt: skip
 
 
-def _run(module: str, *arguments: str) -> dict[str, Any]:
+def run_module(module: str, *arguments: str) -> dict[str, Any]:
     """Run a module in a process of its own; returns the peak of its resident memory, its CPU seconds, and what it
     logged of its phases' seconds."""
     command = [sys.executable, "-m", module, *arguments]

@@ -35,10 +35,10 @@ def random_config(
         image_size=image_size, patch_size=PATCH_SIZE, projection_dim=512, hidden_act="quick_gelu",
         **sizes,
     )  # fmt: skip
-    layers: dict[str, Any] = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    layers |= {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, **(decoder or {})}
+    shape: dict[str, Any] = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 896, "intermediate_size": 4864}
+    shape |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
     text = LlamaConfig(
-        **layers, vocab_size=VOCABULARY_SIZE, max_position_embeddings=4096,
+        **(shape | dict(decoder or {})), max_position_embeddings=4096,
         tie_word_embeddings=True, bos_token_id=demo.text_config.bos_token_id,
         eos_token_id=demo.text_config.eos_token_id, pad_token_id=demo.text_config.pad_token_id,
     )  # fmt: skip

@@ -1,0 +1,233 @@
+"""What a bundle is expected to take, worked out from its graphs before anything is written or built.
+
+Nothing here depends on the machine: the same graphs give the same forecast, so it may stand in the manifest.
+docs/forecast.md compares it with what was measured, and says where the constants come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from secateur.compiler.pruned import Pruned
+from secateur.exporters.engine_weights import list_shared
+from secateur.exporters.liveness import peak_bytes
+from secateur.exporters.onnx import Exported
+from secateur.exporters.weights import Placed, WeightLayout
+from secateur.runtime import manifest as m
+from secateur.runtime.kv import buffer_bytes, cache_bytes
+
+_MIB = 1 << 20
+_KINDS = {
+    ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16", ir.DataType.INT64: "int64",
+    ir.DataType.INT32: "int32", ir.DataType.BOOL: "bool",
+}  # fmt: skip
+
+# Fitted to TensorRT-RTX 1.7 by `python -m secateur.tools.bench.forecast`.
+_ENGINE, _ENGINE_OF_NODE = 1_400_000, 13_200
+"""Bytes of an engine beside weights and constants: at all, and for each node of its graph."""
+_BUILDER, _BUILDER_OF_NODE, _BUILDER_OF_WEIGHTS = 180 * _MIB, _MIB // 7, 3.7
+"""Resident memory of building an engine: at all, with the library; for each node; for each byte of weights in it."""
+_COMPILER, _COMPILER_OF_NODE = 540 * _MIB, _MIB // 36
+"""Resident memory of imports, traces and graphs: at all, and for each node of all graphs."""
+_READ = 2
+"""Bytes of an element as checkpoints have it, most of them."""
+
+Place = tuple[str, int]
+"""A weight by the file it lies in and its offset there."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """A bundle's forecast: of every geometry, and of all of them together. Bytes throughout."""
+
+    target: str
+    engine_weights: str | None
+    """Where engines have their weights, as :class:`~secateur.runtime.schema.Engines` says it; None for graphs."""
+    weights_mode: str
+    batches: tuple[int, ...]
+    geometries: tuple[m.Forecast, ...]
+    written: int
+    """Weights files that are written or copied into the bundle; linked ones take no room."""
+    graphs: int
+    """The graphs of all geometries, which stay in a bundle beside its engines."""
+    host: int
+    """Memory of the machine while it compiles; one process compiles all geometries."""
+
+    @property
+    def disk(self) -> int:
+        """Room the bundle takes where nothing of it can be linked but weights files that shall be."""
+        engines = sum(one.engines for one in self.geometries) if self.engine_weights else 0
+        return self.written + self.graphs + engines
+
+    @property
+    def weights(self) -> int:
+        """Weights on the device once every geometry has run."""
+        each = [one.weights for one in self.geometries]
+        return sum(each) if self.engine_weights in ("plan", "stripped") else max(each)
+
+    @property
+    def device(self) -> int:
+        """Memory of the device once every geometry has run, one request at a time."""
+        return self.weights + max(one.device - one.weights for one in self.geometries)
+
+    def __str__(self) -> str:
+        only = self.geometries[0] if len(self.geometries) == 1 else None
+        parts = only.model_dump() if only else {"weights": self.weights, "host": self.host}
+        told = [f"{name} {count}" for name, count in (parts | {"device": self.device, "disk": self.disk}).items()]
+        return f"forecast bytes {self.target} {' '.join(told)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        geometries = [one.model_dump() | {"device": one.device} for one in self.geometries]
+        return {"disk": self.disk, "host": self.host, "device": self.device, "geometries": geometries}
+
+
+def forecast(pruned: Sequence[Pruned], exported: Sequence[Exported], target: str, engine_weights: str | None) -> Needs:
+    """Forecast a bundle of these geometries, in their order; no weight is read and nothing is built.
+
+    ``engine_weights`` is ``plan``, ``stripped`` or ``inputs`` for TensorRT targets, None for others.
+
+    * weights: the bytes of the tensors. Graphs map one file, so each tensor counts once; with ``inputs`` so do those
+      of one allocation; in ``plan`` each engine has its own copy, and a stripped one gets it when it is loaded.
+    * caches and buffers: what the runtime allocates for a request (``runtime/kv.py``).
+    * activations: the largest program's, see :func:`~secateur.exporters.liveness.peak_bytes`.
+    * engines: graph files to the byte. An engine is its weights and constants and ``1.4 MB + 13.2 kB x nodes`` of
+      kernels.
+    * host: imports, traces and graphs, and on top of them the larger of the tensors being streamed and the builder,
+      which holds the weights that go into its engine almost four times.
+    """
+    made = [_of_geometry(*one, engine_weights) for one in zip(pruned, exported, strict=True)]
+    layout = exported[0].layout
+    return Needs(
+        target=target, engine_weights=engine_weights, weights_mode=layout.mode,
+        batches=tuple(one.job.geometry.batch for one in pruned), geometries=tuple(made), written=_written(layout),
+        graphs=sum(_graph_bytes(model) for one in exported for model in one.models.values()),
+        host=_host(exported, engine_weights),
+    )  # fmt: skip
+
+
+def _of_geometry(pruned: Pruned, exported: Exported, engine_weights: str | None) -> m.Forecast:
+    models = exported.models
+    programs = {name: _ports(model.graph) for name, model in models.items()}
+    if engine_weights is None:
+        engines = sum(map(_graph_bytes, models.values()))
+    else:
+        engines = sum(_engine_bytes(model.graph, engine_weights) for model in models.values())
+    return m.Forecast(
+        engines=engines,
+        weights=_weights(models, engine_weights),
+        caches=_caches(pruned, programs),
+        activations=max(peak_bytes(model.graph, engine_weights is None) for model in models.values()),
+        buffers=buffer_bytes(programs),
+        host=_host([exported], engine_weights),
+    )
+
+
+def _weights(models: Mapping[str, ir.Model], engine_weights: str | None) -> int:
+    each = [stored_tensors(model.graph) for model in models.values()]
+    shared: set[Place] = set()
+    if engine_weights is None:
+        shared = {place for tensors in each for place in tensors}
+    elif engine_weights == "inputs":
+        shared = {place for model in models.values() for place in _outside(model.graph)}
+    own = sum(size for tensors in each for place, size in tensors.items() if place not in shared)
+    once = {place: size for tensors in each for place, size in tensors.items()}
+    return own + sum(once[place] for place in shared)
+
+
+def stored_tensors(graph: ir.Graph) -> dict[Place, int]:
+    """Bytes of the weights a graph points at in other files, by place: tied ones have several names there."""
+    held = [value.const_value for value in graph.initializers.values()]
+    return {_place(data): int(data.nbytes) for data in held if isinstance(data, ir.ExternalTensor)}
+
+
+def _place(data: ir.ExternalTensor) -> Place:
+    return str(data.location), int(data.offset or 0)
+
+
+def constant_bytes(graph: ir.Graph) -> int:
+    """Bytes of the data inside a graph."""
+    held = [value.const_value for value in graph.initializers.values()]
+    return sum(data.nbytes for data in held if data is not None and not isinstance(data, ir.ExternalTensor))
+
+
+def count_nodes(graph: ir.Graph) -> int:
+    """Nodes, those of loops' bodies counted once."""
+    return sum(1 for _ in graph.all_nodes())
+
+
+def _outside(graph: ir.Graph) -> set[Place]:
+    """Weights that are inputs of an engine where its weights are."""
+    held = [graph.initializers[name].const_value for name in list_shared(graph)]
+    return {_place(data) for data in held if isinstance(data, ir.ExternalTensor)}
+
+
+def _inside_bytes(graph: ir.Graph, engine_weights: str) -> int:
+    """Bytes of the weights an engine file holds."""
+    outside = set() if engine_weights == "plan" else _outside(graph)
+    return sum(size for place, size in stored_tensors(graph).items() if place not in outside)
+
+
+def _engine_bytes(graph: ir.Graph, engine_weights: str) -> int:
+    own = _inside_bytes(graph, engine_weights) + constant_bytes(graph)
+    return own + _ENGINE + _ENGINE_OF_NODE * count_nodes(graph)
+
+
+def _graph_bytes(model: ir.Model) -> int:
+    return int(ir.to_proto(model).ByteSize())
+
+
+def _caches(pruned: Pruned, programs: Mapping[str, m.Program]) -> int:
+    """The runtime's own formula, with heads and their size as the programs have them."""
+    past = next(port for port in programs["decode"].inputs if port.name.startswith("past_key."))
+    _, heads, _, width = past.shape
+    told = m.Manifest.model_construct(
+        model=m.Model.model_construct(kv_heads=heads, head_dim=width),
+        geometry=m.GeometrySizes.model_construct(batch=pruned.job.geometry.batch),
+        segments=[m.Segment(**vars(segment)) for segment in pruned.programs.segments],
+        dtype=past.dtype,  # type: ignore[arg-type]  # a cache's is the model's
+    )
+    return cache_bytes(told)
+
+
+def _ports(graph: ir.Graph) -> m.Program:
+    """A program's ports as the manifest has them."""
+    inputs, outputs = ([_port(value) for value in values] for values in (graph.inputs, graph.outputs))
+    return m.Program.model_construct(inputs=inputs, outputs=outputs)
+
+
+def _port(value: ir.Value) -> m.Port:
+    assert value.dtype is not None
+    assert value.shape is not None
+    kind, shape = _KINDS[value.dtype], [int(n) for n in value.shape]  # type: ignore[arg-type]  # static by then
+    return m.Port(name=str(value.name), dtype=kind, shape=shape)  # type: ignore[arg-type]  # pydantic checks
+
+
+def _written(layout: WeightLayout) -> int:
+    copied = sum(path.stat().st_size for path in layout.shards.values()) if layout.mode == "copy" else 0
+    return len(layout.header) + sum(place.length for place in layout.written.values()) + copied
+
+
+def _streamed(place: Placed) -> int:
+    """Bytes of a tensor on its way: as it was read, and beside that cast."""
+    read = place.length * _READ // place.dtype.itemsize
+    return place.length if place.dtype.itemsize <= _READ else place.length + read
+
+
+def _host(exported: Sequence[Exported], engine_weights: str | None) -> int:
+    graphs = [model.graph for one in exported for model in one.models.values()]
+    base = _COMPILER + _COMPILER_OF_NODE * sum(map(count_nodes, graphs))
+    streamed = max(map(_streamed, exported[0].layout.written.values()), default=0)
+    if engine_weights is None:
+        return base + streamed
+    # What a stripped engine leaves out its builder has all the same.
+    held = "inputs" if engine_weights == "inputs" else "plan"
+    building = max(
+        _BUILDER + _BUILDER_OF_NODE * count_nodes(graph) + int(_BUILDER_OF_WEIGHTS * _inside_bytes(graph, held))
+        for graph in graphs
+    )
+    return base + max(streamed, building)

@@ -18,6 +18,7 @@ _Q, _K, _MASK, _PAST_KEY, _PAST_VALUE, _NONPAD = 0, 1, 3, 4, 5, 6
 
 
 def attention_is_half(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """TensorRT has no attention in fp32."""
     if dtype_of(node, _Q) == ir.DataType.FLOAT:
         yield "TensorRT has no fused attention in fp32", "cast q, k and v to fp16 or bf16"
 
@@ -41,11 +42,13 @@ def attention_has_a_kernel(_: Subject, node: ir.Node) -> Iterator[Problem]:
 
 
 def attention_has_one_output(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """Attention that also returns caches is refused."""
     if len(node.outputs) > 1:
         yield "TensorRT allows one output of Attention", "write the caches with TensorScatter beside it"
 
 
 def attention_has_no_past(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """Attention that appends to caches by itself is refused."""
     if given(node, _PAST_KEY) is not None or given(node, _PAST_VALUE) is not None:
         yield (
             "TensorRT takes no past_key or past_value",
@@ -54,6 +57,7 @@ def attention_has_no_past(_: Subject, node: ir.Node) -> Iterator[Problem]:
 
 
 def attention_mask_is_explicit(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """TensorRT ignores nonpad_kv_seqlen, and padding is attended."""
     if given(node, _NONPAD) is not None:
         yield (
             "TensorRT silently ignores nonpad_kv_seqlen: padding would be attended",
@@ -62,21 +66,25 @@ def attention_mask_is_explicit(_: Subject, node: ir.Node) -> Iterator[Problem]:
 
 
 def nonpad_excludes_past(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """ONNX allows nonpad_kv_seqlen or past_key, not both."""
     if given(node, _NONPAD) is not None and given(node, _PAST_KEY) is not None:
         yield "nonpad_kv_seqlen cannot be combined with past_key", "write the caches with TensorScatter"
 
 
 def attention_keeps_backend_softmax(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """TensorRT rejects softmax_precision."""
     if "softmax_precision" in node.attributes:
         yield "TensorRT rejects softmax_precision", "leave it out: the fused kernel accumulates in fp32"
 
 
 def attention_has_no_softcap(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """TensorRT rejects softcap."""
     if node.attributes.get_float("softcap", 0.0):
         yield "TensorRT rejects a soft cap on Attention", "choose --target onnxruntime for this model"
 
 
 def attention_masks_once(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """TensorRT takes is_causal or a mask, not both."""
     if int_of(node, "is_causal") and given(node, _MASK) is not None:
         yield "TensorRT rejects is_causal together with a mask", "put causality into the mask and drop is_causal"
 
@@ -94,6 +102,7 @@ def causal_attention_is_square(_: Subject, node: ir.Node) -> Iterator[Problem]:
 
 
 def cache_is_input_and_output(subject: Subject, node: ir.Node) -> Iterator[Problem]:
+    """A cache is updated in place: an input of the graph before, an output of it behind."""
     graph = subject.model.graph
     if not any(value is node.inputs[0] for value in graph.inputs):
         yield "the cache is not an input of the graph", "feed the graph input to TensorScatter with nothing between"
@@ -101,7 +110,42 @@ def cache_is_input_and_output(subject: Subject, node: ir.Node) -> Iterator[Probl
         yield "the updated cache is not an output of the graph", "make TensorScatter's own result a graph output"
 
 
+def cache_is_written_once(subject: Subject, node: ir.Node) -> Iterator[Problem]:
+    """One update per cache and run: two results cannot lie at the address of one input."""
+    if (cache := node.inputs[0]) is None:
+        return
+    writers = [reader for reader in cache.consumers() if reader.op_type == "TensorScatter"]
+    if writers[0] is not node:
+        yield f"cache {cache.name} is updated twice", "write all rows in one TensorScatter"
+
+
+def cache_is_read_behind_its_update(subject: Subject, node: ir.Node) -> Iterator[Problem]:
+    """What else reads the input of an update that works in place sees it before or after: nobody says which."""
+    if (cache := node.inputs[0]) is None:
+        return
+    for reader in cache.consumers():
+        if reader.op_type != "TensorScatter":
+            yield (
+                f"{reader.op_type} reads cache {cache.name}, which is overwritten in the same run",
+                "read the result of TensorScatter",
+            )
+            return
+
+
+def cache_does_not_grow(subject: Subject, node: ir.Node) -> Iterator[Problem]:
+    """A cache that Concat makes longer is another tensor: copied whole at every step, and never in one place."""
+    graph = subject.model.graph
+    inputs = [value for value in node.inputs if any(value is port for port in graph.inputs)]
+    grown = [value for value in inputs if value is not None and value.shape is not None and len(value.shape) == 4]
+    if grown and any(node.outputs[0] is port for port in graph.outputs):
+        yield (
+            f"cache {grown[0].name} is copied into a longer one",
+            "give it its final length and write rows with TensorScatter",
+        )
+
+
 def cache_is_linear(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """TensorRT writes caches in linear mode, along axis -2."""
     mode = text_of(node, "mode", "linear")
     if mode != "linear":
         yield f"TensorRT writes caches in linear mode only, not {mode}", "use mode linear and check the slot"

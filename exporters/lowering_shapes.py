@@ -1,4 +1,4 @@
-"""Lowering of what moves rows about: shapes, slices, gathers, sorting, and the scan of greedy selectors."""
+"""Lowering of what moves rows about: shapes, slices, gathers, and the scan of greedy selectors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.compiler.program import args_of
-from secateur.exporters.builder import TYPES, Builder, shape_of, type_of
+from secateur.exporters.builder import TYPES, Builder, shape_of
 from secateur.exporters.lowering import LOWERINGS, aten, emit, fill, lowers, output, read
 from secateur.runtime.errors import SecateurError
 
@@ -181,40 +181,6 @@ def _scatter_value(b: Builder, node: fx.Node) -> ir.Value:
     dtype, at = output(node)[0], read(b, index)
     updates = b.expand(b.constant(number, dtype), shape_of(at))
     return emit(b, node, "ScatterElements", read(b, x), at, updates, axis=int(axis))
-
-
-@lowers(aten.topk.default)
-def _topk(b: Builder, node: fx.Node) -> list[ir.Value]:
-    axis, largest = fill(args_of(node)[2:4], (-1, True))
-    return _top(b, node, read(b, args_of(node)[0]), int(args_of(node)[1]), int(axis), bool(largest))
-
-
-@lowers(aten.sort.default, aten.sort.stable)
-def _sort(b: Builder, node: fx.Node) -> list[ir.Value]:
-    axis, descending = _direction(node, aten.sort.default)
-    x = read(b, args_of(node)[0])
-    return _top(b, node, x, shape_of(x)[axis], axis, descending)
-
-
-@lowers(aten.argsort.default, aten.argsort.stable)
-def _argsort(b: Builder, node: fx.Node) -> ir.Value:
-    axis, descending = _direction(node, aten.argsort.default)
-    x = read(b, args_of(node)[0])
-    k = b.ints(shape_of(x)[axis])
-    types: list[tuple[Any, list[int]]] = [(type_of(x), shape_of(x)), (torch.int64, shape_of(x))]
-    return b.ops("TopK", x, k, types=types, attributes={"axis": axis, "largest": descending, "sorted": 1})[1]
-
-
-def _direction(node: fx.Node, plain: Any) -> tuple[int, bool]:
-    """Axis and whether to descend; the stable overload takes both by name only."""
-    axis, descending = fill(args_of(node)[1:] if node.target is plain else (), (-1, False))
-    given: dict[str, Any] = dict(node.kwargs)
-    return int(given.get("dim", axis)), bool(given.get("descending", descending))
-
-
-def _top(b: Builder, node: fx.Node, x: ir.Value, k: int, axis: int, largest: bool) -> list[ir.Value]:
-    types = [(v.dtype, tuple(v.shape)) for v in node.meta["val"]]
-    return b.ops("TopK", x, b.ints(k), types=types, attributes={"axis": axis, "largest": largest, "sorted": 1})
 
 
 @lowers(aten.argmax.default)

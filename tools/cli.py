@@ -33,6 +33,7 @@ VERBS = {
     "explain": "explain",
     "inspect": "inspect",
     "verify": "verify",
+    "lint": "lint",
     "sweep": "sweep",
     "compare": "compare",
     "calibrate": "calibrate",

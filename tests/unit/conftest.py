@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,19 @@ def pruned(traced: Callable[..., Any]) -> Callable[..., Any]:
         return made[key]
 
     return make
+
+
+class _Objection(logging.Handler):
+    """Makes what the linter only warns of an error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(f"the linter finds something in what was compiled: {record.getMessage()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_findings() -> Iterator[None]:
+    """Every graph that a test compiles passes the linter, also where a finding would not stop a user."""
+    logger, objection = logging.getLogger("secateur.exporters.lint"), _Objection(logging.WARNING)
+    logger.addHandler(objection)
+    yield
+    logger.removeHandler(objection)

@@ -17,7 +17,7 @@ from secateur.compiler.flops import count_flops
 from secateur.compiler.function import trace_function
 from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.expand_scores import expand_scores
-from secateur.exporters.lint import lint_graph
+from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import export_program
 from secateur.exporters.plugins.lowering import with_plugins
 from secateur.exporters.plugins.table import pays
@@ -128,8 +128,10 @@ def test_a_kernel_that_would_be_slower_is_written_out() -> None:
 def test_recipes_get_their_nodes(pruned: Callable[..., Any], recipe: str, expected: list[str]) -> None:
     from secateur.compiler.pipeline import export
 
-    whole = pruned(recipe)
+    whole = pruned(recipe, dtype="fp16")
     with_nodes = export(whole, "tensorrt", plugins=True).models
+    for model in with_nodes.values():
+        refuse(lint_graph(model, "tensorrt", "fp16", 89))
     assert sorted(n.op_type for m in with_nodes.values() for n in nodes(m)) == expected
     assert not [n for m in export(whole, "tensorrt").models.values() for n in nodes(m)]
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.overrides import TorchFunctionMode
 
 from secateur.compiler.blame import blame_error, blame_shape
 from secateur.compiler.inplace import write_values
-from secateur.compiler.program import Program
+from secateur.compiler.program import Module, Program
 from secateur.runtime.errors import SecateurError
 
 aten = torch.ops.aten
@@ -36,6 +38,18 @@ class _FunctionError(Exception):
         pass
 
 
+class _KeptGradMode(TorchFunctionMode):
+    """Switching gradients off where they are off leaves no trace: the exporter cuts the graph at every switch, and puts
+    together again what no switch changed."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch._C._set_grad_enabled and args == (torch.is_grad_enabled(),):
+            return None
+        return function(*args, **(kwargs or {}))
+
+
 class _Call(nn.Module):
     """``function`` as a module that owns what it may use, so that the exporter lifts those parameters and no others."""
 
@@ -46,7 +60,8 @@ class _Call(nn.Module):
 
     def forward(self, *feed: Tensor) -> Any:
         try:
-            return self.function(*feed)
+            with _KeptGradMode():
+                return self.function(*feed)
         except SecateurError:
             raise
         except Exception as error:
@@ -87,7 +102,7 @@ def trace_function(
     shapes = (tuple(dynamic.get(k) for k in feed),) if dynamic else None
     fix = "scores, selectors and merges must have shapes that do not depend on data"
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet_export():
+        with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), _lean_export():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 _Call(function, owned or {}), tuple(feed.values()), dynamic_shapes=shapes, strict=False
@@ -135,6 +150,7 @@ def _to_program(
     root = nn.Module()
     values: dict[fx.Node, fx.Node] = {}
     ports = dict(zip(exported.graph_signature.user_inputs, inputs, strict=True))
+    held = _list_held(exported, names, constants)
     for node in module.graph.nodes:
         if node.name in ports:
             values[node] = graph.placeholder(ports[node.name])
@@ -142,7 +158,7 @@ def _to_program(
         elif node.op == "placeholder" and not node.users:
             continue
         elif node.op == "placeholder":
-            values[node] = _lift(graph, root, node, exported, names, constants)
+            values[node] = _lift(graph, root, node, *held[node.name])
         elif node.op == "output":
             graph.output(tuple(values[n] for n in node.args[0]))
         elif node.target is aten.detach_.default or _converts_nothing(node):
@@ -159,7 +175,7 @@ def _to_program(
             values[node].meta = {"val": node.meta.get("val")}
             if layer := _module_path(node, names):
                 values[node].meta["layer"] = layer
-    return Program(name, fx.GraphModule(root, graph), outputs)
+    return Program(name, Module(root, graph), outputs)
 
 
 def _converts_nothing(node: fx.Node) -> bool:
@@ -169,22 +185,27 @@ def _converts_nothing(node: fx.Node) -> bool:
     return bool(source.meta["val"].dtype == node.meta["val"].dtype)
 
 
-def _lift(
-    graph: fx.Graph, root: nn.Module, node: fx.Node, exported: Any, names: _Names, constants: Mapping[str, Tensor]
-) -> fx.Node:
+def _list_held(
+    exported: Any, names: _Names, constants: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, dict[str, str]]]:
+    """The tensors behind the inputs that the exporter made of what modules and functions hold, by the input's name;
+    with that of a weight."""
     signature = exported.graph_signature
-    name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
-    lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
-    meta: dict[str, Any] = {"val": node.meta["val"]}
-    if lifted is not None:
-        tensor = exported.constants[lifted]
-    elif (full := names.restore(str(name))) in constants:
-        tensor = constants[full]
-    else:
-        tensor, meta["weight"] = exported.state_dict[str(name)], full
+    found: dict[str, tuple[Tensor, dict[str, str]]] = {
+        place: (exported.constants[name], {}) for place, name in signature.inputs_to_lifted_tensor_constants.items()
+    }
+    for place, name in {**signature.inputs_to_buffers, **signature.inputs_to_parameters}.items():
+        if (full := names.restore(name)) in constants:
+            found[place] = constants[full], {}
+        elif name in exported.state_dict:
+            found[place] = exported.state_dict[name], {"weight": full}
+    return found
+
+
+def _lift(graph: fx.Graph, root: nn.Module, node: fx.Node, tensor: Tensor, weight: Mapping[str, str]) -> fx.Node:
     setattr(root, node.name, nn.Buffer(tensor.detach(), persistent=False))
     new = graph.get_attr(node.name)
-    new.meta = meta
+    new.meta = {"val": node.meta["val"], **weight}
     return new
 
 
@@ -204,6 +225,18 @@ def _quiet_export() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _lean_export() -> Iterator[None]:
+    """Spare the exporter what nothing reads: where every node was called from, the graph's text as Python."""
+    before = fx.config.do_not_emit_stack_traces
+    fx.config.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True):
+            yield
+    finally:
+        fx.config.do_not_emit_stack_traces = before
 
 
 def first_line(error: BaseException) -> str:

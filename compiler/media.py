@@ -93,10 +93,11 @@ class MediaLayout:
         frames: list[int] = []
         kinds: list[int] = []
         at = 0
+        whole = self.layout.frames
         for heard, count in self.runs:
             kept = count if heard else count * after // before
             # Survivors of a grid lie where its tokens lay.
-            frames += [self.layout.frames[at + i * count // max(kept, 1)] for i in range(kept)]
+            frames += [whole[at + i * count // kept] for i in range(kept)]
             kinds += [heard] * kept
             at += count
         return Layout(tuple(frames), tuple(kinds))

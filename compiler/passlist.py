@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from secateur.compiler.flops import count_flops
 from secateur.compiler.plan_job import plan_job
@@ -36,17 +38,19 @@ from secateur.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Pass:
-    """One step: ``run`` returns new programs. Passes are named by effect."""
+    """One step: ``run`` returns new programs. Passes are named by effect. A ``tidy`` one reads the programs alone, so
+    that what it does to a trace is done once, whatever the recipes."""
 
     name: str
     run: Callable[[ProgramSet, Job], ProgramSet]
+    tidy: bool = False
 
 
-def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+def _each(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Any], ProgramSet]:
     return lambda programs, job: programs.update(*(function(p) for p in programs.programs.values()))
 
 
-def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Job], ProgramSet]:
+def _towers(function: Callable[[Program], Program]) -> Callable[[ProgramSet, Any], ProgramSet]:
     return lambda programs, job: programs.update(
         *(function(p) for name, p in programs.programs.items() if name.startswith(("vision", "audio")))
     )
@@ -168,13 +172,13 @@ def _axes(job: Job) -> Axes | None:
 
 PASSES: tuple[Pass, ...] = (
     # Tidy: every later pattern is written for graphs without tracing's leftovers.
-    Pass("drop_noops", _each(drop_noops)),
-    Pass("fold_scatters", _each(fold_scatters)),
-    Pass("straighten_heads", _each(straighten_heads)),
+    Pass("drop_noops", _each(drop_noops), tidy=True),
+    Pass("fold_scatters", _each(fold_scatters), tidy=True),
+    Pass("straighten_heads", _each(straighten_heads), tidy=True),
     # Fold what backends have kernels for, before rows are taken: pruned layers then carry the folded form too.
-    Pass("fold_rms_norm", _each(fold_rms_norm)),
-    Pass("fold_rotary", _each(fold_rotary)),
-    Pass("fold_constants", _towers(fold_constants)),
+    Pass("fold_rms_norm", _each(fold_rms_norm), tidy=True),
+    Pass("fold_rotary", _each(fold_rotary), tidy=True),
+    Pass("fold_constants", _towers(fold_constants), tidy=True),
     # Prune: features after the tower, rows between decoder layers; one KV capacity per run of layers.
     Pass("insert_vision_stages", _vision_stages),
     Pass("append_rows", _extra_rows),
@@ -189,6 +193,14 @@ PASSES: tuple[Pass, ...] = (
     Pass("join_phases", _join),
     Pass("refresh_shapes", _each(refresh_shapes)),
 )
+
+
+@lru_cache(maxsize=4)
+def _tidy(programs: ProgramSet, steps: tuple[Pass, ...]) -> ProgramSet:
+    """A trace's programs after the passes that come first whatever the job; kept for the recipe that follows."""
+    for step in steps:
+        programs = step.run(programs, None)  # type: ignore[arg-type]  # they read no job
+    return programs
 
 
 def prune(
@@ -210,7 +222,9 @@ def prune(
     if dump_dir is not None:
         dump_dir.mkdir(parents=True, exist_ok=True)
         (dump_dir / "00_trace.txt").write_text(f"{programs}\n")
-    for index, step in enumerate(PASSES, 1):
+    first = tuple(takewhile(lambda step: step.tidy and step.name != stop_after, PASSES)) if dump_dir is None else ()
+    programs = _tidy(programs, first)
+    for index, step in enumerate(PASSES[len(first) :], len(first) + 1):
         programs = step.run(programs, job)
         if dump_dir is not None:
             (dump_dir / f"{index:02}_{step.name}.txt").write_text(f"{programs}\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule as Module
 
 Node = fx.Node
 
@@ -47,7 +48,7 @@ class Program:
         graph.output(result)
         for old, new in values.items():
             new.meta = dict(old.meta)
-        return fx.GraphModule(self.module, graph)
+        return Module(self.module, graph)
 
     def with_module(self, module: fx.GraphModule, outputs: Iterable[str] | None = None) -> Program:
         module.graph.lint()
@@ -99,7 +100,7 @@ class Segment:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProgramSet:
     """The programs at one point of the pass list, by name, with the segments once they are known."""
 
@@ -129,11 +130,20 @@ def splice(target: fx.GraphModule, source: Program, feed: Mapping[str, Any]) -> 
     Returns the nodes that stand for ``source.outputs``.
     """
     values: dict[Node, Any] = {}
+    known = target.graph.find_nodes(op="get_attr")
+    held = {n.meta["weight"]: n for n in reversed(known) if "weight" in n.meta}
     for node in source.graph.nodes:
         if node.op == "placeholder":
             values[node] = feed[node.name]
         elif node.op == "get_attr":
-            values[node] = attach(target, getattr(source.module, str(node.target)), node.meta, str(node.target))
+            # A weight that is already there is shared.
+            weight = node.meta.get("weight")
+            values[node] = held.get(weight) or attach(
+                target, getattr(source.module, str(node.target)), node.meta, str(node.target)
+            )
+            if weight is not None:
+                held[weight] = values[node]
+                _hoist(target.graph, values[node])
         elif node.op == "output":
             return [values[n] for n in source.results]
         else:
@@ -143,13 +153,7 @@ def splice(target: fx.GraphModule, source: Program, feed: Mapping[str, Any]) -> 
 
 
 def attach(target: fx.GraphModule, value: Any, meta: Mapping[str, Any], hint: str) -> Node:
-    """A ``get_attr`` node for a tensor or submodule; a weight that is already there is shared."""
-    weight = meta.get("weight")
-    if weight is not None:
-        for node in target.graph.nodes:
-            if node.op == "get_attr" and node.meta.get("weight") == weight:
-                _hoist(target.graph, node)
-                return node
+    """A ``get_attr`` node for a tensor or submodule."""
     name, count = hint, 0
     while hasattr(target, name):
         count += 1
@@ -157,8 +161,6 @@ def attach(target: fx.GraphModule, value: Any, meta: Mapping[str, Any], hint: st
     setattr(target, name, torch.nn.Buffer(value, persistent=False) if isinstance(value, Tensor) else value)
     node = target.graph.get_attr(name)
     node.meta = dict(meta)
-    if weight is not None:
-        _hoist(target.graph, node)
     return node
 
 

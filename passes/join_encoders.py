@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from secateur.compiler.deepstack import is_plane_output
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, splice
+from secateur.compiler.program import Module, Program, splice
 from secateur.passes.edit import Node, aten, shape_of
 from secateur.passes.refresh_shapes import refresh_shapes
 
@@ -24,7 +24,7 @@ def join_encoders(
     among all that are seen, followed by all that are heard. ``kept`` of a stage counts the tokens that entered it in
     the prompt's order, those that are heard, all of which stay, counted in.
     """
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = Module(nn.Module(), fx.Graph())
     graph = module.graph
     found: dict[str, dict[str, Node]] = {}
     for program in (vision, audio):

@@ -16,7 +16,7 @@ from secateur.compiler import ops
 from secateur.compiler.deepstack import is_plane
 from secateur.compiler.families.family import Tiles
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, args_of, splice
+from secateur.compiler.program import Module, Program, args_of, splice
 from secateur.passes.edit import Node, aten, erase_dead
 from secateur.passes.tile_rows import count_in_images, place_survivors
 
@@ -119,7 +119,7 @@ def join_prefill(
 
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     flags, rows = torch.ones(batch, sequence, dtype=torch.bool), torch.zeros(batch, sequence, dtype=torch.int64)
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = Module(nn.Module(), fx.Graph())
     graph = module.graph
     laid_out = tiles is not None and chosen
     numbered = original_positions if axes is None else axes.offsets is not None and axes.places is None
@@ -214,7 +214,7 @@ def join_decode(decoder: Program, embedding: Program, head: Program, batch: int)
 
     Where every segment numbers its tokens by their slots there is no ``position``.
     """
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = Module(nn.Module(), fx.Graph())
     graph = module.graph
     port: dict[str, Node] = {name: graph.placeholder(name) for name in ("input_ids", "position")}
     port["input_ids"].meta["val"] = torch.zeros(batch, 1, dtype=torch.int64)

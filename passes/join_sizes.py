@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from secateur.compiler.families.family import VisionFacts
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, splice
+from secateur.compiler.program import Module, Program, splice
 from secateur.passes.edit import Node, shape_of
 from secateur.passes.refresh_shapes import refresh_shapes
 
@@ -25,7 +25,7 @@ def join_sizes(programs: Sequence[Program], stages: Sequence[Sequence[Any]], fac
 
     ``stages`` are the stage functions in each program. ``kept`` counts the tokens of all images that entered a stage.
     """
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = Module(nn.Module(), fx.Graph())
     graph = module.graph
     pixels = graph.placeholder("pixel_values")
     entering = [next(n for n in program.graph.nodes if n.op == "placeholder") for program in programs]

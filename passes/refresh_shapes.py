@@ -20,11 +20,18 @@ def refresh_shapes(program: Program) -> Program:
     program = program.with_module(module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
+    # Layer after layer does the same to values of the same form: it is worked out once.
+    known: dict[Any, Any] = {}
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+        form = _form_of((target, args, kwargs))
+        if form not in known:
+            with mode:
+                known[form] = target(*args, **kwargs)
+        return known[form]
+
     def fake(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        with mode:
-            return torch.empty(value.shape, dtype=value.dtype)
+        return call(torch.empty, value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
 
     values: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
@@ -35,10 +42,9 @@ def refresh_shapes(program: Program) -> Program:
         elif node.op == "get_attr":
             values[node] = fake(getattr(module, str(node.target)))
         else:
-            args, kwargs = fx.map_arg((args_of(node), node.kwargs), lambda n: values[n])
+            args, kwargs = fx.map_arg((args_of(node), node.kwargs), values.__getitem__)
             try:
-                with mode:
-                    values[node] = node.target(*args, **kwargs)
+                values[node] = call(node.target, *args, **kwargs)
             except Exception as error:
                 shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
                 raise SecateurError(
@@ -47,3 +53,14 @@ def refresh_shapes(program: Program) -> Program:
                 ) from error
         node.meta["val"] = values[node]
     return program
+
+
+def _form_of(value: Any) -> Any:
+    """What decides about the form of a call's result, as a key: of tensors their own form, of all else the value."""
+    if isinstance(value, Tensor):
+        return Tensor, value.dtype, tuple(value.shape), value.stride()
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_form_of, value))
+    if isinstance(value, dict):
+        return dict, tuple((key, _form_of(item)) for key, item in value.items())
+    return type(value), value  # 1, 1.0 and True are equal

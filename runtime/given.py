@@ -8,14 +8,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.runtime.backends import Shared, Writable
 from secateur.runtime.errors import UserError
 from secateur.runtime.schema import Manifest
 
 Ints = NDArray[np.int64]
 
+_CPU = 1
+"""As DLPack numbers devices."""
 
-def check_array(name: str, values: object, shape: Sequence[int], where: str) -> NDArray[Any]:
-    """``values`` as an array of numbers; raises UserError for another shape than the program's input has."""
+
+def check_array(name: str, values: Any, shape: Sequence[int], where: str) -> Writable:
+    """``values`` as an array of numbers; raises UserError for another shape than the program's input has.
+
+    Memory of another device (DLPack) comes back as it is: the buffer that takes it checks it.
+    """
+    if isinstance(values, Shared) and not isinstance(values, np.ndarray):
+        if values.__dlpack_device__()[0] != _CPU:
+            return values
+        try:
+            values = np.from_dlpack(values)
+        except (BufferError, RuntimeError) as error:
+            raise UserError(f"{name} cannot be read: {error}", where=where, fix="give an array of NumPy") from None
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise UserError(f"{name} is {array.dtype}, not numbers", where=where, fix=f"give an array {list(shape)}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.backends import Backend, Buffer
+from secateur.runtime.backends import Backend, Buffer, Shared
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.given import check_array, check_kept, check_placeholders
 from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, present_port
@@ -51,10 +51,11 @@ class Request:
         self._patches: Ints | None = None
         """Original patch of each visual token that prefill will read, int64 [B, V]; None where nobody said."""
 
-    def encode(self, pixel_values: Floats, input_features: Floats | None = None) -> Floats:
+    def encode(self, pixel_values: Floats | Shared, input_features: Floats | Shared | None = None) -> Floats:
         """Run ``vision``: [B*n, 3, H, W], or what its port says, -> the features that prefill will read, [B, F, D].
 
-        ``input_features`` float32 [B, mel bins, frames] where the bundle hears.
+        ``input_features`` float32 [B, mel bins, frames] where the bundle hears. Both may lie on the GPU that the bundle
+        runs on, in the ports' own types (DLPack).
         """
         ports = self._ports["vision"]
         if ("input_features" in ports) != (input_features is not None):
@@ -74,7 +75,7 @@ class Request:
         return np.asarray(features, dtype=np.float32)
 
     def prefill(
-        self, input_ids: Ints, lengths: Ints, features: Floats | None = None, kept: Ints | None = None
+        self, input_ids: Ints, lengths: Ints, features: Floats | Shared | None = None, kept: Ints | None = None
     ) -> Floats:
         """Run ``prefill`` on ids [B, N] with ``lengths`` [B] real tokens -> logits [B, vocab].
 
@@ -152,6 +153,13 @@ class Request:
         """A copy of what a program's input or output holds now, for comparing runs."""
         return self._ports[program][port].read()
 
+    def share(self, program: str, port: str) -> Shared:
+        """The memory of a program's input or output itself, for ``from_dlpack``: later runs change it."""
+        buffer = self._ports[program][port]
+        if not isinstance(buffer, Shared):
+            raise UserError(f"{port} is not memory that can be shared", where=f"program {program}", fix="use read")
+        return buffer
+
     def _bind(self, program: str, shared: dict[str, Buffer]) -> Any:
         declared = self.manifest.programs[program]
         groups: list[dict[str, Buffer]] = []
@@ -182,7 +190,7 @@ class Request:
         geometry = self.manifest.geometry
         return np.tile(np.arange(geometry.places), (geometry.batch, 1))
 
-    def _take(self, features: Floats, kept: Ints | None) -> None:
+    def _take(self, features: Floats | Shared, kept: Ints | None) -> None:
         """Features made elsewhere: what the last ``encode`` kept is not theirs."""
         ports, stages = self._ports["prefill"], self._vision_stages()
         if "carried" in ports:

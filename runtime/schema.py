@@ -2,270 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Size
+from secateur.runtime.schema_model import (
+    GeometrySizes,
+    ImageSize,
+    Media,
+    MediaItem,
+    Model,
+    Recipe,
+    Stage,
+    describe_media,
+)
+
+__all__ = [
+    "DTYPE_BYTES", "PROGRAMS", "SCHEMA_VERSION", "Dtype", "Engines", "FileEntry", "Forecast", "GeometrySizes",
+    "ImageSize", "Manifest", "Media", "MediaItem", "Model", "Port", "PortDtype", "Program", "Recipe", "Segment",
+    "Stage", "StoredTensor", "Target", "Variant", "describe_media",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 
 Dtype = Literal["fp32", "fp16", "bf16"]
+PortDtype = Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
 Target = Literal["onnxruntime", "plain", "tensorrt", "tensorrt-rtx"]
 PROGRAMS = ("vision", "prefill", "decode")
 """In the order a request meets them."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-def _bundle_path(path: str) -> str:
-    """A path inside the bundle: relative, with ``/``, never leaving the directory."""
-    pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path:
-        raise ValueError(f"path {path!r} leaves the bundle")
-    if str(pure) != path or path == ".":
-        raise ValueError(f"path {path!r} is not in its shortest form")
-    return path
-
-
-BundlePath = Annotated[str, AfterValidator(_bundle_path)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class Model(_Frozen):
-    """The checkpoint the bundle was compiled from."""
-
-    family: str
-    model_type: str
-    architecture: str
-    source: str
-    license: str | None = None
-    config_sha256: Digest
-    weights_sha256: Digest | None = None
-    """Of the weights file; of several, of a list of their paths and digests."""
-    layers: Size
-    hidden_size: Size
-    vocab_size: Size
-    kv_heads: Size
-    head_dim: Size
-    image_token: str
-    """What stands for an image in a prompt's text."""
-    image_token_id: Count
-    """The id of each of an image's placeholders."""
-    prompt_token_id: Count | None = None
-    """The id of ``image_token`` where it is not a placeholder's: the placeholders stand behind it."""
-    image_space: Annotated[list[str], Field(min_length=2, max_length=2)] = ["", ""]
-    """What a prompt's text gets before and behind every ``image_token``."""
-    bos_token_id: Count | None = None
-    eos_token_ids: list[int]
-    pad_token_id: Count
-    video_token_id: Count | None = None
-    """What the checkpoint marks a video with."""
-    audio_token_id: Count | None = None
-    """What it marks sound with; None for models that do not hear."""
-    image_before: list[Count] = []
-    image_behind: list[Count] = []
-    """The tokens that stand before and behind every image's placeholders; they are text, not image tokens."""
-
-
-class MediaItem(_Frozen):
-    """What one placeholder of a prompt stands for: ``tokens`` that enter the decoder, and ``span`` position ids before
-    the text behind it goes on; ``reach`` is one more than the largest id inside, from its first."""
-
-    kind: Literal["image", "video", "audio", "video with sound"]
-    tokens: Size
-    span: Size
-    reach: Size
-
-
-class Media(_Frozen):
-    """The media of a row in the order of its prompt, for models whose position ids have several axes."""
-
-    items: list[MediaItem]
-    around: dict[str, list[list[Count]]] = {}
-    """Kind -> the tokens before and behind such an item that transformers numbers it by; they are in the prompt's
-    text."""
-    sound_before: list[Count] = []
-    sound_behind: list[Count] = []
-    """The tokens put around a video that brings its sound along; each has the position id of the mark of the video
-    beside it, but for ``sound_marks_count``."""
-    sound_marks_count: bool = False
-    """Whether those tokens have position ids of their own, as words do."""
-    sound_padding: Literal["max_length", "longest"] = "max_length"
-    """How far the checkpoint's processor pads sound with silence: to the longest its extractor takes, or not at all."""
-    timestamp: str = ""
-    """Format of the text before every item of a video that is several items: the mean time in seconds of the frames it
-    is made of. Such a video has one placeholder in a prompt, between ``around``; each item then stands behind its text
-    between ``around`` once more. Empty where no text stands between them."""
-
-
-def describe_media(
-    images: int, sizes: Sequence[Sequence[int]], frames: int, fps: float, audio_seconds: int, together: bool
-) -> str:
-    """What a row holds, in words. ``sizes`` are none, one for all, or one for each image. ``together``: sound lies
-    between the frames of the video."""
-    shown = f"a video of {frames} frames, {fps:g} a second," if frames else f"{images} image(s)"
-    each = ", ".join(f"{height}x{width}" for height, width in sizes)
-    shown = f"{shown} of {each}" if each else shown.removesuffix(",")
-    if audio_seconds:
-        shown += f" {'with' if together else 'and'} {audio_seconds} s of sound"
-    return shown
-
-
-class Stage(_Frozen):
-    """One reduction; lengths are per group (an image, a window of images or the row, as the scope says).
-
-    Without ``select`` it only scores for later stages; a ``length_out`` of 0 removes every visual token.
-    """
-
-    name: str
-    site: str
-    score: str | None = None
-    select: str | None = None
-    merge: str | None = None
-    scope: str
-    groups: Size
-    length_in: Size
-    length_out: Count
-
-    @property
-    def chooses(self) -> bool:
-        """Whether its program reports which tokens it kept."""
-        return self.select is not None and self.length_out > 0
-
-    @property
-    def in_decoder(self) -> bool:
-        return self.site.startswith("decoder.")
-
-
-class Recipe(_Frozen):
-    """The paper's row as it was compiled."""
-
-    name: str
-    title: str
-    link: str
-    keep: float
-    positions: Literal["original", "compact"]
-    cache: Literal["ragged", "shrink"] = "ragged"
-    sha256: Digest
-    notes: str = ""
-    calibrations: dict[str, Digest] = {}
-    """File name -> digest of the calibration files its numbers come from."""
-    weights: dict[str, Digest] = {}
-    """File name -> digest of the files of learned weights its functions read."""
-    stages: list[Stage]
-
-
-class ImageSize(_Frozen):
-    """One image of a row whose images are of several sizes. Fields as those of :class:`GeometrySizes`."""
-
-    height: Size
-    width: Size
-    tokens: Size
-    features: Size
-
-
-class GeometrySizes(_Frozen):
-    """The static shapes.
-
-    ``tokens_per_image`` is an image's visual tokens, unpruned: its patches, or the squares of patches that the model
-    puts together; ``features_per_image`` what the vision-side stages leave of them and behind that ``extra_rows`` rows,
-    which stand for no patch and which no stage removes. A video with extra rows of its own counts as one image here.
-    Where images are of several sizes all four fields of an image are the largest's, and ``sizes`` has those of each.
-    """
-
-    batch: Size
-    images: Size
-    text_tokens: Size
-    new_tokens: Size
-    image_height: Size
-    image_width: Size
-    tokens_per_image: Size
-    features_per_image: Size
-    extra_rows: Count = 0
-    tiles: Count = 0
-    """Grids the tower reads of one image that is cut into tiles, the whole in small among them; 0 where an image is
-    one grid. The extra rows then stand between its tokens, each behind a row of the image."""
-    tokens_per_tile: Count = 0
-    tile_marks: list[list[Count]] = []
-    """The tokens of text before each tile of an image and behind the last, where they stand between tiles as well; they
-    take the place of ``image_before`` and ``image_behind``."""
-    sequence: Size
-    frames: Count = 0
-    """Frames of a row's one video; ``images`` then counts the grids that it becomes, each made of several frames, or is
-    1 where one placeholder and one set of extra rows stand for all of them."""
-    fps: float = 0.0
-    """Frames of the video in a second."""
-    audio_seconds: Count = 0
-    audio_tokens: Count = 0
-    """Tokens of a row's sound; all of them enter the decoder."""
-    sizes: list[ImageSize] = []
-    """Of every image in the order of the prompt, where they are of several sizes; empty where all have one."""
-
-    @model_validator(mode="after")
-    def _has_a_size_for_each(self) -> GeometrySizes:
-        if self.sizes and (len(self.sizes) != self.images or self.frames or self.tiles or self.extra_rows):
-            raise ValueError(f"{len(self.sizes)} sizes do not fit the {self.images} images of a row")
-        return self
-
-    @property
-    def sizes_seen(self) -> list[tuple[int, int]]:
-        """Height and width of all images or frames, or one for each image where they differ."""
-        return [(one.height, one.width) for one in self.sizes] or [(self.image_height, self.image_width)]
-
-    @property
-    def features_of_images(self) -> list[int]:
-        """Tokens of every image that enter the decoder where images are of several sizes, else of any of them."""
-        return [one.features for one in self.sizes] or [self.features_per_run]
-
-    @property
-    def features(self) -> int:
-        """Tokens of a row's media that enter the decoder."""
-        seen = sum(one.features for one in self.sizes) or self.images * self.features_per_image
-        return seen + self.audio_tokens
-
-    @property
-    def features_per_run(self) -> int:
-        """Of those of an image, how many follow each other: all, or one tile's where text stands between tiles."""
-        return self.features_per_image // max(1, len(self.tile_marks) - 1)
-
-    def place(self, token: int, before: list[int], behind: list[int]) -> list[int]:
-        """An image in a prompt: a ``token`` for each of its features, and the marks around them."""
-        marks, run = self.tile_marks or [before, behind], [token] * self.features_per_run
-        return [*marks[0], *(each for mark in marks[1:] for each in (*run, *mark))]
-
-    @property
-    def places(self) -> int:
-        """Tokens of a row's media before anything is pruned, extra rows left out."""
-        return (sum(one.tokens for one in self.sizes) or self.images * self.tokens_per_image) + self.audio_tokens
-
-    @property
-    def patches(self) -> int:
-        """Visual tokens of a row that enter the decoder: its features without the extra rows."""
-        return self.features - self.images * self.extra_rows
-
-    @property
-    def fixed_tokens(self) -> int:
-        """Slots of a row that are no visual tokens: the text bucket and the images' extra rows."""
-        return self.text_tokens + self.images * self.extra_rows
-
-
-class Port(_Frozen):
+class Port(Frozen):
     """An input or output of a program. ``dtype`` is one of fp32, fp16, bf16, int64, int32, bool."""
 
     name: str
-    dtype: Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
+    dtype: PortDtype
     shape: list[int]
 
 
-class Program(_Frozen):
+class Program(Frozen):
     """A graph, its engine where there is one, its ports and its cost."""
 
     graph: BundlePath
@@ -281,7 +59,7 @@ class Program(_Frozen):
         return any(port.name == name for port in self.inputs)
 
 
-class Segment(_Frozen):
+class Segment(Frozen):
     """Layers ``first_layer`` to ``last_layer`` (exclusive) see ``length`` tokens in prefill.
 
     ``removed`` is how many tokens of the sequence are gone before the first of them; ``evicted`` how many of those
@@ -297,7 +75,7 @@ class Segment(_Frozen):
     evicted: Count = 0
 
 
-class FileEntry(_Frozen):
+class FileEntry(Frozen):
     """A file's digest and size. ``header_sha256`` is a weights file's: quick to check, and graphs rely on it."""
 
     sha256: Digest
@@ -305,17 +83,17 @@ class FileEntry(_Frozen):
     header_sha256: Digest | None = None
 
 
-class StoredTensor(_Frozen):
+class StoredTensor(Frozen):
     """Where a weight lies: ``bytes`` from ``offset`` on in ``file``, one of the manifest's weights files."""
 
     file: BundlePath
     offset: Count
     bytes: Size
-    dtype: Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
+    dtype: PortDtype
     shape: list[int]
 
 
-class Engines(_Frozen):
+class Engines(Frozen):
     """How the engines were built.
 
     ``weights``: ``plan``, each engine holds its own; ``stripped``, engines hold none and are refitted from the weights
@@ -330,7 +108,7 @@ class Engines(_Frozen):
     """Bytes of scratch memory the builder was allowed; None for its default."""
 
 
-class Forecast(_Frozen):
+class Forecast(Frozen):
     """What one request is expected to take, in bytes, worked out from shapes alone before anything was built."""
 
     engines: Count
@@ -351,7 +129,7 @@ class Forecast(_Frozen):
         return self.weights + self.caches + self.activations + self.buffers
 
 
-class Variant(_Frozen):
+class Variant(Frozen):
     """What a further geometry of a bundle has of its own; everything else, the weights above all, it shares."""
 
     recipe: Recipe
@@ -364,7 +142,7 @@ class Variant(_Frozen):
     forecast: Forecast | None = None
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """``manifest.json``: written last, so a directory without a valid one is not a bundle.
 
     A bundle of several geometries says in ``variants`` what the second and later ones have of their own; the fields

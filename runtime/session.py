@@ -10,7 +10,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, overload
 
-from secateur.runtime.backends import Backend, open_backend
+from secateur.runtime.backends import Backend, Shared, open_backend
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import BundleError, MisfitError, UserError
 from secateur.runtime.generate import Limits, TextStream
@@ -41,7 +41,8 @@ class Session:
     """Opens a bundle. Several threads may use one session: each call owns its caches, weights exist once.
 
     ``backend`` None takes the one the bundle was compiled for; a :class:`Backend` of your own is used as it
-    is. ``threads`` are an operator's. ``verify="full"`` also hashes the weights.
+    is. ``threads`` are an operator's on the CPU, ``cuda_graphs`` whether TensorRT's programs are replayed as CUDA
+    graphs. ``verify="full"`` also hashes the weights.
     Of a bundle of several geometries ``manifest`` and ``processor`` are the first's, ``geometries`` and
     ``processors`` those of all; every prompt runs in the smallest that fits.
     """
@@ -52,6 +53,7 @@ class Session:
         *,
         backend: str | Backend | None = None,
         threads: int | None = None,
+        cuda_graphs: bool = True,
         verify: Level = "graphs",
     ) -> None:
         self.path = Path(path)
@@ -62,7 +64,7 @@ class Session:
         self.processors = [self.processor, *(self.processor.at(one) for one in self.geometries[1:])]
         self._defaults: dict[str, Any] = read_json(self.path / "generation_config.json")
         self._backend: Backend | None = (
-            open_backend(backend, self.path, self.manifest, threads=threads)
+            open_backend(backend, self.path, self.manifest, threads=threads, cuda_graphs=cuda_graphs)
             if backend is None or isinstance(backend, str)
             else backend
         )
@@ -100,9 +102,9 @@ class Session:
         input_ids: Ints,
         lengths: Ints,
         *,
-        pixel_values: Floats | None = None,
-        input_features: Floats | None = None,
-        features: Floats | None = None,
+        pixel_values: Floats | Shared | None = None,
+        input_features: Floats | Shared | None = None,
+        features: Floats | Shared | None = None,
         kept: Ints | None = None,
     ) -> Floats:
         """Logits [B, vocab] float32 of each row's last real token; fills the request's caches.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,29 @@ BACKEND_OF_TARGET: Mapping[Target, str] = {
 }
 
 
+@runtime_checkable
+class Shared(Protocol):
+    """Memory that others may read as it lies, through DLPack."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+Writable: TypeAlias = "NDArray[Any] | Shared"
+
+
 class Buffer(Protocol):
     """Memory of a fixed shape and type that programs read and write in place."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def write(self, values: NDArray[Any]) -> None:
-        """Copy ``values`` in, converted to the buffer's type; the shape must be the buffer's."""
+    def write(self, values: Any) -> None:
+        """Copy an array in, converted to the buffer's type; the shape must be the buffer's.
+
+        Buffers of the backends here take any ``Writable``.
+        """
 
     def read(self) -> NDArray[Any]:
         """A copy of what the buffer holds."""
@@ -60,8 +75,13 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def open_backend(name: str | None, directory: Path, manifest: Manifest, *, threads: int | None = None) -> Backend:
-    """Load a bundle's programs. ``name`` None takes the backend that the bundle was compiled for."""
+def open_backend(
+    name: str | None, directory: Path, manifest: Manifest, *, threads: int | None = None, cuda_graphs: bool = True
+) -> Backend:
+    """Load a bundle's programs. ``name`` None takes the backend that the bundle was compiled for.
+
+    ``threads`` are an operator's on the CPU; ``cuda_graphs`` whether engines are replayed as CUDA graphs.
+    """
     name = name or BACKEND_OF_TARGET[manifest.target]
     if threads is not None and threads < 1:
         raise UserError(f"threads is {threads}", fix="give a number of at least 1")
@@ -71,9 +91,9 @@ def open_backend(name: str | None, directory: Path, manifest: Manifest, *, threa
         from secateur.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, threads=threads)
-    from secateur.runtime.backends.tensorrt import explain_absence
+    from secateur.runtime.backends.tensorrt import TensorRTBackend
 
-    raise explain_absence(name, manifest)
+    return TensorRTBackend(directory, manifest, name, cuda_graphs=cuda_graphs)
 
 
 NUMPY_DTYPES: Mapping[str, type[np.generic]] = {

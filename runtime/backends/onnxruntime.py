@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.backends import NUMPY_DTYPES, Buffer
+from secateur.runtime.backends import NUMPY_DTYPES, Buffer, Writable
 from secateur.runtime.backends.cores import available_cores
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.schema import Manifest, Port, Program
@@ -48,13 +48,25 @@ class HostBuffer:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
-    def write(self, values: NDArray[Any]) -> None:
+    def write(self, values: Writable) -> None:
+        if not isinstance(values, np.ndarray):
+            try:
+                values = np.from_dlpack(values)
+            except (BufferError, RuntimeError, TypeError) as error:
+                raise UserError(f"memory the CPU cannot read: {error}", where="DLPack", fix="copy it there") from None
         if values.shape != self.array.shape:
             raise UserError(f"an array of shape {list(values.shape)} for an input of {list(self.array.shape)}")
         self.array[...] = values
 
     def read(self) -> NDArray[Any]:
         return self.array.copy()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **how: Any) -> Any:
+        """The memory itself, not a copy: later runs change it."""
+        return self.array.__dlpack__(**how)
 
 
 class OnnxRuntimeBackend:

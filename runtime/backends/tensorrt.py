@@ -1,40 +1,205 @@
-"""TensorRT engines: for now the check of what is missing to run one here."""
+"""TensorRT and TensorRT-RTX: engines of a bundle on the GPU, with buffers and weights of our own."""
 
 from __future__ import annotations
 
-import importlib.util
-from ctypes import CDLL
+import logging
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from secateur.runtime.errors import UserError
-from secateur.runtime.schema import Manifest
+from secateur.runtime.backends import Buffer
+from secateur.runtime.backends.bound_engine import BoundEngine, GraphUse
+from secateur.runtime.backends.cuda import DeviceMemory, Stream
+from secateur.runtime.backends.device_buffer import DeviceBuffer
+from secateur.runtime.backends.engine_ports import check_aliases, check_buffers, check_engine_ports, guard_writes
+from secateur.runtime.backends.engine_weights import SharedWeights, pick_tensors, refit
+from secateur.runtime.backends.kernel_cache import KernelCache, default_cache_directory
+from secateur.runtime.backends.preflight import Machine, check_machine
+from secateur.runtime.errors import BundleError, SecateurError
+from secateur.runtime.schema import Engines, Manifest, Program
 
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_log = logging.getLogger(__name__)
 
 
-def explain_absence(name: str, manifest: Manifest) -> UserError:
-    """The error that says why ``manifest``'s engines cannot run here: GPU driver, library, or this version."""
-    missing = []
-    if not _has_driver():
-        missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
-    if importlib.util.find_spec(_MODULES[name]) is None:
-        missing.append(f"the library (pip install 'secateur[{name}]')")
-    if missing:
-        return UserError(
-            f"the {name} engines cannot run here: missing {' and '.join(missing)}",
-            where=f"backend {name}",
-            fix="to run on this machine compile with --target onnxruntime",
+@dataclass(frozen=True)
+class Opened:
+    """An engine that can make execution contexts."""
+
+    engine: Any
+    kernels: KernelCache | None
+    """TensorRT-RTX's."""
+
+    def new_context(self, trt: Any, where: str, logger: Any) -> Any:
+        """A context that is given its scratch memory: those of one request share it."""
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.kernels is None:
+            context = self.engine.create_execution_context(managed)
+        else:
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(managed)
+            self.kernels.attach(config)
+            context = self.engine.create_execution_context(config)
+        if context is None:
+            raise SecateurError(f"the library makes no execution context: {logger.last or 'no reason given'}",
+                                where=where)  # fmt: skip
+        return context
+
+    def after_first_run(self) -> None:
+        if self.kernels is not None:
+            self.kernels.save_first()
+
+    def close(self) -> None:
+        if self.kernels is not None:
+            self.kernels.save()
+
+
+class TensorRTBackend:
+    """Opens the engines of a bundle's first geometry; those of further ones when they are first bound.
+
+    The bundle's files must have been checked against its manifest. ``cuda_graphs`` replays every program from its
+    third run on. ``kernel_cache`` is the directory of TensorRT-RTX's compiled kernels; None for the user's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        flavour: str,
+        *,
+        cuda_graphs: bool = True,
+        kernel_cache: Path | None = None,
+    ) -> None:
+        self.name = flavour
+        self._directory, self._manifest = directory, manifest
+        self._geometries = manifest.each_variant()
+        self._engines = manifest.engines or Engines()
+        self._cache_directory = kernel_cache or default_cache_directory()
+        self._graphs = GraphUse(cuda_graphs)
+        self._machine: Machine = check_machine(directory, manifest, self.name)
+        self._trt = self._machine.library
+        self._logger = make_logger(self._trt)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._stream = Stream()
+        self._weights = SharedWeights(directory, manifest) if self._engines.weights == "inputs" else None
+        self._opened: dict[str, Opened] = {}
+        """By engine file: geometries whose engines are the same have one between them."""
+        self._lock = threading.Lock()
+        for name in manifest.programs:
+            self._open(name, 0)
+        _log.debug("opened %s on %s %s, %s", directory, self.name, self._trt.__version__, self._machine.gpu)
+
+    def buffer(self, shape: Sequence[int], dtype: str) -> DeviceBuffer:
+        return DeviceBuffer(shape, dtype, self._stream)
+
+    def bind(
+        self, program: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, variant: int = 0
+    ) -> BoundEngine:
+        manifest, opened = self._geometries[variant], self._open(program, variant)
+        declared = manifest.programs[program]
+        reads = check_buffers(program, declared.inputs, inputs, "input")
+        writes = check_buffers(program, declared.outputs, outputs, "output")
+        check_aliases(opened.engine, program, reads, writes)
+        guard_writes(program, manifest, reads)
+        weights = {name: self._weights.address[name] for name in declared.weights} if self._weights else {}
+        return BoundEngine(
+            program,
+            opened.new_context(self._trt, f"program {program}", self._logger),
+            reads,
+            writes,
+            weights,
+            self._scratch(variant, [*reads.values(), *writes.values()]),
+            self._graphs,
+            opened.after_first_run,
+            alive=(opened, self._weights, self._runtime, self._logger),
         )
-    built_for = f" for SM {manifest.sm}" if manifest.sm else ""
-    return UserError(
-        f"this version builds {name} engines{built_for} but does not run them",
-        where=f"backend {name}",
-        fix="run the engine files with the vendor's own runtime, or compile with --target onnxruntime",
-    )
+
+    def close(self) -> None:
+        """Let go of engines and weights; bound programs keep theirs."""
+        for opened in self._opened.values():
+            opened.close()
+        self._opened.clear()
+        self._weights = None
+
+    def _open(self, name: str, variant: int) -> Opened:
+        program = self._geometries[variant].programs[name]
+        assert program.engine is not None  # or the machine check would have refused the bundle
+        with self._lock:
+            if program.engine not in self._opened:
+                self._opened[program.engine] = self._load(name, program, program.engine)
+            return self._opened[program.engine]
+
+    def _load(self, name: str, program: Program, file: str) -> Opened:
+        where = f"{self._directory}: {file}"
+        with (
+            open(self._directory / file, "rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+        ):
+            self._check_validity(plan, where)
+            self._logger.last = ""
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BundleError(
+                f"{self.name} {self._trt.__version__} does not open the engine: "
+                f"{self._logger.last or 'no reason given'}",
+                where=where,
+                fix="compile the bundle again with the version and for the GPU that will run it",
+            )
+        tensors = pick_tensors(self._manifest, program.weights)
+        inputs = tensors if self._engines.weights == "inputs" else {}
+        check_engine_ports(engine, name, program, inputs, where)
+        if self._engines.weights == "stripped":
+            refit(self._trt, engine, self._logger, self._directory, tensors, where)
+        kernels = None
+        if self.name == "tensorrt-rtx":
+            kernels = KernelCache(self._cache_directory, self._manifest.files[file].sha256, self._machine)
+        return Opened(engine, kernels)
+
+    def _check_validity(self, plan: Any, where: str) -> None:
+        """TensorRT-RTX says by itself whether an engine fits the machine, before it is opened."""
+        ask = getattr(self._runtime, "get_engine_validity", None)
+        if ask is None:
+            return
+        validity, diagnostics = ask(plan)
+        if validity == self._trt.EngineValidity.INVALID:
+            named = self._trt.EngineInvalidityDiagnostics.__members__.items()
+            why = [key.lower().replace("_", " ") for key, bit in named if int(bit) & int(diagnostics)]
+            raise BundleError(
+                f"{self.name} {self._trt.__version__} cannot run the engine on {self._machine.gpu}: "
+                f"{', '.join(why) or self._logger.last or 'no reason given'}",
+                where=where, fix="compile the bundle again for this GPU",
+            )  # fmt: skip
+        if validity == self._trt.EngineValidity.SUBOPTIMAL:
+            _log.info("%s: the library says the engine may be slower here than it could be", where)
+
+    def _scratch(self, variant: int, buffers: Sequence[DeviceBuffer]) -> DeviceMemory:
+        """Memory for intermediate results, one for all programs of a request: they run one after the other.
+
+        Which request a program is of shows in its buffers, some of which the request's other programs have too.
+        """
+        scratch = next((buffer.scratch for buffer in buffers if buffer.scratch is not None), None)
+        if scratch is None:
+            engines = [self._open(name, variant).engine for name in self._geometries[variant].programs]
+            scratch = DeviceMemory(max(int(engine.device_memory_size_v2) for engine in engines))
+        for buffer in buffers:
+            buffer.scratch = scratch
+        return scratch
 
 
-def _has_driver() -> bool:
-    try:
-        CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+def make_logger(trt: Any) -> Any:
+    """A logger for the library whose ``last`` is the last error's text; everything goes to ``logging``."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            name = str(severity).rpartition(".")[2]
+            if name.endswith("ERROR"):  # what is said of it is said when it is raised
+                self.last = " ".join(message.split())[:300]
+            _log.log(logging.INFO if name == "WARNING" else logging.DEBUG, "%s: %s", trt.__name__, message)
+
+    return Logger()

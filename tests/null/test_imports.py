@@ -12,7 +12,9 @@ import secateur
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("compiler", "passes", "exporters", "runtime", "tools")
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "yaml")
+HEAVY = (
+    "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "yaml"
+)  # fmt: skip
 
 # Runs in an interpreter of its own, in which the libraries named on the command line cannot be found.
 WITHOUT = """

@@ -387,10 +387,9 @@ def test_backends(tiny: ModuleType, bundle: Path, monkeypatch: pytest.MonkeyPatc
     tiny.resign(bundle, provider="CUDAExecutionProvider")
     with pytest.raises(UserError, match=r"compiled for CUDAExecutionProvider, .* on the CPU only; compile it with"):
         Session(bundle)
-    tiny.resign(bundle, provider=None, target="tensorrt", sm=89)
-    with pytest.raises(UserError, match=r"backend tensorrt: .*compile with --target onnxruntime"):
-        Session(bundle)
-    tiny.resign(bundle, target="onnxruntime")
+    tiny.resign(bundle, provider=None)
+    with pytest.raises(UserError, match=r"backend tensorrt: the bundle was compiled for onnxruntime; compile it with"):
+        Session(bundle, backend="tensorrt")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime is not installed; pip install 'secateur\[cpu\]'"):
         Session(bundle)

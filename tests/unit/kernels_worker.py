@@ -35,8 +35,9 @@ def main() -> None:
 
 
 def mend_interpreter() -> None:
-    """Two things triton's interpreter does (3.6 and 3.7) that a GPU does not: it takes a loop's bound from an array of one number
-    without saying so, which NumPy 2.4 refuses, and it multiplies the bits of bfloat16 in ``dot``, not its numbers."""
+    """Two things triton's interpreter does (3.6 and 3.7) that a GPU does not: it takes a loop's bound from an array of
+    one number without saying so, which NumPy 2.4 refuses, and multiplies the bits of bfloat16 in ``dot``, not its
+    numbers."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter

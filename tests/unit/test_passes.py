@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from secateur.compiler import ops
+from secateur.compiler import ops, passlist
 from secateur.compiler.function import trace_function
 from secateur.compiler.pipeline import PASSES, RECIPES, prune
-from secateur.compiler.program import Program
+from secateur.compiler.program import Module, Program, ProgramSet
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.edit import ancestors, aten, clone_slice, is_call, layer_index
 from secateur.passes.fold_constants import fold_constants
@@ -385,6 +386,44 @@ def test_misfitting_shapes_name_the_node() -> None:
     assert str(caught.value).startswith(
         "refresh_shapes: test: matmul (aten.matmul.default) does not fit its inputs [(2, 5), (3, 4)]: "
     )
+
+
+def test_calls_of_one_form_are_worked_out_once() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def twice(x: Tensor, times: float = 1) -> Tensor:
+        asked.append((*x.shape, times))
+        return torch.cat((x, x)) * times
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(2, dtype=torch.int64)
+    first, same = (graph.call_function(twice, (x,)) for _ in range(2))
+    longer, float_ = graph.call_function(twice, (same,)), graph.call_function(twice, (x, 1.0))
+    graph.output((first, longer, float_))
+    program = refresh_shapes(Program("test", Module(torch.nn.Module(), graph), ("first", "longer", "float")))
+    values = [node.meta["val"] for node in program.results]
+    assert [(tuple(v.shape), v.dtype) for v in values] == [
+        ((4,), torch.int64), ((8,), torch.int64), ((4,), torch.float32),
+    ]  # fmt: skip
+    assert asked == [(2, 1), (4, 1), (2, 1.0)]
+
+
+def test_a_trace_is_tidied_once_for_all_recipes(traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, tidied = PASSES[0], list[ProgramSet]()
+
+    def run(programs: ProgramSet, job: Any) -> ProgramSet:
+        tidied.append(programs)
+        return first.run(programs, job)
+
+    trace = traced()
+    monkeypatch.setattr(passlist, "PASSES", (replace(first, run=run), *PASSES[1:]))
+    assert str(prune(trace, RECIPES["none"])) == str(prune(trace, RECIPES["none"]))
+    prune(trace, RECIPES["fastv"], 0.5)
+    assert tidied == [trace.programs]
+    # What is to be seen is done before one's eyes.
+    assert str(prune(trace, RECIPES["none"], stop_after=first.name).programs) == str(first.run(trace.programs, None))
+    assert len(tidied) == 2
 
 
 def test_passes_change_no_program_in_place(traced: Callable[..., Any]) -> None:

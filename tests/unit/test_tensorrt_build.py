@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from secateur.exporters.tensorrt import build_engine, parsed_layer_types, parsed_layers
+from secateur.runtime.backends.engine_file import RtxHeader, check_engine_file, read_rtx_header
 from secateur.runtime.errors import SecateurError, UserError
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
@@ -64,7 +65,13 @@ def test_an_engine_is_built_with_progress(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sm", [75, 120])
 def test_other_architectures(tmp_path: Path, sm: int) -> None:
-    assert build_engine(save(tmp_path, DECODE), tmp_path / "decode.engine", sm=sm).sm == sm
+    """Also that the header, whose layout is not documented, is where the runtime looks for it."""
+    path = tmp_path / "decode.engine"
+    info = build_engine(save(tmp_path, DECODE), path, sm=sm)
+    assert info.sm == sm
+    version = tuple(int(part) for part in info.version.split("."))
+    assert read_rtx_header(path) == RtxHeader(info.bytes, version, (sm,))  # type: ignore[arg-type]  # four numbers
+    check_engine_file(path, "here", "tensorrt-rtx", info.version, sm)
 
 
 def test_weights_are_read_from_the_file_beside_the_graph(tmp_path: Path) -> None:

@@ -143,6 +143,21 @@ def test_what_is_written_in_place_is_traced_as_values() -> None:
     torch.testing.assert_close(program.module(x)[0], double(x))
 
 
+def test_switching_gradients_off_once_more_is_no_part_of_a_trace() -> None:
+    from secateur.compiler.function import aten, trace_function
+
+    @torch.no_grad()
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x.sin()
+        return y.cos()
+
+    program = trace_function("turn", turn, {"x": torch.zeros(2)}, ("y",))
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert targets == [aten.sin.default, aten.cos.default]
+    assert not torch.fx.config.do_not_emit_stack_traces  # what others trace is as it was
+
+
 def _router(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     top, at = x.topk(2)
     top /= top.sum(-1, keepdim=True)

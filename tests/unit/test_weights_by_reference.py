@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from secateur.compiler.output import check_output
 from secateur.compiler.pipeline import build, check_target, export
 from secateur.exporters import digests
+from secateur.runtime.backends.engine_ports import DTYPES
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.manifest import check_files, read_manifest
 from secateur.runtime.session import Session
@@ -147,6 +148,30 @@ def test_engines_read_several_files(bundle: Make, checkpoint: Any) -> None:
     path = bundle("reference", source, target="tensorrt-rtx", dtype="fp16")
     assert len(read_manifest(path).weights) == len(shards_of(source)) > 1
     assert all((path / f"{name}.engine").stat().st_size > 0 for name in ("vision", "prefill", "decode"))
+    for program in read_manifest(path).programs.values():
+        declared = {port.name: (port.dtype, port.shape) for port in (*program.inputs, *program.outputs)}
+        assert parsed_ports(path / program.graph) == declared
+    if find_driver() == 0:
+        with pytest.raises(UserError, match="engines cannot run here: missing an NVIDIA GPU with its driver"):
+            Session(path)
+
+
+def parsed_ports(graph: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of every input and output of the network that the library makes of a graph."""
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(graph))
+    ports = [network.get_input(i) for i in range(network.num_inputs)]
+    ports += [network.get_output(i) for i in range(network.num_outputs)]
+    return {port.name: (DTYPES[port.dtype.name], list(port.shape)) for port in ports}
+
+
+def find_driver() -> int:
+    """The newest CUDA that this machine's driver runs; 0 without one."""
+    return int(pytest.importorskip("cuda.bindings.runtime").cudaDriverGetVersion()[1])
 
 
 # -- where the shards come from -----------------------------------------------------------------------------

@@ -1,0 +1,236 @@
+"""Whether a bundle's engines can run on this machine, before a library is asked that might end the process.
+
+From what is there at all to what there is enough of: library, driver, GPU, versions, architecture, engine files,
+free memory. Every refusal is one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from ctypes import CDLL
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.runtime.backends.cuda import bindings
+from secateur.runtime.backends.engine_file import check_engine_file
+from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.schema import Engines, Manifest
+
+_log = logging.getLogger(__name__)
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Flavour -> the module of its Python bindings."""
+OLDEST = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 0)}
+"""Rotary embedding and cache updates are layers from 10.15 on."""
+_ELSEWHERE = "to run on this machine compile with --target onnxruntime"
+_AMPERE = 80
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The library and the GPU that the engines will run with."""
+
+    library: Any
+    """The module ``tensorrt`` or ``tensorrt_rtx``."""
+    gpu: str
+    sm: int
+    driver: int
+    """The newest CUDA it runs, as CUDA numbers versions: 13000 is 13.0."""
+
+
+def check_machine(directory: Path, manifest: Manifest, flavour: str) -> Machine:
+    """Raise UserError or BundleError that says why ``manifest``'s engines cannot run here."""
+    where = f"backend {flavour}"
+    _check_bundle(directory, manifest, flavour)
+    _check_present(flavour, where)
+    library = _load(flavour, where)
+    driver = _check_driver(flavour, where)
+    gpu, sm = _find_gpu(where)
+    engines = manifest.engines or Engines()
+    _check_version(manifest, engines, flavour, str(library.__version__), where)
+    _check_architecture(manifest, engines, flavour, sm, gpu, where)
+    for name in sorted(_engine_files(manifest)):
+        check_engine_file(directory / name, f"{directory}: {name}", flavour, manifest.versions[flavour], sm)
+    _check_memory(manifest, gpu, where)
+    return Machine(library, gpu, sm, driver)
+
+
+def _engine_files(manifest: Manifest) -> set[str]:
+    return {p.engine for one in manifest.each_variant() for p in one.programs.values() if p.engine is not None}
+
+
+def _check_bundle(directory: Path, manifest: Manifest, flavour: str) -> None:
+    if manifest.target != flavour:
+        raise UserError(
+            f"the bundle was compiled for {manifest.target}", where=f"backend {flavour}",
+            fix=f"compile it with --target {flavour}, or leave the backend to the bundle",
+        )  # fmt: skip
+    for one in manifest.each_variant():
+        for name, program in one.programs.items():
+            if program.engine is None:
+                raise BundleError(
+                    f"{name} has no engine", where=str(directory), fix=f"compile the bundle with --target {flavour}"
+                )
+
+
+def _check_present(flavour: str, where: str) -> None:
+    """Everything that is missing in one line: whoever lacks a driver need not install a library first."""
+    missing = []
+    python = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    if not (_driver_version() > 0 if python else _has_driver_library()):
+        missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
+    absent = [
+        name
+        for name, there in (
+            ("the library", importlib.util.find_spec(MODULES[flavour]) is not None),
+            ("cuda-python", python),
+        )
+        if not there
+    ]
+    if absent:
+        missing.append(f"{' and '.join(absent)} (pip install 'secateur[{flavour}]')")
+    if missing:
+        raise UserError(
+            f"the {flavour} engines cannot run here: missing {' and '.join(missing)}", where=where, fix=_ELSEWHERE
+        )
+
+
+def _has_driver_library() -> bool:
+    try:
+        CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _driver_version() -> int:
+    """The newest CUDA the driver runs; 0 without a driver."""
+    code, version = bindings().cudaDriverGetVersion()
+    return 0 if int(code) != 0 else int(version)
+
+
+def _load(flavour: str, where: str) -> Any:
+    try:
+        library = importlib.import_module(MODULES[flavour])
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the library does not load: {reason}", where=where, fix=f"pip install 'secateur[{flavour}]'"
+        ) from None
+    version = str(getattr(library, "__version__", "0"))
+    if _numbers(version)[:2] < OLDEST[flavour]:
+        oldest = ".".join(map(str, OLDEST[flavour]))
+        raise UserError(f"{flavour} {version} is older than {oldest}", where=where, fix="install a newer one")
+    return library
+
+
+def _check_driver(flavour: str, where: str) -> int:
+    """A driver runs programs of its own major version of CUDA and of older ones."""
+    driver, (code, runtime) = _driver_version(), bindings().cudaRuntimeGetVersion()
+    needed = max(int(runtime) // 1000 if int(code) == 0 else 0, _cuda_of_wheel(flavour))
+    if driver // 1000 < needed:
+        raise UserError(
+            f"the driver runs CUDA up to {driver // 1000}.{driver % 1000 // 10}, {flavour} needs {needed}.0",
+            where=where, fix="update the NVIDIA driver",
+        )  # fmt: skip
+    return driver
+
+
+def _cuda_of_wheel(flavour: str) -> int:
+    """The major version of CUDA in the name of the library's package; 0 where it was installed otherwise."""
+    import importlib.metadata as metadata
+
+    names = ("tensorrt-rtx-cu{}",) if flavour == "tensorrt-rtx" else ("tensorrt-cu{}", "tensorrt-cu{}-bindings")
+    for major in range(20, 11, -1):
+        for name in names:
+            try:
+                metadata.version(name.format(major))
+            except metadata.PackageNotFoundError:
+                continue
+            return major
+    return 0
+
+
+def _find_gpu(where: str) -> tuple[str, int]:
+    """Name and architecture of the first GPU the process sees."""
+    runtime = bindings()
+    code, count = runtime.cudaGetDeviceCount()
+    if int(code) != 0 or not count:
+        name = "" if int(code) == 0 else f" ({runtime.cudaGetErrorName(code)[1].decode()})"
+        raise UserError(
+            f"there is a driver, but it shows no GPU{name}", where=where,
+            fix=f"look at nvidia-smi and CUDA_VISIBLE_DEVICES; {_ELSEWHERE}",
+        )  # fmt: skip
+    properties = _ask(runtime.cudaGetDeviceProperties, where)
+    shown = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+    return shown, int(properties.major) * 10 + int(properties.minor)
+
+
+def _ask(function: Any, where: str) -> Any:
+    code, value = function(0)
+    if int(code) != 0:
+        name = bindings().cudaGetErrorName(code)[1].decode()
+        raise UserError(f"the GPU does not answer ({name})", where=where, fix="look at nvidia-smi")
+    return value
+
+
+def _check_version(manifest: Manifest, engines: Engines, flavour: str, installed: str, where: str) -> None:
+    """Engines run with the release that built them; version compatible ones with later ones of the same major too."""
+    built = manifest.versions.get(flavour)
+    if built is None:
+        raise BundleError(f"the manifest does not say which {flavour} built the engines", where=where,
+                          fix="compile the bundle again")  # fmt: skip
+    if built == installed:
+        return
+    older, newer = _numbers(built), _numbers(installed)
+    if engines.version_compatible and older[:1] == newer[:1] and older <= newer:
+        return
+    kind = "version compatible engines run from that version on, within its major" if engines.version_compatible else (
+        "engines run with the very version that built them"
+    )  # fmt: skip
+    raise BundleError(
+        f"the engines were built by {flavour} {built}, {installed} is installed; {kind}", where=where,
+        fix=f"install that version, or compile again with {installed}",
+    )  # fmt: skip
+
+
+def _check_architecture(manifest: Manifest, engines: Engines, flavour: str, sm: int, gpu: str, where: str) -> None:
+    if engines.hardware_compatible and flavour == "tensorrt":
+        if sm < _AMPERE:
+            raise BundleError(
+                f"hardware compatible engines run from architecture {_AMPERE} on, {gpu} is {sm}", where=where,
+                fix="compile on this machine without --hardware-compatible",
+            )  # fmt: skip
+        return
+    if manifest.sm is None:  # built for the GPU of some machine: only the library knows which
+        _log.debug("the manifest names no GPU architecture; this one is %d", sm)
+        return
+    if manifest.sm != sm:
+        fix = f"compile with --sm {sm}" if flavour == "tensorrt-rtx" else "compile on this machine"
+        raise BundleError(f"the engines are for architecture {manifest.sm}, {gpu} is {sm}", where=where, fix=fix)
+
+
+def _check_memory(manifest: Manifest, gpu: str, where: str) -> None:
+    """What one request of the first geometry takes must be free."""
+    if manifest.forecast is None:
+        return
+    code, free, total = bindings().cudaMemGetInfo()
+    if int(code) != 0:
+        name = bindings().cudaGetErrorName(code)[1].decode()
+        raise UserError(f"{gpu} does not say how much memory is free ({name})", where=where, fix="look at nvidia-smi")
+    if manifest.forecast.device > free:
+        raise UserError(
+            f"the bundle needs about {_mib(manifest.forecast.device)} of {gpu}, {_mib(free)} of {_mib(total)} are free",
+            where=where, fix="free memory of the GPU, or compile a smaller geometry",
+        )  # fmt: skip
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20))} MiB"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

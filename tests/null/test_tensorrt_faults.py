@@ -1,0 +1,312 @@
+"""What keeps a bundle's engines from running, one line each, and what is left when something breaks on the way.
+
+The libraries are the null ones; nothing here runs TensorRT or a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+from secateur.runtime import Session
+from secateur.runtime.errors import BundleError, SecateurError, UserError
+from secateur.runtime.schema import Forecast
+
+from . import null_bundle, null_tensorrt
+from .null_cuda_types import Error
+from .null_tensorrt import Library
+
+FORECAST = Forecast(engines=1, weights=6 << 30, caches=1 << 30, activations=1 << 30, buffers=1, host=1).model_dump()
+
+
+@pytest.fixture(autouse=True)
+def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    return null_bundle.install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do not change it; take ``bundle`` for that."""
+    return null_bundle.build(tiny, tmp_path_factory.mktemp("null") / "bundle", weights="inputs")
+
+
+@pytest.fixture
+def bundle(engines: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(engines, tmp_path / "bundle"))
+
+
+def refusal(path: Path, kind: type[SecateurError] = SecateurError, backend: str | None = None) -> str:
+    """The one line that is said instead of opening."""
+    with pytest.raises(kind) as caught:
+        Session(path, backend=backend)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def no_driver(library: Library) -> None:
+    library.cuda.driver = 0
+
+
+def no_gpu(library: Library) -> None:
+    library.cuda.gpus = 0
+
+
+def old_driver(library: Library) -> None:
+    library.cuda.driver = 12080
+
+
+def other_gpu(library: Library) -> None:
+    library.cuda.sm = 120
+
+
+def little_memory(library: Library) -> None:
+    library.cuda.total = 4 << 30
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            no_driver,
+            "backend tensorrt-rtx: the tensorrt-rtx engines cannot run here: missing an NVIDIA GPU with its driver "
+            "(libcuda.so.1); to run on this machine compile with --target onnxruntime",
+        ),
+        (
+            no_gpu,
+            "backend tensorrt-rtx: there is a driver, but it shows no GPU (cudaErrorNoDevice); look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES; to run on this machine compile with --target onnxruntime",
+        ),
+        (
+            old_driver,
+            "backend tensorrt-rtx: the driver runs CUDA up to 12.8, tensorrt-rtx needs 13.0; update the NVIDIA driver",
+        ),
+        (
+            other_gpu,
+            "backend tensorrt-rtx: the engines are for architecture 89, Null GPU is 120; compile with --sm 120",
+        ),
+        (
+            little_memory,
+            "backend tensorrt-rtx: the bundle needs about 8193 MiB of Null GPU, 4096 MiB of 4096 MiB are free; "
+            "free memory of the GPU, or compile a smaller geometry",
+        ),
+    ],
+)
+def test_machines_that_cannot(
+    tiny: ModuleType, bundle: Path, library: Library, spoil: Callable[[Library], None], says: str
+) -> None:
+    tiny.resign(bundle, forecast=FORECAST)
+    spoil(library)
+    assert refusal(bundle) == says
+    assert library.calls == []
+    assert not {"cudaMalloc", "cudaStreamCreateWithFlags"} & set(library.cuda.calls)
+
+
+def test_the_forecast_fits(tiny: ModuleType, bundle: Path, library: Library) -> None:
+    tiny.resign(bundle, forecast=FORECAST)
+    library.cuda.total = 9 << 30
+    Session(bundle).close()
+
+
+def test_missing_libraries(bundle: Path, library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    wants = "(pip install 'secateur[tensorrt-rtx]'); to run on this machine compile with --target onnxruntime"
+    assert refusal(bundle).endswith(f"cannot run here: missing the library {wants}")
+    library.cuda.driver = 0
+    assert refusal(bundle).endswith(f"missing an NVIDIA GPU with its driver (libcuda.so.1) and the library {wants}")
+    library.cuda.driver = 13000
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    assert f"the library and cuda-python {wants}" in refusal(bundle)
+    monkeypatch.undo()
+
+
+def test_a_library_that_does_not_load(
+    bundle: Path, library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tensorrt_rtx.py").write_text("raise ImportError('libtensorrt_rtx.so.1: cannot open shared object')")
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert refusal(bundle) == (
+        "backend tensorrt-rtx: the library does not load: libtensorrt_rtx.so.1: cannot open shared object; "
+        "pip install 'secateur[tensorrt-rtx]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "installed", "compatible", "opens"),
+    [
+        ("11.4.0.12", "11.4.0.12", False, True),
+        ("11.3.0.1", "11.4.0.12", False, False),
+        ("11.3.0.1", "11.4.0.12", True, True),
+        ("11.5.0.1", "11.4.0.12", True, False),
+        ("10.15.1.2", "11.4.0.12", True, False),
+    ],
+)
+def test_versions(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: str, installed: str, compatible: bool,
+    opens: bool,
+) -> None:  # fmt: skip
+    null_bundle.install(monkeypatch, "tensorrt")
+    bundle = null_bundle.build(tiny, tmp_path / "b", flavour="tensorrt", version_compatible=compatible)
+    tiny.resign(bundle, versions={"tensorrt": built})
+    if opens:
+        Session(bundle).close()
+    else:
+        said = refusal(bundle, BundleError)
+        assert f"the engines were built by tensorrt {built}, {installed} is installed; " in said
+        assert ("within its major" in said) == compatible
+
+
+def test_versions_that_are_not_said(tiny: ModuleType, bundle: Path, library: Library) -> None:
+    tiny.resign(bundle, versions={})
+    assert "the manifest does not say which tensorrt-rtx built the engines" in refusal(bundle, BundleError)
+
+
+def test_a_library_that_is_too_old(tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    null_bundle.install(monkeypatch, "tensorrt")
+    bundle = null_bundle.build(tiny, tmp_path / "b", flavour="tensorrt")
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "10.14.1.48")
+    assert refusal(bundle) == "backend tensorrt: tensorrt 10.14.1.48 is older than 10.15; install a newer one"
+
+
+@pytest.mark.parametrize(("sm", "opens"), [(75, False), (80, True), (120, True)])
+def test_hardware_compatible_engines(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sm: int, opens: bool
+) -> None:
+    library = null_bundle.install(monkeypatch, "tensorrt")
+    bundle = null_bundle.build(tiny, tmp_path / "b", flavour="tensorrt", hardware_compatible=True)
+    library.cuda.sm = sm
+    if opens:
+        Session(bundle).close()
+        return
+    assert "hardware compatible engines run from architecture 80 on, Null GPU is 75" in refusal(bundle, BundleError)
+
+
+def test_another_flavour(tiny: ModuleType, bundle: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(bundle, UserError, "tensorrt") == (
+        "backend tensorrt: the bundle was compiled for tensorrt-rtx; compile it with --target tensorrt, or leave the "
+        "backend to the bundle"
+    )
+    null_bundle.install(monkeypatch, "tensorrt")
+    tiny.resign(bundle, target="tensorrt", versions={"tensorrt": null_tensorrt.VERSIONS["tensorrt"]})
+    assert "decode.engine: an engine of tensorrt-rtx, not of tensorrt; compile" in refusal(bundle, BundleError)
+
+
+def test_a_bundle_without_engines(tiny: ModuleType, bundle: Path, library: Library) -> None:
+    tiny.resign(bundle, programs__decode__engine=None)
+    assert "decode has no engine; compile the bundle with --target tensorrt-rtx" in refusal(bundle, BundleError)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: data[:-5], "decode.engine: {less} bytes, its header says {size}"),
+        (lambda data: b"\0" + data[1:], "decode.engine: not an engine of tensorrt-rtx"),
+        (lambda data: b"vt", "decode.engine: not an engine of tensorrt-rtx: 2 bytes"),
+        (
+            lambda data: data[:26] + b"\x09" + data[27:],
+            "decode.engine: built by tensorrt-rtx 1.7.9.116, the manifest says 1.7.1.116",
+        ),
+        (
+            lambda data: data[:32] + b"\x10" + data[33:],
+            "decode.engine: the engine is for architecture 120, this GPU is 89; compile with --sm 89",
+        ),
+    ],
+)
+def test_engines_that_are_none(
+    tiny: ModuleType, bundle: Path, library: Library, spoil: Callable[[bytes], bytes], says: str
+) -> None:
+    """Spoilt without the manifest's knowledge, the digest tells; with it, the header does."""
+    path = bundle / "decode.engine"
+    data = path.read_bytes()
+    path.write_bytes(spoil(data))
+    assert "decode.engine: " in refusal(bundle, BundleError)
+    tiny.relist(bundle)
+    assert says.format(size=len(data), less=len(data) - 5) in refusal(bundle, BundleError)
+    assert library.calls == []
+
+
+def test_engines_the_library_does_not_open(bundle: Path, library: Library) -> None:
+    library.opens_nothing = True
+    assert refusal(bundle, BundleError).endswith(
+        "decode.engine: tensorrt-rtx 1.7.1.116 does not open the engine: Magic tag does not match; compile the bundle "
+        "again with the version and for the GPU that will run it"
+    )
+    library.invalid = 1 | 32
+    assert "cannot run the engine on Null GPU: version mismatch, malformed engine; compile" in refusal(bundle)
+
+
+def test_engines_with_other_ports(tiny: ModuleType, bundle: Path, library: Library) -> None:
+    (bundle / "decode.engine").write_bytes((bundle / "prefill.engine").read_bytes())
+    tiny.relist(bundle)
+    assert "decode.engine: input features is fp32[1, 3, 16] in the engine, missing in the manifest; the decode" in (
+        refusal(bundle, BundleError)
+    )
+
+
+@pytest.mark.parametrize("weights", ["inputs", "stripped"])
+def test_weights_that_do_not_fit(tiny: ModuleType, tmp_path: Path, library: Library, weights: str) -> None:
+    bundle = null_bundle.build(tiny, tmp_path / "b", weights=weights)
+    tiny.resign(bundle, tensors__head__bytes=4)
+    assert "tensor head has 4 bytes, fp32[16, 260] has 16640" in refusal(bundle, BundleError)
+    tiny.resign(bundle, tensors__head__bytes=16640, programs__decode__weights=["embed"])
+    assert (
+        "input head is fp32[16, 260] in the engine, missing" if weights == "inputs" else "the engine wants weights"
+    ) in (refusal(bundle, BundleError))
+
+
+def test_opening_that_fails_leaves_nothing(bundle: Path, library: Library) -> None:
+    with null_bundle.nothing_left(library):
+        library.cuda.fail("cudaMalloc", Error.cudaErrorMemoryAllocation)
+        assert refusal(bundle) == (
+            "CUDA: cudaMalloc failed with cudaErrorMemoryAllocation: as the test asked; free memory of the GPU, run "
+            "fewer requests at once, or compile a smaller geometry"
+        )
+        for name in ("cudaHostAlloc", "cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"):
+            library.cuda.fail(name, Error.cudaErrorIllegalAddress)
+            assert f"{name} failed with cudaErrorIllegalAddress" in refusal(bundle)
+        library.opens_nothing = True
+        refusal(bundle)
+
+
+def test_errors_on_the_way_leave_nothing(bundle: Path, library: Library, image: Image.Image) -> None:
+    """The request that failed is let go with all its memory; the session can be used on."""
+    with null_bundle.nothing_left(library), Session(bundle) as session:
+        want = session.generate("what", image, ignore_eos=True).tokens
+        session._idle.clear()
+        gc.collect()
+        idle = library.cuda.live()
+        assert idle == {"device": 1, "pinned": 0, "streams": 1, "events": 0, "graphs": 0}
+        for name, after, says in (
+            ("cudaMalloc", 5, "cudaMalloc failed with cudaErrorIllegalAddress"),
+            ("cudaMemcpyAsync", 0, "program vision: CUDA: cudaMemcpyAsync failed with cudaErrorIllegalAddress"),
+            ("cudaStreamSynchronize", 31, "program decode: CUDA: cudaStreamSynchronize failed with"),
+            ("cudaGraphLaunch", 2, "program decode: CUDA: cudaGraphLaunch failed with cudaErrorIllegalAddress"),
+        ):
+            library.cuda.fail(name, Error.cudaErrorIllegalAddress, after)
+            with pytest.raises(SecateurError, match=says) as caught:
+                session.generate("what", image, ignore_eos=True)
+            del caught
+            gc.collect()
+            assert library.cuda.live() == idle
+        library.refuses_to_run = True
+        with pytest.raises(SecateurError, match="program vision: the library does not run the engine") as caught:
+            session.generate("what", image)
+        library.refuses_to_run = False
+        del caught
+        assert session.generate("what", image, ignore_eos=True).tokens == want

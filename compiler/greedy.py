@@ -100,8 +100,8 @@ def pick_by_determinant(table: Tensor, score: Tensor, k: int) -> Tensor:
         taken = torch.where(position == mine, -math.inf, taken)
         return left - row * row, taken, factor, pick
 
-    factor = torch.zeros(groups, k, count, dtype=table.dtype, device=score.device)
-    state = [torch.ones_like(score), torch.zeros_like(score), factor]
+    left, taken = torch.ones_like(score), torch.zeros_like(score)
+    state = [left, taken, torch.zeros(groups, k, count, dtype=table.dtype, device=score.device)]
     captured = (rows, offset, position, weight, last, rank)
     picks: Tensor
     *_, picks = scan_op(pick_freest, state, [steps], additional_inputs=captured)

@@ -42,9 +42,10 @@ Progress = Callable[[str, int, int], None]
 """Told (what, done, total) when a phase begins and during long ones; total 0 when nobody knows it yet."""
 
 
-def export(pruned: Pruned, dialect: str, weights: str = "stream") -> Exported:
-    """Lower pruned programs to ONNX models. Weights are laid out, not read: ``weights`` as for :func:`compile`."""
-    return export_programs(pruned.programs.programs, dialect, lay_out([pruned], weights))
+def export(pruned: Pruned, dialect: str, weights: str = "stream", plugins: bool = False) -> Exported:
+    """Lower pruned programs to ONNX models. Weights are laid out, not read: ``weights`` as for :func:`compile`.
+    ``plugins`` as for :func:`export_programs`: score kernels as nodes, for the library tensorrt alone."""
+    return export_programs(pruned.programs.programs, dialect, lay_out([pruned], weights), plugins)
 
 
 _log = logging.getLogger(__name__)

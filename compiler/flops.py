@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from secateur.compiler import ops
+from secateur.compiler import ops, score_ops
 from secateur.compiler.program import Program, args_of
 
 aten = torch.ops.aten
@@ -68,6 +68,15 @@ def _experts(node: fx.Node) -> int:
     return 2 * math.prod(indices) * (math.prod(gate_up[1:]) + math.prod(down[1:]))
 
 
+def _received_attention(node: fx.Node) -> int:
+    """As its plain form: all products of queries and keys and, where padding is left out, the mean as one more of their
+    map. Two kernels instead compute the products twice and no map; what a graph costs shall not depend on its backend.
+    """
+    batch, heads, rows, width = _shape(args_of(node)[0])
+    pairs = batch * heads * rows * _shape(args_of(node)[1])[2]
+    return 2 * pairs * (width + (len(args_of(node)) > 4 and args_of(node)[4] is not None))
+
+
 _COSTS = {
     aten.linear.default: _linear,
     aten.matmul.default: _linear,
@@ -76,4 +85,5 @@ _COSTS = {
     ops.attention: _attention,
     ops.cached_attention: _cached_attention,
     ops.experts: _experts,
+    score_ops.received_attention: _received_attention,
 }

@@ -38,6 +38,8 @@ class Dialect:
     opset: int
     lowerings: Mapping[Any, Lower]
     domains: Mapping[str, int]
+    stays: Callable[[fx.Node], bool] = lambda node: False
+    """Which operators of ``compiler/score_ops.py`` are lowered as they are and not written out first."""
 
 
 def _attention_arguments(node: fx.Node, positions: tuple[int, ...]) -> list[Any]:

@@ -49,10 +49,12 @@ def operator_exists(subject: Subject, node: ir.Node) -> Iterator[Problem]:
 
 
 def domain_is_known(subject: Subject, node: ir.Node) -> Iterator[Problem]:
-    """Only ONNX Runtime knows com.microsoft; TensorRT takes a plugin's domain when the node says so."""
+    """Only ONNX Runtime knows com.microsoft; TensorRT takes a plugin's domain when the node says so, TensorRT-RTX
+    unless it is compiled ahead of time."""
     known = ["", "ai.onnx"] + (["com.microsoft"] if subject.target == "onnxruntime" else [])
     known += [function[0] for function in subject.model.functions]
-    plugin = subject.target in TENSORRT and "plugin_namespace" in node.attributes
+    takes = subject.target == "tensorrt" or (subject.target == "tensorrt-rtx" and not int_of(node, "aot"))
+    plugin = takes and "plugin_namespace" in node.attributes
     if node.domain not in known and not plugin:
         yield (
             f"operator {node.domain}.{node.op_type} is unknown to {subject.target}",

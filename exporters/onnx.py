@@ -14,7 +14,9 @@ from torch import Tensor, fx
 from secateur.compiler.program import Program
 from secateur.exporters.builder import TYPES, Builder
 from secateur.exporters.dialects import DIALECTS, Dialect
+from secateur.exporters.expand_scores import expand_scores
 from secateur.exporters.lowering_shapes import LOWERINGS
+from secateur.exporters.plugins.lowering import with_plugins
 from secateur.exporters.weights import WeightLayout
 from secateur.runtime.errors import UserError
 
@@ -45,16 +47,30 @@ class Exported:
         return DIALECTS[self.dialect].opset
 
 
-def export_programs(programs: Mapping[str, Program], dialect: str, layout: WeightLayout) -> Exported:
-    """Lower every program."""
+def export_programs(
+    programs: Mapping[str, Program], dialect: str, layout: WeightLayout, plugins: bool = False
+) -> Exported:
+    """Lower every program.
+
+    ``plugins``: the heavy parts of scores and selectors become nodes of domain ``secateur``, for the dialect tensorrt
+    and the library ``tensorrt`` alone; who builds an engine of them calls
+    :func:`secateur.exporters.plugins.register.register_plugins` first. Otherwise they are written out.
+    """
     if dialect not in DIALECTS:
         raise UserError(f"no dialect {dialect!r}", where="export", available=sorted(DIALECTS))
     chosen = DIALECTS[dialect]
+    if plugins:
+        if dialect != "tensorrt":
+            raise UserError(
+                f"dialect {dialect} has no plugins", where="export", fix="export for tensorrt, or without plugins"
+            )
+        chosen = with_plugins(chosen)
     return Exported(dialect, {n: export_program(p, chosen, layout) for n, p in programs.items()}, layout)
 
 
 def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> ir.Model:
     """Lower one program. Ports keep their names; ``past_key_3`` becomes ``past_key.3``."""
+    program = expand_scores(program, dialect.stays)
     builder = Builder(program.module, {**LOWERINGS, **dialect.lowerings})
     inputs: list[ir.Value] = []
     for node in program.graph.nodes:

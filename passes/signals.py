@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.compiler import ops
+from secateur.compiler import ops, score_ops
 from secateur.compiler.plan_recipe import PlannedStage
+from secateur.compiler.score_ops import attend_rows, mean_over_real, score_rows
 from secateur.passes.stage import StageFunction
 from secateur.passes.units import Merge, mean_units, sum_units
 
@@ -160,6 +161,9 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
         return _split_heads(heads.float(), planned)
     (part, query), (_, key) = raw
     blocks = seen.block_ids if part.rows in ("all", "visual") else None  # text is in no block
+    if name == "received_attention" and blocks is None and part.name not in seen.window:
+        received = score_ops.received_attention(query, key, seen.scale[part.name], True, seen.last)
+        return _split_columns(take_columns(received, seen.columns), planned)
     slots = seen.slots(part.rows)
     logits = score_rows(query, key, seen.scale[part.name], slots, blocks)
     if part.name in seen.window:
@@ -169,10 +173,7 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
         return repeat_groups(logits.masked_fill(padding, float("-inf")), planned)
     attention = logits if options.get("softmax") == "none" else torch.softmax(logits, -1)
     if name == "received_attention":
-        real = (torch.arange(seen.length) <= seen.last[:, None]).float()
-        weight = real / real.sum(1, keepdim=True)
-        received = (weight[:, None, None] @ attention)[:, :, 0]
-        return _split_columns(take_columns(received, seen.columns), planned)
+        return _split_columns(take_columns(mean_over_real(attention, seen.last), seen.columns), planned)
     if name == "last_query_attention":
         return _split_columns(take_columns(attention[:, :, 0], seen.columns), planned)
     if name == "text_to_text_attention":
@@ -183,32 +184,12 @@ def _sequence_signal(name: str, stage: StageFunction, seen: SequenceView) -> Ten
     return _diagonal_blocks(picked, planned)
 
 
-def score_rows(query: Tensor, key: Tensor, scale: float, slots: Tensor, block_ids: Tensor | None = None) -> Tensor:
-    """Scaled products of some query rows with all keys; -inf for keys behind the query's own slot and not of its block.
-
-    ``query [B,H,R,d]``, ``key [B,Hkv,L,d]``, ``slots [B,R]``, ``block_ids [B,L]`` -> float32 ``[B,H,R,L]``.
-    """
-    batch, heads, rows, width = query.shape
-    groups = heads // key.shape[1]
-    folded = query.float().reshape(batch, key.shape[1], groups * rows, width)
-    logits = (folded @ key.float().transpose(-1, -2) * scale).reshape(batch, heads, rows, key.shape[2])
-    future = torch.arange(key.shape[2]) > slots[..., None]
-    if block_ids is not None:
-        future = future & ~ops.same_block(block_ids.gather(1, slots)[..., None], block_ids[:, None])
-    return logits.masked_fill(future[:, None], float("-inf"))
-
-
 def _outside(slots: Tensor, window: int, seen: SequenceView) -> Tensor:
     """Which keys lie too far before the rows at ``slots [B,R]`` for a sliding window: bool ``[B,1,R,L]``."""
     if seen.positions is None:
         return (torch.arange(seen.length) <= slots[..., None] - window)[:, None]
     own = seen.positions.gather(1, slots)[..., None]
     return (seen.positions[:, None] <= own - window)[:, None]
-
-
-def attend_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention without a mask, softmax over all keys: ``[M,H,R,d]``, ``[M,H,S,d]`` -> float32 ``[M,H,R,S]``."""
-    return torch.softmax((query.float() * scale) @ key.float().transpose(-1, -2), -1)
 
 
 def find_prunable(prunable: Tensor, count: int) -> Tensor:
@@ -396,9 +377,10 @@ def _tower_attention(name: str, options: Mapping[str, object], seen: PatchView, 
             scale *= query.shape[1] ** -0.5  # d ** -0.5 per head becomes (H * d) ** -0.5
             query, key = _join_heads(query), _join_heads(key)
         return sum_units(attend_rows(query, key, scale)[:, :, 0, 1:], seen.grid, seen.merge)
-    attention = attend_rows(query, key, scale)
     if name == "received_attention":
-        return sum_units(attention.mean(2)[:, :, first:], seen.grid, seen.merge)
+        received = score_ops.received_attention(query, key, scale, False)
+        return sum_units(received[:, :, first:], seen.grid, seen.merge)
+    attention = attend_rows(query, key, scale)
     return mean_units(sum_units(attention[:, :, first:, first:], seen.grid, seen.merge), seen.grid, seen.merge, 2)
 
 

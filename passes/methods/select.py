@@ -9,8 +9,8 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch._higher_order_ops.scan import scan_op
 
+from secateur.compiler import score_ops
 from secateur.passes.methods.rows import unit_rows
 
 
@@ -32,7 +32,7 @@ def top_k(score: Tensor, k: int) -> Selection:
 
     Among equal scores ONNX prefers the lower index; torch leaves the choice open, so comparisons must be tie-aware.
     """
-    return Selection(score.topk(k, dim=-1).indices.sort(dim=-1).values)
+    return Selection(score_ops.top_rows(score, k))
 
 
 def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_token"] = "second_smallest") -> Selection:
@@ -45,8 +45,8 @@ def max_min(tokens: Tensor, k: int, first: Literal["second_smallest", "first_tok
     distance to itself being the smallest, which rounding or duplicate tokens can break.
 
     The [G,N,N] distances are computed once: the start needs them all anyway, and a step then reads a row of N
-    numbers instead of multiplying N rows of width D. The k-1 dependent steps are one scan. ``scan_op`` is the
-    operator below ``torch``'s ``scan``: the same node, but eager calls need no compiler and its inputs keep our order.
+    numbers instead of multiplying N rows of width D. The k-1 dependent steps are one operator
+    (:mod:`secateur.compiler.greedy`).
     """
     groups, count, _ = tokens.shape
     if k == count:
@@ -88,24 +88,10 @@ def _farthest_points(distance: Tensor, start: Tensor, k: int) -> Selection:
 
 def pick_farthest_points(distance: Tensor, start: Tensor, k: int) -> Tensor:
     """The same in the order they are picked, ``[G,k]``."""
-    groups, count, _ = distance.shape
-    position = _positions(distance, count)
-    rows = distance.reshape(groups * count, count)
-    offset = _positions(distance, groups) * count
-    state = _mark_chosen(rows.index_select(0, start + offset), position, start)
     if k == 1:
         return start.unsqueeze(1)
-
-    def pick_farthest(
-        state: Tensor, _step: Tensor, rows: Tensor, offset: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        pick = state.argmax(dim=1)
-        nearer = torch.minimum(state, rows.index_select(0, pick + offset))
-        return _mark_chosen(nearer, position, pick), pick
-
-    steps = torch.zeros(k - 1, 1, device=distance.device)
-    _, picks = scan_op(pick_farthest, [state], [steps], additional_inputs=(rows, offset, position))
-    return torch.cat([start.unsqueeze(0), picks]).transpose(0, 1)
+    picks: Tensor = score_ops.pick_by_fold(distance, start, None, k, "farthest", 0.0)
+    return picks
 
 
 def top_k_and_uniform(score: Tensor, k: int, contextual: Annotated[float, Field(gt=0, lt=1)] = 0.156) -> Selection:
@@ -133,10 +119,6 @@ def top_k_and_uniform(score: Tensor, k: int, contextual: Annotated[float, Field(
 
 def _positions(like: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=like.device)
-
-
-def _mark_chosen(distance: Tensor, position: Tensor, pick: Tensor) -> Tensor:
-    return torch.where(position == pick.unsqueeze(1), -math.inf, distance)
 
 
 def nothing(tokens: Tensor, k: int) -> Selection:

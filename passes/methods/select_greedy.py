@@ -1,30 +1,24 @@
 """Greedy selectors: k dependent steps, each taking the token that adds most to those chosen already.
 
-Every one is a single scan over a table of similarities worked out once, as in :func:`max_min`, whatever k is.
-A chosen token is put at minus infinity, so none is chosen twice. Similarity is the cosine of ``tokens [G,N,D]``.
+Every one is a single operator over a table of similarities worked out once, as in :func:`max_min`, whatever k is: its
+steps stand in :mod:`secateur.compiler.greedy`. Similarity is the cosine of ``tokens [G,N,D]``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch._higher_order_ops.scan import scan_op
 
+from secateur.compiler import score_ops
+from secateur.compiler.greedy import coverage_gain
 from secateur.passes.methods.rows import unit_rows
 from secateur.passes.methods.select import Selection
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Fold = Callable[[Tensor, Tensor], Tensor]
-Gain = Callable[..., Tensor]
-
-SPENT = 1e-4
-"""What is left of a token's variance (its squared length outside the span of the chosen ones, of 1) when it counts as
-none: rounding in float32 stays well below."""
 
 
 def max_sum(tokens: Tensor, k: int, first: Literal["largest_sum", "first_token"] = "largest_sum") -> Selection:
@@ -37,7 +31,7 @@ def max_sum(tokens: Tensor, k: int, first: Literal["largest_sum", "first_token"]
         start = torch.zeros_like(distance[:, 0, 0], dtype=torch.int64)
     else:
         start = distance.sum(dim=2).argmax(dim=1)
-    return _pick_greedily(distance, start, k, torch.add, lambda total, _rows: total)
+    return _pick_by_fold(distance, start, None, k, "sum")
 
 
 def max_marginal_relevance(tokens: Tensor, score: Tensor, k: int, weight: Fraction = 0.5) -> Selection:
@@ -45,11 +39,7 @@ def max_marginal_relevance(tokens: Tensor, score: Tensor, k: int, weight: Fracti
 
     The start is the highest of ``score [G,N]``, which should lie in [0, 1] to be comparable with a cosine.
     """
-
-    def gain(nearest: Tensor, _rows: Tensor, score: Tensor) -> Tensor:
-        return weight * score - (1.0 - weight) * nearest
-
-    return _pick_greedily(_cosines(tokens), score.argmax(dim=1), k, torch.maximum, gain, score)
+    return _pick_by_fold(_cosines(tokens), score.argmax(dim=1), score, k, "relevance", weight)
 
 
 def farthest_by_score(tokens: Tensor, score: Tensor, k: int) -> Selection:
@@ -57,11 +47,7 @@ def farthest_by_score(tokens: Tensor, score: Tensor, k: int) -> Selection:
 
     Distance is 1 - cosine, the start is the highest score. Scores must not be negative.
     """
-
-    def gain(nearest: Tensor, _rows: Tensor, score: Tensor) -> Tensor:
-        return score * nearest
-
-    return _pick_greedily(1.0 - _cosines(tokens), score.argmax(dim=1), k, torch.minimum, gain, score)
+    return _pick_by_fold(1.0 - _cosines(tokens), score.argmax(dim=1), score, k, "weighted")
 
 
 def coverage(
@@ -75,14 +61,14 @@ def coverage(
     alike = torch.relu(_cosines(tokens))  # coverage starts at 0, so what is below adds nothing
     weight = score if power == 1.0 else score**power
 
-    shape = alike.shape
-
-    def gain(covered: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-        more = torch.relu(rows.reshape(*shape) - covered.unsqueeze(1)).sum(dim=2)
-        return weight * more if combine == "product" else weight + more
-
+    gain = coverage_gain(alike.shape, combine == "product")
     start = gain(torch.zeros_like(score), alike, weight).argmax(dim=1)
-    return _pick_greedily(alike, start, k, torch.maximum, gain, weight)
+    if k == score.shape[1]:
+        return _everything(score)
+    if k == 1:
+        return Selection(start.unsqueeze(1))
+    picks: Tensor = score_ops.pick_by_coverage(alike, start, weight, k, combine == "product")
+    return Selection(picks.sort(dim=-1).values)
 
 
 def determinant(tokens: Tensor, score: Tensor, k: int) -> Selection:
@@ -96,37 +82,10 @@ def determinant(tokens: Tensor, score: Tensor, k: int) -> Selection:
     Once the chosen tokens span all others (k beyond the tokens' rank), the authors' code divides rounding errors.
     Here such tokens come last, by score.
     """
-    groups, count = score.shape
-    if k == count:
+    if k == score.shape[1]:
         return _everything(score)
-    alike, score = _cosines(tokens), score.detach()
-    position = torch.arange(count, device=score.device)
-    offset = torch.arange(groups, device=score.device) * count
-    table = alike.reshape(groups * count, count)
-    weight = score * score
-    # What tokens inside the span are ranked by: below every variance, and above a chosen token.
-    last = score / (score.amax(dim=1, keepdim=True) + 1e-12) - 2.0
-    steps = torch.arange(k, device=score.device, dtype=torch.float32).unsqueeze(1)
-    rank = torch.arange(k, device=score.device, dtype=torch.float32).reshape(1, k, 1)
-
-    def pick_freest(
-        left: Tensor, taken: Tensor, factor: Tensor, step: Tensor,
-        table: Tensor, offset: Tensor, position: Tensor, weight: Tensor, last: Tensor, rank: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        free = left > SPENT
-        pick = (torch.where(free, weight * left, last) + taken).argmax(dim=1)
-        mine = pick.reshape(-1, 1)
-        variance = left.gather(1, mine)
-        known = (factor * factor.gather(2, mine.unsqueeze(1).expand(-1, factor.shape[1], 1))).sum(dim=1)
-        row = (table.index_select(0, pick + offset) - known) * torch.rsqrt(variance.clamp_min(SPENT))
-        row = torch.where(variance > SPENT, row, 0.0)
-        factor = torch.where(rank == step, row.unsqueeze(1), factor)
-        taken = torch.where(position == mine, -math.inf, taken)
-        return left - row * row, taken, factor, pick
-
-    state = [torch.ones_like(score), torch.zeros_like(score), torch.zeros(groups, k, count, device=score.device)]
-    *_, picks = scan_op(pick_freest, state, [steps], additional_inputs=(table, offset, position, weight, last, rank))
-    return Selection(picks.transpose(0, 1).sort(dim=1).values)
+    picks: Tensor = score_ops.pick_by_determinant(_cosines(tokens), score.detach(), k)
+    return Selection(picks.sort(dim=1).values)
 
 
 def _cosines(tokens: Tensor) -> Tensor:
@@ -140,33 +99,16 @@ def _everything(score: Tensor) -> Selection:
     return Selection(torch.arange(count, device=score.device).unsqueeze(0).expand(groups, count))
 
 
-def _pick_greedily(table: Tensor, start: Tensor, k: int, fold: Fold, gain: Gain, *given: Tensor) -> Selection:
-    """Choose ``start [G]``, then k - 1 times the token with the highest ``gain(state, rows, *given) [G,N]``.
-
-    ``rows [G*N,N]`` is ``table [G,N,N]``; the state is the chosen tokens' rows of it folded together by ``fold``.
-    """
-    groups, count, _ = table.shape
-    if k == count:
+def _pick_by_fold(
+    table: Tensor, start: Tensor, weight: Tensor | None, k: int, rule: str, trade: float = 0.0
+) -> Selection:
+    """From ``start [G]`` on, by one of the rules of :func:`secateur.compiler.greedy.pick_by_fold`."""
+    if k == table.shape[1]:
         return _everything(table[:, 0])
     if k == 1:
         return Selection(start.unsqueeze(1))
-    position = torch.arange(count, device=table.device)
-    offset = torch.arange(groups, device=table.device) * count
-    rows = table.reshape(groups * count, count)
-
-    def pick_best(
-        state: Tensor, taken: Tensor, _step: Tensor, rows: Tensor, offset: Tensor, position: Tensor, *given: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        pick = (gain(state, rows, *given) + taken).argmax(dim=1)
-        state = fold(state, rows.index_select(0, pick + offset))
-        return state, torch.where(position == pick.unsqueeze(1), -math.inf, taken), pick
-
-    taken = torch.where(position == start.unsqueeze(1), -math.inf, 0.0)
-    steps = torch.zeros(k - 1, 1, device=table.device)
-    state = [rows.index_select(0, start + offset), taken]
-    captured = (rows, offset, position, *(tensor.detach() for tensor in given))
-    *_, picks = scan_op(pick_best, state, [steps], additional_inputs=captured)
-    return Selection(torch.cat([start.unsqueeze(0), picks]).transpose(0, 1).sort(dim=-1).values)
+    picks: Tensor = score_ops.pick_by_fold(table, start, weight, k, rule, trade)
+    return Selection(picks.sort(dim=-1).values)
 
 
 SELECTORS: dict[str, Callable[..., Selection]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from secateur.compiler import passlist, pipeline
+from secateur.compiler import passlist, pipeline, score_ops
 from secateur.compiler.bundle import outline
 from secateur.compiler.inputs import RowInput, random_rows, respace
 from secateur.compiler.parity import TOLERANCE
@@ -164,7 +164,7 @@ def scale_weight(program: Program) -> Program:
 def prefer_the_worst(program: Program) -> Program:
     """A fault: what is ranked is turned around before it is cut."""
     module = program.edit()
-    for node in [n for n in module.graph.nodes if is_call(n, aten.topk.default)]:
+    for node in [n for n in module.graph.nodes if is_call(n, score_ops.top_rows)]:
         ranked = args_of(node)[0]
         with module.graph.inserting_before(node):
             turned = module.graph.call_function(aten.neg.default, (ranked,))

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from secateur.compiler import score_ops
+from secateur.compiler.function import trace_function
 from secateur.compiler.plan_recipe import plan_recipe
+from secateur.exporters.expand_scores import expand_scores
 from secateur.passes.methods.select import max_min
 from secateur.passes.recipes import RECIPES
 from secateur.passes.stage import StageFunction, stage_function
@@ -49,10 +52,6 @@ def inputs_for(stage: StageFunction, groups: int) -> tuple[torch.Tensor, ...]:
     return tuple(signals[name] for name in stage.signals if name in signals)
 
 
-def count_scans(graph: torch.fx.Graph) -> int:
-    return sum(node.op == "call_function" and node.target is torch.ops.higher_order.scan for node in graph.nodes)
-
-
 def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
     return torch.export.export(module, inputs, strict=False).run_decompositions({})
 
@@ -81,22 +80,24 @@ def test_make_fx_equals_eager(name: str) -> None:
 
 @pytest.mark.parametrize("trace", [export, lambda module, inputs: make_fx(module, tracing_mode="fake")(*inputs)])
 @pytest.mark.parametrize("k", [3, 14])
-def test_max_min_is_one_scan_whatever_k(
+def test_max_min_is_one_operator_whatever_k(
     k: int, trace: Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], torch.fx.GraphModule]
 ) -> None:
     module = StageModule(first_stage("divprune", 28, k / 28))
     graph = trace(module, inputs_for(module.stage, 2)).graph
     assert module.stage.planned.length_out == k
-    assert count_scans(graph) == 1
-    assert sum(node.target is torch.ops.aten.argmax.default for node in graph.nodes) == 1, "the steps are unrolled"
+    assert sum(node.target is score_ops.pick_by_fold for node in graph.nodes) == 1
+    assert sum(node.target is torch.ops.aten.argmax.default for node in graph.nodes) == 1, "only for the start"
 
 
-def test_argmax_inside_the_scan_reads_two_dimensions() -> None:
-    """TensorRT refuses an ArgMax of fewer."""
-    module = StageModule(first_stage("divprune", 28, 0.25))
-    exported = export(module, inputs_for(module.stage, 1))
-    (scan,) = exported.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
-    body = getattr(exported.graph_module, scan.args[0].target)
+def test_max_min_is_written_out_as_one_scan() -> None:
+    """TensorRT refuses an ArgMax of fewer than two dimensions."""
+    stage = first_stage("divprune", 28, 0.25)
+    feed = dict(zip(stage.signals, inputs_for(stage, 1), strict=True))
+    traced = trace_function("divprune", lambda tokens: (stage({"tokens": tokens}).keep,), feed, ("keep",))
+    plain = expand_scores(traced)
+    (scan,) = plain.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
+    body = getattr(plain.module, scan.args[0].target)
     (argmax,) = body.graph.find_nodes(op="call_function", target=torch.ops.aten.argmax.default)
     assert argmax.args[0].meta["val"].shape == (1, 28)
 

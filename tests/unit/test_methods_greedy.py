@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur.compiler import score_ops
+from secateur.compiler.function import trace_function
+from secateur.exporters.expand_scores import expand_scores
 from secateur.passes.methods.score_geometry import attention_flow, graph_flow, later_redundancy, projector_sensitivity
 from secateur.passes.methods.select_greedy import (
     SELECTORS,
@@ -139,16 +142,13 @@ def test_determinant_goes_on_by_score_when_nothing_new_is_left() -> None:
 
 @pytest.mark.parametrize("name", sorted(CHOOSE))
 @pytest.mark.parametrize("k", [3, 11])
-def test_one_scan_whatever_k(name: str, k: int) -> None:
-    class Chooser(torch.nn.Module):
-        def forward(self, tokens: Tensor, score: Tensor) -> Tensor:
-            return CHOOSE[name](tokens, score, k)
-
-    inputs = draw_rows(8, 2, 20)
-    exported = torch.export.export(Chooser(), inputs, strict=False)
-    scans = exported.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
-    assert len(scans) == 1
-    body = getattr(exported.graph_module, scans[0].args[0].target)
+def test_one_operator_and_one_scan_whatever_k(name: str, k: int) -> None:
+    feed = dict(zip(("tokens", "score"), draw_rows(8, 2, 20), strict=True))
+    traced = trace_function(name, lambda tokens, score: (CHOOSE[name](tokens, score, k),), feed, ("keep",))
+    assert sum(node.target in score_ops.PLAIN for node in traced.graph.nodes) == 1
+    plain = expand_scores(traced)
+    (scan,) = plain.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
+    body = getattr(plain.module, scan.args[0].target)
     (argmax,) = body.graph.find_nodes(op="call_function", target=torch.ops.aten.argmax.default)
     assert argmax.args[0].meta["val"].ndim == 2, "TensorRT refuses an ArgMax of fewer dimensions"
 

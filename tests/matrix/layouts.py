@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from tests.unit import (
     tiny_gemma3,
@@ -30,6 +31,7 @@ from tests.unit import (
 from .cells import Layout, Tower
 
 SIDE_PATCHES, TOWER_LAYERS, DECODER_LAYERS = 6, 5, 8
+SHARDS = 3
 FEW_TOWER_LAYERS, FEW_DECODER_LAYERS, AUDIO_LAYERS = 3, 6, 2
 """Of layouts with a few rows, and of the towers that hear."""
 
@@ -130,6 +132,18 @@ def _calm(directory: Path, few: bool = False) -> Path:
             weights[name] = 8 * weight if part == "merger" else weight / math.sqrt(2 * layers[part])
     save_file(weights, path, {"format": "pt"})
     return directory
+
+
+def shard(directory: Path) -> None:
+    """Split a checkpoint's one file into several, as the hub's are and as ``save_pretrained`` splits larger ones."""
+    whole = directory / "model.safetensors"
+    weights = load_file(whole)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=whole.stat().st_size // SHARDS)
+    for name, tensors in split.filename_to_tensors.items():
+        save_file({tensor: weights[tensor] for tensor in tensors}, directory / name, {"format": "pt"})
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (directory / f"{whole.name}.index.json").write_text(json.dumps(index, indent=1))
+    whole.unlink()
 
 
 _ADDS = (

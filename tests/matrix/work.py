@@ -23,9 +23,9 @@ from secateur.passes.recipes import RECIPES
 from secateur.runtime.session import Session
 from secateur.tools.sweep.bundles import Bundles
 
-from .cells import Cell
+from .cells import KEEPS, Cell
 from .engines import NoLibraryError, build
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, shard
 
 FORCED, QUESTIONS = 2, 6
 
@@ -65,6 +65,7 @@ class Workshop:
 
             hf_logging.disable_progress_bar()
             LAYOUTS[layout].write(path)
+            shard(path)
         return path
 
     def bundles(self, layout: str, batch: int, images: int) -> Bundles:
@@ -122,7 +123,9 @@ def compare(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
     oracle = shop.oracle(cell, recipe, cell.keep)
     parity = Parity()
     keep = 1.0 if cell.keep is None else cell.keep
-    with made.borrow(recipe, keep, expose=True) as path, Session(path, threads=1) as session:
+    # Both roads of a checkpoint's weights: the smaller ratio's graphs point into its files.
+    weights = "reference" if cell.keep == min(KEEPS) else "stream"
+    with made.borrow(recipe, keep, expose=True, weights=weights) as path, Session(path, threads=1) as session:
         ours = CompiledRun(session.manifest, session.request())
         compare_runs(OracleRun(oracle), ours, questions(session), cell.batch, parity, referee=oracle)
     found = parity.as_json()

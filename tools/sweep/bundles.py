@@ -47,17 +47,18 @@ class Bundles:
         """Layers and token counts, without tracing."""
         return plan_for(self.source, self.geometry, recipe, _keep(recipe, keep))
 
-    def compile(self, recipe: Recipe, keep: float, out: Path, expose: bool = False) -> Path:
+    def compile(self, recipe: Recipe, keep: float, out: Path, expose: bool = False, weights: str = "stream") -> Path:
         with quiet_compiler():
             pruned = prune(self.traced, recipe, _keep(recipe, keep), expose=expose)
-            return build(pruned, export(pruned, TARGET), check_target(TARGET, "fp32", None), out, force=True)
+            return build(pruned, export(pruned, TARGET, weights), check_target(TARGET, "fp32", None), out, force=True)
 
     @contextmanager
-    def borrow(self, recipe: Recipe, keep: float, expose: bool = False) -> Iterator[Path]:
-        """A bundle that is deleted afterwards; ``expose`` adds the hidden rows at sites to its outputs."""
+    def borrow(self, recipe: Recipe, keep: float, expose: bool = False, weights: str = "stream") -> Iterator[Path]:
+        """A bundle that is deleted afterwards; ``expose`` adds the hidden rows at sites to its outputs. ``weights`` as
+        for :func:`~secateur.compiler.pipeline.compile`."""
         self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="bundle-", dir=self.work) as folder:
-            yield self.compile(recipe, keep, Path(folder) / "bundle", expose)
+            yield self.compile(recipe, keep, Path(folder) / "bundle", expose, weights)
 
 
 def _keep(recipe: Recipe, keep: float) -> float | None:

@@ -27,6 +27,7 @@ def describe_engines(options: EngineOptions, sms: Sequence[int]) -> m.Engines:
         weights=options.weights,  # type: ignore[arg-type]  # pydantic checks
         version_compatible=options.version_compatible, hardware_compatible=options.hardware_compatible,
         opt_level=options.opt_level, workspace=options.workspace, architectures=list(sms),
+        score_plugins=options.score_plugins,
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
 
 TARGETS = ("onnxruntime", "plain", "tensorrt", "tensorrt-rtx")
+AMPERE = 80
 AUTO = "auto"
 """As ``dtype``: the checkpoint's own."""
 
@@ -167,7 +168,8 @@ def _compile(
     layout, exported = lay_out(pruned, weights), list[Exported]()
     for tag, one, dump in zip(tags, pruned, dumps, strict=True):
         with phase(f"export{tag}", progress):
-            exported.append(export_programs(one.programs.programs, goal.dialect, layout))
+            plugins = goal.engines is not None and goal.engines.score_plugins
+            exported.append(export_programs(one.programs.programs, goal.dialect, layout, plugins))
         if dump is not None:
             (dump / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported[-1]}\n")
     needs = expected.consider(foresee(pruned, exported, goal), out)
@@ -278,6 +280,8 @@ def check_target(
         check_options(target, options)
         check_library(target, tensorrt.load_library(target).trt, options)
         tensorrt.check_machine(target)
+        if options.score_plugins:
+            _register_plugins(sms, options)
         return Target(target, dtype, sms[0] if sms else None, sms, options)
     if engines is not None:
         where = flag_of((*given(engines), "weights")[0])
@@ -294,6 +298,19 @@ def check_target(
             )  # fmt: skip
         _log.warning("this bundle is for other toolchains: Session runs fp32 only, not %s", goal.dtype)
     return goal
+
+
+def _register_plugins(sms: Sequence[int], options: EngineOptions) -> None:
+    """Make the kernels known to the library, for the GPU of this machine; raises UserError where something lacks."""
+    from secateur.exporters.plugins.register import register_plugins
+
+    if not sms:
+        raise UserError(
+            "kernels are compiled for the GPU's architecture, which is not known here", where="--score-plugins",
+            fix="pip install 'secateur[tensorrt]', whose cuda-python asks the GPU, or leave it out",
+        )  # fmt: skip
+    # Engines for every GPU from Ampere on hold code that all of these can run.
+    register_plugins(AMPERE if options.hardware_compatible else sms[0])
 
 
 def _trace_again(traced: Sequence[Traced], geometry: Geometry) -> Traced | None:

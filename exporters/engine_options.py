@@ -26,7 +26,8 @@ class EngineOptions:
     when they are loaded. ``workspace``: bytes of scratch memory a layer may take. ``opt_level``: 0 to 5, how long
     the builder searches. ``version_compatible``: runs on later versions of the library too.
     ``hardware_compatible``: on other architectures from Ampere on. ``timing_cache``: a file that measurements are
-    read from and added to.
+    read from and added to. ``score_plugins``: heavy scores and selectors are kernels inside the engines
+    (docs/kernels.md) instead of standard operators.
     """
 
     weights: str = "inputs"
@@ -35,6 +36,7 @@ class EngineOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     timing_cache: Path | None = None
+    score_plugins: bool = False
 
 
 # What a flavour lacks: why, and what to do instead. Found with TensorRT-RTX 1.7 on a machine without a GPU.
@@ -48,6 +50,9 @@ _LACKS: dict[str, dict[str, tuple[str, str]]] = {
         "hardware_compatible": ("it ignores this", "name every architecture instead: --sm 86 --sm 89 --sm 120"),
         "timing_cache": (
             "it measures nothing when it builds, and a cache would make it look for a GPU", "leave it out",
+        ),
+        "score_plugins": (
+            "its library takes no kernels compiled ahead of time", "leave it out: scores are written out",
         ),
     },
 }  # fmt: skip

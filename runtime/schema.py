@@ -110,6 +110,8 @@ class Engines(Frozen):
     architectures: list[Size] = []
     """The GPU architectures they were built for, such as 89; the manifest's ``sm`` is the first. Empty where the
     library did not say."""
+    score_plugins: bool = False
+    """Whether they hold kernels of our own for scores and selectors."""
 
 
 class Forecast(Frozen):

@@ -16,6 +16,7 @@ from secateur.tools.engine_flags import (
     EngineWeights,
     HardwareCompatible,
     OptLevel,
+    ScorePlugins,
     Sm,
     StripWeights,
     TimingCache,
@@ -88,6 +89,7 @@ def compile_model(
     version_compatible: VersionCompatible = False,
     hardware_compatible: HardwareCompatible = False,
     timing_cache: TimingCache = None,
+    score_plugins: ScorePlugins = False,
     weights: Annotated[
         str,
         typer.Option(
@@ -128,7 +130,14 @@ def compile_model(
     )  # fmt: skip
     geometries = pipeline.read_geometries(list(geometry or []), plain)
     engines = read_engine_options(
-        engine_weights, strip_weights, workspace, opt_level, version_compatible, hardware_compatible, timing_cache
+        engine_weights,
+        strip_weights,
+        workspace,
+        opt_level,
+        version_compatible,
+        hardware_compatible,
+        timing_cache,
+        score_plugins,
     )
     with show_progress() as tell:
         made = pipeline.compile(
@@ -195,7 +204,11 @@ def _flops(m: Manifest) -> dict[str, dict[str, int]]:
 
 
 def _next_command(bundle: Path, m: Manifest) -> str:
-    if m.target in ("tensorrt", "tensorrt-rtx") or m.dtype != "fp32":
+    from secateur.runtime.backends.preflight import has_driver
+
+    if m.engines is not None and not has_driver():
+        return f"secateur inspect {shlex.quote(str(bundle))} --layers"
+    if m.engines is None and m.dtype != "fp32":
         return f"secateur inspect {shlex.quote(str(bundle))}"
     items, batch = m.items, m.geometry.batch
     files = {"image": "photo{}.png", "video": "video{}.gif", "audio": "sound{}.wav"}

@@ -39,6 +39,13 @@ HardwareCompatible = Annotated[
 TimingCache = Annotated[
     Path | None, typer.Option(help="File of tensorrt's measurements, read first and added to.", metavar="FILE")
 ]
+ScorePlugins = Annotated[
+    bool,
+    typer.Option(
+        "--score-plugins",
+        help="Heavy scores and selectors are kernels in the engines of tensorrt (docs/kernels.md).",
+    ),
+]
 
 
 def read_engine_options(
@@ -49,6 +56,7 @@ def read_engine_options(
     version_compatible: bool,
     hardware_compatible: bool,
     timing_cache: Path | None,
+    score_plugins: bool,
 ) -> EngineOptions | None:
     """The options as one value; None when none is given. Raises UserError for two that contradict each other."""
     from secateur.compiler.pipeline import EngineOptions, read_size
@@ -56,10 +64,11 @@ def read_engine_options(
     if strip and weights not in (None, "stripped"):
         raise UserError(f"says the opposite of --engine-weights {weights}", where="--strip-weights", fix="give one")
     weights = "stripped" if strip else weights
-    if not any((weights, workspace, opt_level is not None, version_compatible, hardware_compatible, timing_cache)):
+    flags = version_compatible or hardware_compatible or score_plugins
+    if not any((weights, workspace, opt_level is not None, flags, timing_cache)):
         return None
     return EngineOptions(
         weights=weights or EngineOptions().weights, workspace=None if workspace is None else read_size(workspace),
         opt_level=opt_level, version_compatible=version_compatible, hardware_compatible=hardware_compatible,
-        timing_cache=timing_cache,
+        timing_cache=timing_cache, score_plugins=score_plugins,
     )  # fmt: skip

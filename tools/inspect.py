@@ -172,6 +172,7 @@ def _engines_text(e: Engines) -> str:
     said += [f"built for SM {', '.join(map(str, e.architectures))}"] if e.architectures else []
     said += ["also for later versions"] if e.version_compatible else []
     said += ["also for other GPUs from Ampere on"] if e.hardware_compatible else []
+    said += ["kernels for scores inside"] if e.score_plugins else []
     said += [f"optimization level {e.opt_level}"] if e.opt_level is not None else []
     said += [f"workspace {size_text(e.workspace)}"] if e.workspace is not None else []
     return ", ".join(said)

@@ -80,7 +80,7 @@ def _check_present(flavour: str, where: str) -> None:
     """Everything that is missing in one line: whoever lacks a driver need not install a library first."""
     missing = []
     python = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
-    if not (_driver_version() > 0 if python else _has_driver_library()):
+    if not (_driver_version() > 0 if python else has_driver()):
         missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
     absent = [
         name
@@ -98,7 +98,7 @@ def _check_present(flavour: str, where: str) -> None:
         )
 
 
-def _has_driver_library() -> bool:
+def has_driver() -> bool:
     try:
         CDLL("libcuda.so.1")
     except OSError:

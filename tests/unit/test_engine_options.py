@@ -43,6 +43,12 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "tensorrt-rtx",
+            {"score_plugins": True},
+            "--score-plugins: tensorrt-rtx cannot: its library takes no kernels compiled ahead of time; leave it out: "
+            "scores are written out",
+        ),
+        (
+            "tensorrt-rtx",
             {"weights": "stripped"},
             "--engine-weights stripped: tensorrt-rtx strips weights only where a GPU driver is (libcuda.so.1), and "
             "there is none here; take --engine-weights inputs: its engines hold as little, and are built without a GPU",
@@ -74,7 +80,7 @@ def test_options_that_cannot_be(flavour: str, options: dict[str, Any], text: str
 
 def test_options_that_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine_options, "has_driver", lambda: True)
-    every = EngineOptions("stripped", 1 << 30, 5, True, True, tmp_path / "cache")
+    every = EngineOptions("stripped", 1 << 30, 5, True, True, tmp_path / "cache", score_plugins=True)
     check_options("tensorrt", every)
     check_options("tensorrt-rtx", EngineOptions("stripped", 1 << 30, 0))
 

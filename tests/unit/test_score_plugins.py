@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -12,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.compiler import score_ops
+from secateur.compiler import pipeline, score_ops
 from secateur.compiler.flops import count_flops
 from secateur.compiler.function import trace_function
 from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.expand_scores import expand_scores
 from secateur.exporters.lint import lint_graph, refuse
-from secateur.exporters.onnx import export_program
+from secateur.exporters.onnx import Exported, export_program
 from secateur.exporters.plugins.lowering import with_plugins
 from secateur.exporters.plugins.table import pays
 from secateur.exporters.weights import WeightLayout
@@ -143,3 +145,45 @@ def test_nothing_imports_triton_unless_kernels_are_wanted() -> None:
         "assert 'triton' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.fixture
+def gpu_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As if TensorRT and a GPU of architecture 90 were here; the architectures that kernels are registered for."""
+    registered: list[int] = []
+    library = SimpleNamespace(trt=SimpleNamespace(__version__="11.4.0"))
+    monkeypatch.setattr(pipeline.tensorrt, "check_target", lambda *_, **__: (90,))
+    monkeypatch.setattr(pipeline.tensorrt, "check_machine", lambda _: None)
+    monkeypatch.setattr(pipeline.tensorrt, "load_library", lambda _: library)
+    monkeypatch.setattr(pipeline, "check_library", lambda *_: None)
+    monkeypatch.setattr("secateur.exporters.plugins.register.register_plugins", registered.append)
+    return registered
+
+
+def test_the_option_puts_kernels_into_the_graphs_that_engines_are_built_of(
+    gpu_here: list[int], model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Exported] = []
+    monkeypatch.setattr(pipeline, "build", lambda pruned, exported, *_, **__: built.extend(exported))
+    options = pipeline.EngineOptions(score_plugins=True)
+    pipeline.compile(model_dir(), tmp_path / "out", recipe="divprune", target="tensorrt", engines=options)
+    assert gpu_here == [90]
+    nodes = {node.op_type for node in built[0].models["vision"].graph.all_nodes() if node.domain == "secateur"}
+    assert nodes == {"PickByFold"}
+
+
+def test_engines_for_every_gpu_get_kernels_that_all_can_run(gpu_here: list[int]) -> None:
+    options = pipeline.EngineOptions(score_plugins=True, hardware_compatible=True)
+    pipeline.check_target("tensorrt", "fp16", None, engines=options)
+    assert gpu_here == [80]
+
+
+def test_kernels_for_an_unknown_gpu(gpu_here: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.tensorrt, "check_target", lambda *_, **__: ())
+    with pytest.raises(UserError) as caught:
+        pipeline.check_target("tensorrt", "fp16", None, engines=pipeline.EngineOptions(score_plugins=True))
+    assert str(caught.value) == (
+        "--score-plugins: kernels are compiled for the GPU's architecture, which is not known here; pip install "
+        "'secateur[tensorrt]', whose cuda-python asks the GPU, or leave it out"
+    )
+    assert gpu_here == []

@@ -99,6 +99,7 @@ def _check_present(flavour: str, where: str) -> None:
 
 
 def has_driver() -> bool:
+    """Whether a GPU driver is installed; its version and the GPU are asked later."""
     try:
         CDLL("libcuda.so.1")
     except OSError:

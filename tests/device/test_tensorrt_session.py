@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from secateur.compiler.pipeline import Geometry, compile
+from secateur.compiler.pipeline import EngineOptions, Geometry, compile
 from secateur.exporters.tensorrt import SMS
 from secateur.runtime import Session
 from secateur.runtime.backends.preflight import MODULES
@@ -51,17 +51,18 @@ def flavour(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``bundles(recipe, target, dtype)`` -> a bundle of the demo model, compiled once."""
-    root, made = tmp_path_factory.mktemp("bundles"), dict[tuple[str, str, str], Path]()
+    """``bundles(recipe, target, dtype, weights="inputs")`` -> a bundle of the demo model, compiled once."""
+    root, made = tmp_path_factory.mktemp("bundles"), dict[tuple[str, str, str, str], Path]()
 
-    def make(recipe: str, target: str, dtype: str) -> Path:
-        key = (recipe, target, dtype)
+    def make(recipe: str, target: str, dtype: str, weights: str = "inputs") -> Path:
+        key = (recipe, target, dtype, weights)
         if key not in made:
             made[key] = root / "-".join(key)
             keep = None if recipe == "none" else 0.3
             sm = gpu() if target == "tensorrt-rtx" else None
+            engines = EngineOptions(weights=weights) if target.startswith("tensorrt") else None
             compile(DEMO / "model", made[key], recipe=recipe, keep=keep, geometry=GEOMETRY, target=target, dtype=dtype,
-                    sm=sm)  # fmt: skip
+                    sm=sm, engines=engines)  # fmt: skip
         return made[key]
 
     return make
@@ -78,11 +79,14 @@ def question(place: int = 0) -> tuple[str, Image.Image]:
     return one.text, Image.open(one.image)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_logits_are_those_of_onnx_runtime(bundles: Any, flavour: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("fp16", "inputs"), ("bf16", "inputs"), ("fp16", "plan"), ("fp16", "stripped")]
+)
+def test_logits_are_those_of_onnx_runtime(bundles: Any, flavour: str, dtype: str, weights: str) -> None:
     """Prefill and eight forced decode steps, so that the plain, the captured and the replayed run are all compared."""
     text, picture = question()
-    with Session(bundles("none", "onnxruntime", "fp32")) as plain, Session(bundles("none", flavour, dtype)) as engine:
+    built = bundles("none", flavour, dtype, weights)
+    with Session(bundles("none", "onnxruntime", "fp32")) as plain, Session(built) as engine:
         inputs = plain.processor([text], [[picture]])
         one, two = plain.request(), engine.request()
         want = [plain.prefill(one, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)]

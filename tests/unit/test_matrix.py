@@ -162,7 +162,7 @@ def test_what_holds_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "3 more were not run" in page_file.read_text()
     changed = replace(RECIPES["fastv"], positions="compact")
     monkeypatch.setitem(RECIPES, "fastv", changed)
-    assert walking.read_held(cells, tmp_path) == {}, "another text of the row"
+    assert walking.read_held(cells[:1], tmp_path) == {}, "another text of the row"
 
 
 def test_the_code_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def check_room(needs: Needs, room: Room, out: Path, device_memory: int | None = 
     if needs.disk > room.disk:
         raise UserError(
             f"disk full: the bundle takes {gib(needs.disk)}, {gib(room.disk)} are free", where=str(out.parent),
-            fix=_advise_disk(needs),
+            fix=f"{_advise_disk(needs)}; {IGNORE}",
         )  # fmt: skip
     limit = room.device if device_memory is None else device_memory
     if limit is not None and needs.device > limit:

@@ -140,7 +140,7 @@ def _weights(models: Mapping[str, ir.Model], engine_weights: str | None) -> int:
 
 
 def stored_tensors(graph: ir.Graph) -> dict[Place, int]:
-    """Bytes of the weights a graph points at in other files, by place: tied ones have several names there."""
+    """Bytes of the weights a graph points at in other files, by place."""
     held = [value.const_value for value in graph.initializers.values()]
     return {_place(data): int(data.nbytes) for data in held if isinstance(data, ir.ExternalTensor)}
 

@@ -45,7 +45,7 @@ from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters import tensorrt
 from secateur.exporters.checkpoint import Checkpoint, list_tensors
 from secateur.exporters.digests import Digests
-from secateur.exporters.engine_options import EngineOptions, check_library, check_options, flag_of, given, read_size
+from secateur.exporters.engine_options import EngineOptions, check_library, check_options, flag_of, given
 from secateur.exporters.onnx import Exported, export_programs
 from secateur.exporters.shards import list_unread
 from secateur.passes.recipe_file import digest_recipe, load_recipe
@@ -278,8 +278,8 @@ def check_target(
         options = engines or EngineOptions()
         sms = tensorrt.check_target(target, dtype=dtype, sm=sm)
         check_options(target, options)
-        check_library(target, tensorrt.load_library(target).trt, options)
         tensorrt.check_machine(target)
+        check_library(target, tensorrt.load_library(target).trt, options)
         if options.score_plugins:
             _register_plugins(sms, options)
         return Target(target, dtype, sms[0] if sms else None, sms, options)
@@ -345,7 +345,6 @@ __all__ = [
     "prune",
     "read_geometries",
     "read_questions",
-    "read_size",
     "read_sizes",
     "verify",
     "write_calibrated",

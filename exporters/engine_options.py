@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ WEIGHTS = ("inputs", "plan", "stripped")
 """Where an engine's weights are; see :class:`EngineOptions`."""
 
 LEVELS = range(6)
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,3 @@ def check_library(flavour: str, trt: Any, options: EngineOptions) -> None:
                     where=where,
                     fix="leave it out, or upgrade the library",
                 )
-
-
-def read_size(text: str) -> int:
-    """Bytes from ``4GiB``, ``512 MiB``, ``64KiB`` or a plain number. Raises UserError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]ib|)", text.strip().lower())
-    if match is None:
-        raise UserError(f"{text!r} is no size", where="--workspace", fix="write it like 4GiB, 512MiB or 1073741824")
-    return int(float(match[1]) * _UNITS[match[2]])

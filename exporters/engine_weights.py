@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ SMALL = 1 << 16
 def take_weights_out(onnx_path: Path, weights: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """The file to build from, and the weights its engine takes from outside, by the names of their initializers.
 
-    With ``inputs`` that file is a variant of the graph that has those as inputs, for the time of the build. It lies
-    beside the graph, since other weights keep pointing into files there. With ``stripped`` the graph is as it is.
+    With ``inputs`` that file is a variant of the graph that has those as inputs, for the time of the build, in a
+    directory of its own: the graph's may be one that nothing is written to. With ``stripped`` the graph is as it is.
     """
     model = None if weights == "plan" else _load(onnx_path)
     names = [] if model is None else list_shared(model.graph)
@@ -28,12 +29,11 @@ def take_weights_out(onnx_path: Path, weights: str) -> Iterator[tuple[Path, tupl
     import onnx_ir as ir
 
     turn_into_inputs(model, names)
-    variant = onnx_path.with_name(f".{onnx_path.stem}.inputs.onnx")
-    try:
+    _embed(model.graph, onnx_path.parent)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        variant = Path(folder) / onnx_path.name
         variant.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         yield variant, tuple(names)
-    finally:
-        variant.unlink(missing_ok=True)
 
 
 def list_shared(graph: Any) -> list[str]:
@@ -61,6 +61,25 @@ def turn_into_inputs(model: Any, names: Iterable[str]) -> None:
         value = model.graph.initializers.pop(name)
         value.const_value = None
         model.graph.inputs.append(value)
+
+
+def _embed(graph: Any, directory: Path) -> None:
+    """Put the weights that stay, which are small, into the graph itself, so that it points to no file.
+
+    onnx-ir reads no hard links, which is what a bundle has of a checkpoint's files.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    for name, value in graph.initializers.items():
+        stored = value.const_value
+        if isinstance(stored, ir.ExternalTensor):
+            with open(directory / stored.location, "rb") as file:
+                file.seek(stored.offset or 0)
+                data = file.read(stored.nbytes)
+            kind, dims = stored.dtype.value, list(stored.shape.numpy())
+            proto = onnx.TensorProto(name=name, data_type=kind, dims=dims, raw_data=data)
+            value.const_value = ir.serde.deserialize_tensor(proto)
 
 
 def mark_stripped(network: Any, names: tuple[str, ...], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.runtime.errors import UserError
+from secateur.tools.forecast import read_bytes
 
 if TYPE_CHECKING:
     from secateur.compiler.pipeline import EngineOptions
@@ -59,7 +60,7 @@ def read_engine_options(
     score_plugins: bool,
 ) -> EngineOptions | None:
     """The options as one value; None when none is given. Raises UserError for two that contradict each other."""
-    from secateur.compiler.pipeline import EngineOptions, read_size
+    from secateur.compiler.pipeline import EngineOptions
 
     if strip and weights not in (None, "stripped"):
         raise UserError(f"says the opposite of --engine-weights {weights}", where="--strip-weights", fix="give one")
@@ -68,7 +69,7 @@ def read_engine_options(
     if not any((weights, workspace, opt_level is not None, flags, timing_cache)):
         return None
     return EngineOptions(
-        weights=weights or EngineOptions().weights, workspace=None if workspace is None else read_size(workspace),
+        weights=weights or EngineOptions().weights, workspace=read_bytes(workspace, "--workspace"),
         opt_level=opt_level, version_compatible=version_compatible, hardware_compatible=hardware_compatible,
         timing_cache=timing_cache, score_plugins=score_plugins,
     )  # fmt: skip

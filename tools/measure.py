@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -145,8 +146,10 @@ def measure_memory(bundle: Path, *, threads: int | None, new_tokens: int | None,
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise SecateurError(f"measuring memory failed: {reason[0]}", where=str(bundle))
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        # What the process says of an error of ours begins with its class.
+        reason = re.sub(r"^secateur\.[\w.]*Error: ", "", last)
+        raise SecateurError(f"measuring memory failed: {reason}", where=str(bundle))
     found: dict[str, int] = json.loads(done.stdout)
     return found
 

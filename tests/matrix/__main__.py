@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", choices=("parity", "identity", "engine"), help="all if not given")
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="run again even what holds")
+    parser.add_argument("--page", action="store_true", help="run nothing: write the page, which says what is missing")
     parser.add_argument("--work", type=Path, default=Path("build/matrix"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/matrix.md"), help="page to write (%(default)s)")
     options = parser.parse_args(arguments)
@@ -38,9 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = itertools.product(recipes, layouts.values())
     skipped = {(r.name, o.name): why for r, o in pairs if (why := lacks(r, o.tower))}
     cells = [c for c in list_cells(recipes, layouts) if options.kinds is None or c.kind in options.kinds]
-    found = read_held(cells, options.work, options.fresh)
-    todo = [cell for cell in cells if cell not in found]
-    notes.print(f"{len(cells)} cells, {len(found)} of them hold from before")
+    found = {} if options.fresh else read_held(cells, options.work)
+    # What failed is tried again.
+    todo = [] if options.page else [cell for cell in cells if cell not in found or not found[cell]["outcome"]["passed"]]
+    notes.print(f"{len(cells)} cells, {len(cells) - len(todo)} of them hold from before")
     columns = (
         TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -52,10 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
             progress.update(task, advance=1, description=str(cell)[:44])
             for line in page.failures([record]):
                 notes.print(f"failed: {line}", markup=False)
-    records = [found[cell] for cell in cells]
+    records = [found[cell] for cell in cells if cell in found]
     whole = not options.recipes and options.kinds is None and options.layouts == list(LAYOUTS)
     if whole:
-        options.docs.write_text(page.write(records, skipped))
+        options.docs.write_text(page.write(records, skipped, len(cells) - len(records)))
         notes.print(f"wrote {options.docs}")
     else:
         notes.print(f"{options.docs} is written only for all rows, layouts and kinds")

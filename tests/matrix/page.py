@@ -85,12 +85,16 @@ def _describe(layout: Layout) -> str:
     return said
 
 
-def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str]) -> str:
+def write(records: Sequence[Record], skipped: Mapping[tuple[str, str], str], missing: int = 0) -> str:
+    """The page. ``missing``: how many cells have not been run."""
     failed = failures(records)
     unbuilt = sum(r["outcome"]["passed"] is None for r in records)
-    verdict = "Every cell is within the bar." if not failed else f"**{len(failed)} cells are not within the bar.**"
+    every = "Every cell that was run" if missing else "Every cell"
+    verdict = f"{every} is within the bar." if not failed else f"**{len(failed)} cells are not within the bar.**"
     if unbuilt:
         verdict += f" **{unbuilt} engines were not built, because the library is not installed.**"
+    if missing:
+        verdict += f" **{missing} more were not run; what would show them is left empty.**"
     listed = "".join(f"\n* {line}" for line in failed)
     layouts = "\n".join(f"* {_describe(layout)}" for layout in LAYOUTS.values())
     return f"""# Every row on every layout

@@ -53,12 +53,10 @@ def key_of(cell: Cell) -> str:
     return digest({"code": digest_code(), "row": recipe_to_data(RECIPES[cell.recipe]), "cell": cell.as_json()})
 
 
-def read_held(cells: Sequence[Cell], work: Path, fresh: bool = False) -> dict[Cell, dict[str, Any]]:
-    """Cells whose record still holds and passed."""
-    if fresh:
-        return {}
+def read_held(cells: Sequence[Cell], work: Path) -> dict[Cell, dict[str, Any]]:
+    """Cells whose record still holds, passed or not."""
     records = {cell: read_record(record_path(cell, work)) for cell in cells}
-    return {c: r for c, r in records.items() if holds(r, key_of(c)) and r["outcome"]["passed"]}
+    return {c: r for c, r in records.items() if holds(r, key_of(c))}
 
 
 def record_path(cell: Cell, work: Path) -> Path:

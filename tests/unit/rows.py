@@ -19,6 +19,8 @@ from secateur.passes.recipes import RECIPES
 LEARNED = tuple(name for name, row in RECIPES.items() if needs_weights(row))
 SEEING = tuple(name for name, row in RECIPES.items() if not needs_sound(row))
 """Rows that mean something where nothing is heard."""
+NORMS = {"echoingpixels": 1}
+"""How many RMS norms the scores of a row have of their own."""
 INNER = 7
 
 

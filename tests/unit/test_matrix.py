@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.matrix import __main__ as matrix
 from tests.matrix import engine_tables, page
 from tests.matrix import walk as walking
 from tests.matrix.applies import Tower, lacks
@@ -147,8 +149,17 @@ def test_what_holds_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for cell, passed in zip(cells, (True, False, None), strict=True):
         whole = {"key": walking.key_of(cell), **record(cell, passed=passed)}
         write_record(walking.record_path(cell, tmp_path), whole)
-    assert list(walking.read_held(cells, tmp_path)) == cells[:1], "only what passed is kept"
-    assert walking.read_held(cells, tmp_path, fresh=True) == {}
+    assert list(walking.read_held(cells, tmp_path)) == cells
+    monkeypatch.setattr(matrix, "list_cells", lambda *_: cells)
+    asked: list[Cell] = []
+    monkeypatch.setattr(matrix, "walk", lambda todo, *_: asked.extend(todo) or iter(()))
+    page_file = tmp_path / "matrix.md"
+    for arguments, again in ((["--page"], []), ([], cells[1:]), (["--fresh"], cells)):
+        with suppress(SystemExit):
+            matrix.main([*arguments, "--work", str(tmp_path), "--docs", str(page_file)])
+        assert asked == again, arguments
+        asked.clear()
+    assert "3 more were not run" in page_file.read_text()
     changed = replace(RECIPES["fastv"], positions="compact")
     monkeypatch.setitem(RECIPES, "fastv", changed)
     assert walking.read_held(cells, tmp_path) == {}, "another text of the row"

@@ -25,7 +25,7 @@ from secateur.passes.signals import list_raws
 from secateur.passes.straighten_heads import straighten_heads
 from secateur.runtime.errors import SecateurError
 
-from .rows import SEEING
+from .rows import NORMS, SEEING
 from .tiny_model import DECODERS
 
 LAYERS = "model.language_model.layers"
@@ -305,6 +305,8 @@ def test_pruned_layers_hold_what_unpruned_ones_do(pruned: Callable[..., Any], re
             (ops.rotary, range(DEPTH), 2, 0), (ops.rms_norm, range(DEPTH), 2, 1),
         ):  # fmt: skip
             found = [layer_index(n, LAYERS) for n in calls(program, op)]
+            if op is ops.rms_norm and name == "prefill" and recipe in NORMS:
+                found.remove(None)  # the score's own, before the site; of the model's only the last is of no layer
             assert found == [i for i in layers for _ in range(each)] + [None] * after, f"{name} {op}"
     applied = [
         raw for s in pruned(recipe).job.decoder_stages for raw in list_raws(s)

@@ -24,13 +24,13 @@ from secateur.compiler.recipe import Site, Stage, Term
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
 from secateur.compiler.trace import Traced
 from secateur.passes.methods import own
-from secateur.passes.methods.registry import MERGES, SCORES
 from secateur.passes.methods.rows import take_rows
 from secateur.passes.methods.select import Selection
 from secateur.passes.signal_table import SIGNALS
 from secateur.runtime.request import Request
 
 from . import tiny_internvl
+from .own_words import forget_own
 
 
 def ramp(count: int) -> Tensor:
@@ -117,9 +117,7 @@ def _vocabulary() -> Any:
         return take_rows(whole, selection.keep)
 
     yield
-    for name in (*(f"read_{n}" for n in REDUCE), "added"):
-        del SCORES[name]
-    del MERGES["scaled"]
+    forget_own()
 
 
 def stage(site: Site, *, share: float, scope: Any = "image", without: tuple[str, ...] = (), **options: Any) -> Stage:

@@ -11,14 +11,15 @@ import pytest
 
 from secateur.compiler.plan_recipe import plan_recipe
 from secateur.passes import recipe_module
-from secateur.passes.methods import own
 from secateur.passes.methods.own import digest_own
-from secateur.passes.methods.registry import MERGES, SCORES, SELECTORS
+from secateur.passes.methods.registry import SCORES
 from secateur.passes.recipe_file import load_recipe
 from secateur.passes.recipe_module import installed_recipes
 from secateur.passes.recipes import get_recipe
 from secateur.passes.stage import StageFunction, stage_function
 from secateur.runtime.errors import UserError
+
+from .own_words import forget_own
 
 HEAD = """\
 import random
@@ -40,11 +41,8 @@ LOUD = row("loud", score=Term("loud_values", {"power": 2.0}), share=0.25)
 
 @pytest.fixture(autouse=True)
 def forget_functions() -> Iterator[None]:
-    """The vocabulary belongs to the process: what a test adds must not meet the next one's."""
     yield
-    for key in list(own._OWN):
-        role, _, name = key.partition(" ")
-        del own._OWN[key], {"score": SCORES, "selector": SELECTORS, "merge": MERGES}[role][name]
+    forget_own()
 
 
 @pytest.fixture

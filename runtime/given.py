@@ -38,6 +38,15 @@ def check_array(name: str, values: Any, shape: Sequence[int], where: str) -> Wri
     return array
 
 
+def check_ids(manifest: Manifest, ids: Ints, where: str) -> None:
+    """Raise UserError for token ids without a row in the embedding table: on a GPU any memory would be read."""
+    last = manifest.model.vocab_size - 1
+    if ids.size and not (ids.min() >= 0 and ids.max() <= last):  # so that NaN is refused too
+        raise UserError(
+            f"token ids go from {ids.min()} to {ids.max()}", where=where, fix=f"the vocabulary's are 0 to {last}"
+        )
+
+
 def check_placeholders(manifest: Manifest, ids: Ints, lengths: Ints) -> None:
     """Ids [B, N], lengths [B]: each row has one placeholder per feature, none last and none in its padding.
 

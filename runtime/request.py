@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from secateur.runtime.backends import Backend, Buffer, Shared
 from secateur.runtime.errors import BundleError, SecateurError, UserError
-from secateur.runtime.given import check_array, check_kept, check_placeholders
+from secateur.runtime.given import check_array, check_ids, check_kept, check_placeholders
 from secateur.runtime.kv import cache_shapes, decode_positions, decode_slots, handed_on, present_port
 from secateur.runtime.media import media_positions
 from secateur.runtime.schema import Manifest
@@ -91,7 +91,9 @@ class Request:
                 where="prefill",
                 fix="shorten the prompt, or compile with a larger --text-tokens",
             )
-        ports["input_ids"].write(check_array("input_ids", ids, ports["input_ids"].shape, "prefill"))
+        given = check_array("input_ids", ids, ports["input_ids"].shape, "prefill")
+        check_ids(self.manifest, ids, "prefill")
+        ports["input_ids"].write(given)
         ports["lengths"].write(lengths)
         check_placeholders(self.manifest, ids, lengths)
         if features is not None:
@@ -119,14 +121,15 @@ class Request:
         """Run ``decode`` on one token per row, int64 [B] -> logits [B, vocab]."""
         if self.step is None:
             raise UserError("decode before prefill", where="decode", fix="call prefill first")
-        ports = self._ports["decode"]
+        ports, tokens = self._ports["decode"], np.asarray(tokens, dtype=np.int64)
+        check_ids(self.manifest, tokens, "decode")
         slots = decode_slots(self.manifest, self.lengths, self.step)
         for name, slot in slots.items():
             ports[name].write(slot)
         if "position" in ports:  # a decoder without position ids has no such input
             at = decode_positions(self.manifest, self.lengths, self.step)
             ports["position"].write(at if self._next is None else self._next + self.step)
-        ports["input_ids"].write(np.asarray(tokens, dtype=np.int64).reshape(-1, 1))
+        ports["input_ids"].write(tokens.reshape(-1, 1))
         self._bound["decode"].run()
         self.step += 1
         return self._logits("decode")
@@ -150,7 +153,10 @@ class Request:
         return self._ports[program][port].read()
 
     def share(self, program: str, port: str) -> Shared:
-        """The memory of a program's input or output itself, for ``from_dlpack``: later runs change it."""
+        """The memory of a program's input or output itself, for ``from_dlpack``: later runs change it.
+
+        On a GPU they do not wait for whoever reads it: synchronise your stream before the next run of the request.
+        """
         buffer = self._ports[program][port]
         if not isinstance(buffer, Shared):
             raise UserError(f"{port} is not memory that can be shared", where=f"program {program}", fix="use read")

@@ -132,7 +132,12 @@ class Forecast(Frozen):
     @property
     def device(self) -> int:
         """Memory of the device while it runs."""
-        return self.weights + self.caches + self.activations + self.buffers
+        return self.counted + self.activations
+
+    @property
+    def counted(self) -> int:
+        """What of ``device`` the manifest's shapes say exactly; intermediate results are up to who builds engines."""
+        return self.weights + self.caches + self.buffers
 
 
 class Variant(Frozen):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.runtime.backends.cuda import DeviceMemory, Graph, Stream
+from secateur.runtime.backends.cuda import DeviceMemory, Graph, Stream, on_device
 from secateur.runtime.backends.device_buffer import DeviceBuffer
 from secateur.runtime.errors import SecateurError
 
@@ -65,6 +65,7 @@ class BoundEngine:
             if not context.set_tensor_address(port, address):
                 raise SecateurError(f"the library does not take an address for {port}", where=f"program {name}")
 
+    @on_device()
     def run(self) -> None:
         try:
             for buffer in self._inputs:
@@ -76,6 +77,9 @@ class BoundEngine:
         except SecateurError as error:
             self._settle()
             raise SecateurError(str(error), where=f"program {self._name}") from error
+        except BaseException:  # Ctrl-C, above all
+            self._settle()
+            raise
         self._runs += 1
         if self._runs == 1:
             self._after_first()

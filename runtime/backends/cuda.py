@@ -1,6 +1,7 @@
 """CUDA's runtime through cuda-python: every return code is looked at, and what is allocated frees itself.
 
-One device is used, number 0 of those the process sees; ``CUDA_VISIBLE_DEVICES`` says which that is.
+One device is used, number 0 of those the process sees; ``CUDA_VISIBLE_DEVICES`` says which that is. Which one CUDA
+works on is each thread's own, so whatever allocates or enqueues does so :func:`on_device`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 from secateur.runtime.errors import SecateurError, UserError
 
 _log = logging.getLogger(__name__)
+
+DEVICE_NUMBER = 0
 
 _FIXES = {
     "cudaErrorMemoryAllocation": "free memory of the GPU, run fewer requests at once, or compile a smaller geometry",
@@ -50,6 +54,18 @@ def call(name: str, *arguments: Any) -> Any:
             f"{name} failed with {error}: {_text('cudaGetErrorString', code)}", where="CUDA", fix=_FIXES.get(error)
         )
     return results[0] if len(results) == 1 else tuple(results) or None
+
+
+@contextmanager
+def on_device() -> Iterator[None]:
+    """Inside, the calling thread works on number 0; behind it, on what it did before: threads are the caller's."""
+    before = call("cudaGetDevice")
+    call("cudaSetDevice", DEVICE_NUMBER)  # even where it is that one: a new thread has no context until then
+    try:
+        yield
+    finally:
+        if before != DEVICE_NUMBER:
+            bindings().cudaSetDevice(before)
 
 
 class DeviceMemory:
@@ -132,7 +148,9 @@ class Graph:
         try:
             enqueue()
         except BaseException:
-            bindings().cudaStreamEndCapture(stream.handle)
+            code, begun = bindings().cudaStreamEndCapture(stream.handle)
+            if int(code) == 0 and begun is not None:
+                bindings().cudaGraphDestroy(begun)
             bindings().cudaGetLastError()
             raise
         try:

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.backends import Writable
-from secateur.runtime.backends.cuda import DeviceMemory, PinnedMemory, Stream
+from secateur.runtime.backends.cuda import DEVICE_NUMBER, DeviceMemory, PinnedMemory, Stream, on_device
 from secateur.runtime.backends.dlpack import CPU, CUDA, export_capsule, read_capsule
 from secateur.runtime.backends.host_types import STORAGE, byte_size, check_dtype, load, store
 from secateur.runtime.errors import SecateurError, UserError
 
-DEVICE = (CUDA, 0)
+DEVICE = (CUDA, DEVICE_NUMBER)
 
 
 class DeviceBuffer:
@@ -24,6 +24,7 @@ class DeviceBuffer:
     program's stream, and none is made for values nobody reads. ``stream`` is for reading and for other people's memory.
     """
 
+    @on_device()
     def __init__(self, shape: Sequence[int], dtype: str, stream: Stream) -> None:
         check_dtype(dtype, "buffer")
         self._shape, self.dtype, self._stream = tuple(shape), dtype, stream
@@ -50,6 +51,7 @@ class DeviceBuffer:
         """From now on refuse numbers below ``low`` or above ``high``: a program would use them unchecked."""
         self._limits = (low, high, what)
 
+    @on_device()
     def write(self, values: Writable) -> None:
         """Copy ``values`` in, converted to the buffer's type.
 
@@ -69,6 +71,7 @@ class DeviceBuffer:
         self._waits = True
         return None
 
+    @on_device()
     def read(self) -> NDArray[Any]:
         """A copy of what the buffer holds, bf16 as float32."""
         staging = self._staging()
@@ -90,10 +93,14 @@ class DeviceBuffer:
     def __dlpack_device__(self) -> tuple[int, int]:
         return DEVICE
 
+    @on_device()
     def __dlpack__(
         self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
     ) -> Any:
-        """The memory itself, not a copy: later runs change it. It is ready when this returns, whatever ``stream``."""
+        """The memory itself, not a copy: later runs change it. It is ready when this returns, whatever ``stream``.
+
+        Nothing makes a later run wait for its reader: synchronise your stream before the next run of the request.
+        """
         if dl_device not in (None, DEVICE) or copy:
             raise BufferError("a buffer gives its own memory on its own device; copy it there")
         if self._limits is not None:

@@ -64,17 +64,24 @@ def check_buffers(
 def check_aliases(
     engine: Any, program: str, inputs: Mapping[str, DeviceBuffer], outputs: Mapping[str, DeviceBuffer]
 ) -> None:
-    """Outputs that an engine writes into an input's memory, caches, must share that input's buffer and no other's."""
+    """Outputs that an engine writes into an input's memory, caches, must share that input's buffer and no other's.
+
+    Libraries that do not say which those are are believed to write every cache in place.
+    """
     aliased_input = getattr(engine, "get_aliased_input_tensor", None)
     by_address = {buffer.address: name for name, buffer in inputs.items()}
     for name, buffer in outputs.items():
-        shares, must = by_address.get(buffer.address), aliased_input(name) if aliased_input else None
+        shares = by_address.get(buffer.address)
+        if aliased_input is not None:
+            must = aliased_input(name) or None
+        else:
+            must = shares if shares and present_port(shares) == name else None
         if must and shares != must:
             raise SecateurError(
                 f"output {name} is written in place of input {must}, but they have two buffers",
                 where=f"program {program}", fix="bind one buffer to both",
             )  # fmt: skip
-        if shares and must != shares and present_port(shares) != name:
+        if shares and shares != must:
             raise SecateurError(
                 f"output {name} would overwrite input {shares} while it is read", where=f"program {program}",
                 fix="bind two buffers",

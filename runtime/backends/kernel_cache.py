@@ -33,7 +33,7 @@ class KernelCache:
         self.path = directory / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
         self._cache: Any = None
         self._saved = b""
-        self._ran = False
+        self._ran = self._told = False
         self._lock = threading.Lock()
 
     def attach(self, config: Any) -> None:
@@ -41,6 +41,9 @@ class KernelCache:
         with self._lock:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
+                if self._cache is None:
+                    self._not_kept("the library makes no cache for them")
+                    return
                 self._load()
             if not config.set_runtime_cache(self._cache):
                 _log.debug("the library does not take the kernel cache %s", self.path)
@@ -56,7 +59,11 @@ class KernelCache:
         with self._lock:
             if self._cache is None:
                 return
-            blob = bytes(memoryview(self._cache.serialize()))
+            serialized = self._cache.serialize()
+            if serialized is None:
+                self._not_kept("the library does not give them")
+                return
+            blob = bytes(memoryview(serialized))
             digest = hashlib.sha256(blob).digest()
             if digest == self._saved:
                 return
@@ -71,8 +78,13 @@ class KernelCache:
                     Path(name).unlink(missing_ok=True)
                     raise
             except OSError as error:
-                _log.info("compiled kernels are not kept: %s", error)
+                self._not_kept(str(error))
             self._saved = digest
+
+    def _not_kept(self, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            _log.info("compiled kernels are not kept: %s", reason)
 
     def _load(self) -> None:
         """The library checks whose cache it is; that its bytes are whole is checked here."""

@@ -1,7 +1,7 @@
 """Whether a bundle's engines can run on this machine, before a library is asked that might end the process.
 
 From what is there at all to what there is enough of: library, driver, GPU, versions, architecture, engine files,
-free memory. Every refusal is one line.
+free memory. Every refusal is one line. Memory is looked at again once engines have said what they need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.runtime.backends.cuda import bindings
+from secateur.runtime.backends.cuda import DEVICE_NUMBER, bindings, on_device
 from secateur.runtime.backends.engine_file import check_engine_file
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.schema import Engines, Manifest
@@ -54,7 +54,8 @@ def check_machine(directory: Path, manifest: Manifest, flavour: str) -> Machine:
     _check_architecture(manifest, engines, flavour, sm, gpu, where)
     for name in sorted(_engine_files(manifest)):
         check_engine_file(directory / name, f"{directory}: {name}", flavour, manifest.versions[flavour], sm)
-    _check_memory(manifest, gpu, where)
+    if manifest.forecast is not None:  # of which activations were estimated, the rest counted
+        check_free(manifest.forecast.counted, "the bundle", gpu, where)
     return Machine(library, gpu, sm, driver)
 
 
@@ -171,7 +172,7 @@ def _find_gpu(where: str) -> tuple[str, int]:
 
 
 def _ask(function: Any, where: str) -> Any:
-    code, value = function(0)
+    code, value = function(DEVICE_NUMBER)
     if int(code) != 0:
         name = bindings().cudaGetErrorName(code)[1].decode()
         raise UserError(f"the GPU does not answer ({name})", where=where, fix="look at nvidia-smi")
@@ -217,17 +218,16 @@ def _check_architecture(manifest: Manifest, engines: Engines, flavour: str, sm: 
         )
 
 
-def _check_memory(manifest: Manifest, gpu: str, where: str) -> None:
-    """What one request of the first geometry takes must be free."""
-    if manifest.forecast is None:
-        return
+@on_device()
+def check_free(needed: int, what: str, gpu: str, where: str) -> None:
+    """Raise UserError where fewer than the ``needed`` bytes that ``what`` takes are free on ``gpu``."""
     code, free, total = bindings().cudaMemGetInfo()
     if int(code) != 0:
         name = bindings().cudaGetErrorName(code)[1].decode()
         raise UserError(f"{gpu} does not say how much memory is free ({name})", where=where, fix="look at nvidia-smi")
-    if manifest.forecast.device > free:
+    if needed > free:
         raise UserError(
-            f"the bundle needs about {_mib(manifest.forecast.device)} of {gpu}, {_mib(free)} of {_mib(total)} are free",
+            f"{what} needs {_mib(needed)} of {gpu}, {_mib(free)} of {_mib(total)} are free",
             where=where, fix="free memory of the GPU, or compile a smaller geometry",
         )  # fmt: skip
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from secateur.runtime.backends import Buffer
 from secateur.runtime.backends.bound_engine import BoundEngine, GraphUse
-from secateur.runtime.backends.cuda import DeviceMemory, Stream
+from secateur.runtime.backends.cuda import DeviceMemory, Stream, on_device
 from secateur.runtime.backends.device_buffer import DeviceBuffer
 from secateur.runtime.backends.engine_ports import check_aliases, check_buffers, check_engine_ports, guard_writes
 from secateur.runtime.backends.engine_weights import SharedWeights, pick_tensors, refit
 from secateur.runtime.backends.kernel_cache import KernelCache, default_cache_directory
-from secateur.runtime.backends.preflight import Machine, check_machine
-from secateur.runtime.errors import BundleError, SecateurError
+from secateur.runtime.backends.preflight import Machine, check_free, check_machine
+from secateur.runtime.errors import BundleError, SecateurError, UserError
+from secateur.runtime.kv import buffer_bytes, cache_bytes
 from secateur.runtime.schema import Engines, Manifest, Program
 
 _log = logging.getLogger(__name__)
@@ -81,29 +82,32 @@ class TensorRTBackend:
         self._machine: Machine = check_machine(directory, manifest, self.name)
         self._trt = self._machine.library
         self._logger = make_logger(self._trt)
-        self._runtime = self._trt.Runtime(self._logger)
-        self._stream = Stream()
-        self._weights = SharedWeights(directory, manifest) if self._engines.weights == "inputs" else None
         self._opened: dict[str, Opened] = {}
         """By engine file: geometries whose engines are the same have one between them."""
+        self._closed = False
         self._lock = threading.Lock()
-        for name in manifest.programs:
-            self._open(name, 0)
+        with on_device():
+            self._runtime = self._trt.Runtime(self._logger)
+            self._stream = Stream()
+            self._weights = SharedWeights(directory, manifest) if self._engines.weights == "inputs" else None
+            self._check_room()
         _log.debug("opened %s on %s %s, %s", directory, self.name, self._trt.__version__, self._machine.gpu)
 
     def buffer(self, shape: Sequence[int], dtype: str) -> DeviceBuffer:
         return DeviceBuffer(shape, dtype, self._stream)
 
+    @on_device()
     def bind(
         self, program: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, variant: int = 0
     ) -> BoundEngine:
+        shared = self._hold_weights()
         manifest, opened = self._geometries[variant], self._open(program, variant)
         declared = manifest.programs[program]
         reads = check_buffers(program, declared.inputs, inputs, "input")
         writes = check_buffers(program, declared.outputs, outputs, "output")
         check_aliases(opened.engine, program, reads, writes)
         guard_writes(program, manifest, reads)
-        weights = {name: self._weights.address[name] for name in declared.weights} if self._weights else {}
+        weights = {name: shared.address[name] for name in declared.weights} if shared else {}
         return BoundEngine(
             program,
             opened.new_context(self._trt, f"program {program}", self._logger),
@@ -113,20 +117,34 @@ class TensorRTBackend:
             self._scratch(variant, [*reads.values(), *writes.values()]),
             self._graphs,
             opened.after_first_run,
-            alive=(opened, self._weights, self._runtime, self._logger),
+            alive=(opened, shared, self._runtime, self._logger),
         )
 
     def close(self) -> None:
-        """Let go of engines and weights; bound programs keep theirs."""
-        for opened in self._opened.values():
-            opened.close()
-        self._opened.clear()
-        self._weights = None
+        """Let go of engines and weights; bound programs keep theirs, and nothing can be bound any more."""
+        with self._lock:
+            self._closed = True
+            opened = list(self._opened.values())
+            self._opened.clear()
+            self._weights = None
+        for one in opened:
+            one.close()
+
+    def _hold_weights(self) -> SharedWeights | None:
+        """Once for a program: closing meanwhile must not leave it without."""
+        with self._lock:
+            self._check_open()
+            return self._weights
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("the session is closed", where=f"backend {self.name}", fix="open the bundle again")
 
     def _open(self, name: str, variant: int) -> Opened:
         program = self._geometries[variant].programs[name]
         assert program.engine is not None  # or the machine check would have refused the bundle
         with self._lock:
+            self._check_open()
             if program.engine not in self._opened:
                 self._opened[program.engine] = self._load(name, program, program.engine)
             return self._opened[program.engine]
@@ -181,11 +199,21 @@ class TensorRTBackend:
         """
         scratch = next((buffer.scratch for buffer in buffers if buffer.scratch is not None), None)
         if scratch is None:
-            engines = [self._open(name, variant).engine for name in self._geometries[variant].programs]
-            scratch = DeviceMemory(max(int(engine.device_memory_size_v2) for engine in engines))
+            scratch = DeviceMemory(self._scratch_bytes(variant))
         for buffer in buffers:
             buffer.scratch = scratch
         return scratch
+
+    def _scratch_bytes(self, variant: int) -> int:
+        """What the engine that needs most of a geometry's says it needs; opens them."""
+        engines = [self._open(name, variant).engine for name in self._geometries[variant].programs]
+        return max(int(engine.device_memory_size_v2) for engine in engines)
+
+    def _check_room(self) -> None:
+        """Open the first geometry's engines; refuse where a request would not fit beside them and the weights."""
+        first, scratch = self._geometries[0], self._scratch_bytes(0)
+        needed = cache_bytes(first) + buffer_bytes(first.programs) + scratch
+        check_free(needed, "a request of the bundle", self._machine.gpu, f"backend {self.name}")
 
 
 def make_logger(trt: Any) -> Any:

@@ -18,6 +18,11 @@ import numpy as np
 from .null_cuda_types import Block, BrokenRuleError, CaptureMode, Error, FakeStream, Kind, Work
 
 ALIGNMENT = 256
+ON_CURRENT = frozenset((
+    "cudaMalloc", "cudaHostAlloc", "cudaMemGetInfo", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamCreateWithFlags",
+    "cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamBeginCapture", "cudaGraphInstantiate", "cudaGraphLaunch",
+))  # fmt: skip
+"""Functions that concern the calling thread's current device."""
 
 
 class NullCuda:
@@ -42,6 +47,7 @@ class NullCuda:
         self._failing: dict[str, list[int]] = {}
         self._next = 1000
         self._lock = threading.RLock()
+        self._thread = threading.local()
 
     # -- for tests -------------------------------------------------------------------------------------------
 
@@ -63,6 +69,11 @@ class NullCuda:
     def broken(self, rule: str) -> BrokenRuleError:
         self.violations.append(rule)
         return BrokenRuleError(rule)
+
+    def check_device(self, what: str) -> None:
+        """Everything here is on device 0, and the thread must say so."""
+        if (device := getattr(self._thread, "device", 0)) != 0:
+            raise self.broken(f"{what} while device {device} is the thread's current one")
 
     def block(self, address: int, size: int, where: str, what: str) -> Block:
         """The live allocation ``address`` to ``address + size`` lies in."""
@@ -251,6 +262,13 @@ class NullCuda:
         properties = SimpleNamespace(name=b"Null GPU", major=self.sm // 10, minor=self.sm % 10)
         return self._do("cudaGetDeviceProperties", lambda: (Error.cudaSuccess, properties), 1)
 
+    def cudaGetDevice(self) -> tuple[Any, ...]:
+        return Error.cudaSuccess, getattr(self._thread, "device", 0)
+
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
+        self._thread.device = device
+        return (Error.cudaSuccess,)
+
     def cudaGetErrorName(self, error: int) -> tuple[Any, ...]:
         return Error.cudaSuccess, Error(int(error)).name.encode()
 
@@ -265,6 +283,8 @@ class NullCuda:
     def _do(self, name: str, function: Callable[[], tuple[Any, ...]], results: int = 0) -> tuple[Any, ...]:
         with self._lock:
             self.calls.append(name)
+            if name in ON_CURRENT:
+                self.check_device(name)
             if name in self._failing:
                 self._failing[name][0] -= 1
                 if self._failing[name][0] < 0:

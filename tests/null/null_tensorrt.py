@@ -109,6 +109,7 @@ class Context:
     def execute_async_v3(self, number: int) -> bool:
         library, engine = self._engine.library, self._engine
         cuda, stream = library.cuda, library.cuda.stream(number)
+        cuda.check_device("execute_async_v3")
         library.calls.append(f"{engine.name} {'captured' if stream.captured is not None else 'enqueued'}")
         if library.refuses_to_run:
             library.say(Severity.ERROR, "the null library was told to fail")
@@ -131,6 +132,8 @@ class Context:
             uses.append(scratch)
         cuda.put(stream, Work(f"engine {engine.name}", lambda: engine.compute(places), uses))
         self._runs += 1
+        if library.interrupts:
+            raise KeyboardInterrupt
         return True
 
     def _check_overlaps(self, places: dict[str, tuple[int, int]]) -> None:
@@ -193,6 +196,7 @@ class Engine:
         return RuntimeConfig(self.library)
 
     def create_execution_context(self, how: Any) -> Context:
+        self.library.cuda.check_device("create_execution_context")
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise self.library.cuda.broken("every context would have scratch memory of its own")
@@ -223,11 +227,13 @@ class Engine:
 
 
 class RuntimeCache:
-    def __init__(self) -> None:
+    def __init__(self, library: Library) -> None:
+        self._library = library
         self.kernels: list[str] = []
 
-    def serialize(self) -> bytes:
-        return b"null kernels " + json.dumps(self.kernels).encode()
+    def serialize(self) -> bytes | None:
+        kept = b"null kernels " + json.dumps(self.kernels).encode()
+        return None if self._library.keeps_kernels == "to itself" else kept
 
     def deserialize(self, blob: bytes) -> bool:
         head, _, rest = blob.partition(b"null kernels ")
@@ -245,8 +251,8 @@ class RuntimeConfig:
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache()
+    def create_runtime_cache(self) -> RuntimeCache | None:
+        return None if self._library.keeps_kernels == "nowhere" else RuntimeCache(self._library)
 
     def set_runtime_cache(self, cache: Any) -> bool:
         self.cache = cache
@@ -261,9 +267,9 @@ class Library:
         self.calls: list[str] = []
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self.refuses_to_run = False
-        self.opens_nothing = False
-        self.cannot_be_captured = False
+        self.refuses_to_run = self.opens_nothing = self.cannot_be_captured = False
+        self.interrupts = False  # Ctrl-C, once an engine is enqueued
+        self.keeps_kernels = ""  # or "to itself", giving none out, or "nowhere", without a cache
         self.invalid = 0
         """Bits of the diagnostics that ``get_engine_validity`` gives."""
         self._logger: Any = None
@@ -273,6 +279,7 @@ class Library:
 
     def open(self, blob: Any) -> Engine | None:
         data = bytes(blob)
+        self.cuda.check_device("deserialize_cuda_engine")
         if self.opens_nothing or data[:4] != MAGIC[self.flavour]:
             self.say(Severity.ERROR, "Magic tag does not match")
             return None

@@ -180,6 +180,24 @@ def test_decode_before_prefill_and_wrong_arrays(session: Session, image: Image.I
         request.prefill(inputs.input_ids[:, :5], inputs.lengths)
 
 
+def test_ids_are_of_the_vocabulary(session: Session, image: Image.Image) -> None:
+    inputs = session.processor(["<image>what"], [[image]])
+    request = session.request()
+    request.encode(inputs.pixel_values)
+    for token, says in ((-1, "go from -1 to"), (260, "to 260; the vocabulary's are 0 to 259")):
+        for place in (2, -1):  # padding is looked up too
+            wrong = inputs.input_ids.copy()
+            wrong[0, place] = token
+            with pytest.raises(UserError, match=f"^prefill: token ids .*{says}"):
+                request.prefill(wrong, inputs.lengths)
+    request.prefill(inputs.input_ids, inputs.lengths)
+    for token in (-1, 260):
+        with pytest.raises(UserError, match=f"^decode: token ids go from {token} to {token}; the vocabulary's are 0"):
+            request.decode(np.array([token]))
+    assert request.step == 0
+    request.decode(np.array([259]))
+
+
 def test_caches_are_written_in_place(session: Session, image: Image.Image) -> None:
     """Prefill's caches are decode's caches: one address for past and present of both programs."""
     request = session.request()

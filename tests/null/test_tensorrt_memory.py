@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from secateur.runtime import Session
+from secateur.runtime.backends.engine_ports import check_aliases
 from secateur.runtime.errors import SecateurError, UserError
 from secateur.runtime.schema import Variant
 
@@ -183,13 +184,22 @@ def test_buffers_that_are_not_the_ports(tiny: ModuleType, tmp_path: Path, librar
         with pytest.raises(SecateurError, match=r"present_key\.0 is written in place of input past_key\.0"):
             backend.bind("decode", inputs, outputs)
         outputs["present_key.0"] = inputs["past_key.0"]
+        decode = backend._open("decode", 0).engine
+        del decode.what["aliases"]["present_key.0"]
+        with pytest.raises(SecateurError, match=r"output present_key\.0 would overwrite input past_key\.0 while it is"):
+            backend.bind("decode", inputs, outputs)
+        decode.what["aliases"]["present_key.0"] = "past_key.0"
         with pytest.raises(UserError, match="input position is bound to nothing"):
             backend.bind("decode", {k: v for k, v in inputs.items() if k != "position"}, outputs)
         with pytest.raises(UserError, match=r"output logits is bound to fp32\[1, 5\], it is fp32\[1, 260\]"):
             backend.bind("decode", inputs, outputs | {"logits": backend.buffer((1, 5), "fp32")})
         with pytest.raises(UserError, match="no input mask"):
             backend.bind("decode", inputs | {"mask": outputs["logits"]}, outputs)
-        del backend, inputs, outputs
+        old = SimpleNamespace()  # libraries before the method: caches are in place, nothing else is
+        check_aliases(old, "decode", inputs, outputs)
+        with pytest.raises(SecateurError, match=r"output logits would overwrite input past_key\.0 while it is read"):
+            check_aliases(old, "decode", inputs, outputs | {"logits": inputs["past_key.0"]})
+        del backend, inputs, outputs, decode
 
 
 def test_a_program_writes_over_what_the_host_left(

@@ -168,6 +168,44 @@ def test_a_cache_directory_that_cannot_be_written(
         assert len(session.generate("what", image, ignore_eos=True).tokens) == 8
 
 
+@pytest.mark.parametrize("keeps", ["to itself", "nowhere"])
+def test_a_library_that_gives_no_kernels(
+    tiny: ModuleType, tmp_path: Path, library: Library, cache_home: Path, image: Image.Image,
+    caplog: pytest.LogCaptureFixture, keeps: str,
+) -> None:  # fmt: skip
+    library.keeps_kernels = keeps
+    caplog.set_level(logging.INFO)
+    with Session(null_bundle.build(tiny, tmp_path / "b")) as session:
+        for _ in range(2):
+            assert len(session.generate("what", image, ignore_eos=True).tokens) == 8
+            session._idle.clear()
+    assert not cache_home.exists()
+    said = [one.getMessage() for one in caplog.records if "compiled kernels are not kept: the library" in one.message]
+    assert len(said) == 3  # once for each engine
+
+
+def test_a_thread_of_another_gpu(tiny: ModuleType, tmp_path: Path, library: Library, image: Image.Image) -> None:
+    """Opened, run, read, shared and written there, with its own device current again behind every call."""
+    cuda, directory = library.cuda, null_bundle.build(tiny, tmp_path / "b", weights="inputs")
+    with Session(directory) as session:
+        want = session.generate("what", image, ignore_eos=True).tokens
+
+    def elsewhere() -> None:
+        cuda.cudaSetDevice(1)
+        with Session(directory) as session:
+            assert cuda.cudaGetDevice()[1] == 1
+            assert session.generate("what", image, ignore_eos=True).tokens == want
+            request, buffer = session.request(), session._backend.buffer((2,), "fp32")  # type: ignore[union-attr]
+            request.share("decode", "logits").__dlpack__()
+            buffer.write(np.ones(2))
+            assert buffer.read().tolist() == [1, 1]
+            assert cuda.cudaGetDevice()[1] == 1
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(elsewhere).result()
+    assert cuda.cudaGetDevice()[1] == 0
+
+
 def test_threads_share_a_session(tiny: ModuleType, tmp_path: Path, library: Library) -> None:
     with Session(null_bundle.build(tiny, tmp_path / "b", weights="inputs")) as session:
         pictures = [row[0] for row in draw(4)]

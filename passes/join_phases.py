@@ -200,11 +200,13 @@ def join_prefill(
     (logits,) = splice(module, head, {"row": row})
     graph.output((logits, *rest))
     _fix_length(module, sequence)
-    if laid_out:
-        # Where no stage follows nobody asks which rows are visual tokens, the only thing read off their places here.
+    if laid_out or given:
+        # Places of survivors may be asked for by stages alone, positions by nobody where a stage before the first layer
+        # numbers all rows anew.
         erase_dead(module)
-        if not port["kept"].users:
-            graph.erase_node(port["kept"])
+        for name in asked:
+            if not port[name].users:
+                graph.erase_node(port[name])
     return Program("prefill", module, ("logits", *decoder.outputs[2:])).with_module(module)
 
 

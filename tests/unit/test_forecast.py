@@ -174,7 +174,7 @@ def test_too_little_disk() -> None:
     assert refusal(NEEDS, replace(PLENTY, disk=GIB)) == (
         "/data: disk full: the bundle takes 40.00 GiB, 1.00 GiB are free; take --engine-weights inputs, so that "
         "engines are small, or take --weights reference, which links the checkpoint's files, or free some space or "
-        "choose another directory"
+        "choose another directory; --ignore-forecast goes on anyway"
     )
 
 

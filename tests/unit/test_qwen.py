@@ -104,6 +104,14 @@ def test_a_tower_of_whole_windows_moves_nothing_in_memory(traced: Callable[..., 
     assert count["Gather"] == 2  # into windows and back
 
 
+def test_positions_are_an_input_only_where_they_are_read(traced: Callable[..., Any]) -> None:
+    """A stage before the first layer that numbers all rows anew leaves nobody who asks for the ids of three axes."""
+    for recipe, asked in (("dycoke", False), ("fastv", True)):
+        prefill = prune(traced("qwen2_5_vl", MEDIA["video"]), RECIPES[recipe], 0.5).programs["prefill"]
+        assert ("positions" in prefill.inputs) == asked
+        assert all(node.users for node in prefill.graph.nodes if node.op == "placeholder")
+
+
 def test_windows_of_several_sizes_are_one_attention_for_each_size(traced: Callable[..., Any]) -> None:
     pruned = prune(traced("qwen2_5_vl", MEDIA["images"]), RECIPES["none"])
     graph = export(pruned, "onnxruntime").models["vision"].graph

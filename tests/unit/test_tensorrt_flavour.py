@@ -14,7 +14,7 @@ from .test_engine_weights import save_graph
 pytest.importorskip("polygraphy", reason="needs the extra tensorrt or tensorrt-rtx")
 
 STAND_IN = """
-import enum
+import enum, os
 __version__ = "11.4.0"
 class ILogger: pass
 class Logger(ILogger):
@@ -68,7 +68,10 @@ class Builder:
 class OnnxParser:
     num_errors = 0
     def __init__(self, network, logger): pass
-    def parse_from_file(self, path): print("parse", path.rpartition("/")[2]); return True
+    def parse_from_file(self, path):
+        folder, _, name = path.rpartition("/")
+        print("parse", name, *["elsewhere"] * (folder not in ("", os.getcwd())))
+        return True
 """
 
 
@@ -130,7 +133,7 @@ print(build(weights="inputs").weights)
 """
     assert run_with_stand_in(tmp_path, OPTIONS + script) == [
         "typed 2",
-        "parse .vision.inputs.onnx",
+        "parse vision.onnx elsewhere",
         "build vision TF32 DETAILED True WORKSPACE 1073741824 level 5 VERSION_COMPATIBLE hardware AMPERE_PLUS",
         "vision.engine: tensorrt 11.4.0, SM90, 4 bytes",
         "typed 2",
@@ -139,7 +142,7 @@ print(build(weights="inputs").weights)
         "build vision TF32 DETAILED True STRIP_PLAN REFIT_INDIVIDUAL",
         "('matrix',)",
         "typed 2",
-        "parse .vision.inputs.onnx",
+        "parse vision.onnx elsewhere",
         "build vision TF32 DETAILED True",
         "('matrix',)",
     ]

@@ -64,6 +64,13 @@ class Builder:
         self.turned: set[ir.Value] = set() if parent is None else parent.turned
         """Weights that lie in their file with the last two dimensions exchanged."""
 
+    def inside(self, module: fx.GraphModule, prefix: str) -> Builder:
+        """A builder that writes ``module`` into the same graph, under names of its own."""
+        inner = Builder(module, self.lowerings, self, prefix)
+        inner.nodes, inner.swapped = self.nodes, self.swapped
+        inner._memo, inner._reshaped = self._memo, self._reshaped
+        return inner
+
     def op(
         self,
         name: str,

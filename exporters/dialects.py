@@ -21,6 +21,7 @@ from secateur.exporters.builder import Builder, Lower, shape_of, type_of
 from secateur.exporters.lowering import aten, output, read
 from secateur.exporters.lowering_experts import lower_scanned
 from secateur.exporters.lowering_experts_batched import lower_batched
+from secateur.exporters.lowering_scan import lower_written_out
 from secateur.exporters.lowering_sorting import WITHIN_LIMIT
 from secateur.exporters.masks import add_mask, read_limits, see_cached, see_fresh
 
@@ -308,7 +309,7 @@ DIALECTS: dict[str, Dialect] = {
                 **_COMMON, **WITHIN_LIMIT, ops.rotary: _rotary_heads, ops.attention: _attend_plainly,
                 ops.cached_attention: _cached(_write_scatter, _attend_twice),
                 ops.write_rows: _write_rows(_write_scatter),
-                ops.experts: lower_batched,
+                ops.experts: lower_batched, torch.ops.higher_order.scan: lower_written_out,
             },
             {},
         ),

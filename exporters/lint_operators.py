@@ -15,6 +15,9 @@ TENSORRT = ("tensorrt", "tensorrt-rtx")
 
 TOPK_LIMIT = 3840
 
+UNROLLED = 15
+"""Steps of a loop up to which TensorRT-RTX unrolls it."""
+
 UNPARSED = (
     "AffineGrid", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
     "CenterCropPad", "Col2Im", "ConcatFromSequence", "ConvInteger", "CumProd", "DFT", "DeformConv", "Det",
@@ -121,3 +124,20 @@ def loop_has_a_condition(_: Subject, node: ir.Node) -> Iterator[Problem]:
     """TensorRT needs the input of Loop that ONNX leaves open."""
     if given(node, 1) is None:
         yield "TensorRT needs Loop's condition input", "give the constant true, or write a Scan"
+
+
+def loop_stands_without_attention(subject: Subject, node: ir.Node) -> Iterator[Problem]:
+    """A loop that TensorRT does not unroll breaks its builder where attention is fused, wherever the two stand."""
+    if node.op_type == "Scan":
+        feed = shape_of(node, len(node.inputs) - 1)
+        steps = None if feed is None else feed[0]
+    else:
+        trip = constant_of(given(node, 0))
+        steps = None if trip is None else trip[0]
+    if steps is not None and steps <= UNROLLED:
+        return
+    if any(other.op_type == "Attention" for other in subject.model.graph.all_nodes()):
+        yield (
+            f"TensorRT fails or crashes over a loop of more than {UNROLLED} steps beside Attention",
+            "write out the steps, as the tensorrt dialect does",
+        )

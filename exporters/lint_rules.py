@@ -116,4 +116,5 @@ NODE_RULES = (
     Rule(operators.scatter_fits_its_data, TENSORRT, "refused", ("ScatterElements",)),
     Rule(operators.scan_has_an_input, TENSORRT, "refused", ("Scan",)),
     Rule(operators.loop_has_a_condition, TENSORRT, "refused", ("Loop",)),
+    Rule(operators.loop_stands_without_attention, TENSORRT, "refused", ("Loop", "Scan")),
 )  # fmt: skip

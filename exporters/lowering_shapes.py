@@ -1,10 +1,9 @@
-"""Lowering of what moves rows about: shapes, slices, gathers, and the scan of greedy selectors."""
+"""Lowering of what moves rows about: shapes, slices, gathers."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.compiler.program import args_of
-from secateur.exporters.builder import TYPES, Builder, shape_of
+from secateur.exporters.builder import Builder, shape_of
 from secateur.exporters.lowering import LOWERINGS, aten, emit, fill, lowers, output, read
 from secateur.runtime.errors import SecateurError
 
@@ -214,33 +213,3 @@ def _constant_like(b: Builder, node: fx.Node) -> ir.Value:
     dtype, shape = output(node)
     number = args_of(node)[1] if node.target is aten.full_like.default else int(node.target is aten.ones_like.default)
     return b.constant(torch.full(shape, number, dtype=dtype))
-
-
-@lowers(torch.ops.higher_order.scan)
-def _scan(b: Builder, node: fx.Node) -> list[ir.Value]:
-    """One ONNX ``Scan``; what the body reads besides state and step is captured from the graph around it."""
-    combine, initial, steps, captured = args_of(node)
-    body: fx.GraphModule = getattr(b.module, str(combine.target))
-    inner = Builder(body, b.lowerings, b, prefix=f"{b.layer or 'stage'}/scan/")
-    inputs: list[ir.Value] = []
-    ports = [n for n in body.graph.nodes if n.op == "placeholder"]
-    for index, port in enumerate(ports):
-        if index >= len(initial) + len(steps):
-            inner.values[port] = read(b, captured[index - len(initial) - len(steps)])
-            continue
-        dtype, shape = output(port)
-        name = f"{inner.prefix}{port.name}"
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(TYPES[dtype]))
-        inner.values[port] = value
-        inputs.append(value)
-    results: Sequence[fx.Node] = args_of(body.graph.output_node())[0]
-    inner.lower(body.graph)
-    outputs = []
-    for result in results:
-        dtype, shape = output(result)
-        # A graph output must be the body's own value and no other output's: pass it on by name.
-        outputs.append(inner.op("Identity", inner.values[result], dtype=dtype, shape=shape))
-    graph = ir.Graph(inputs, outputs, nodes=inner.nodes, name="step")
-    types = [(v.dtype, tuple(v.shape)) for v in node.meta["val"]]
-    feeds = [read(b, a) for a in (*initial, *steps)]
-    return b.ops("Scan", *feeds, types=types, attributes={"body": graph, "num_scan_inputs": len(steps)})

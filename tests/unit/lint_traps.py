@@ -80,6 +80,11 @@ BROKEN = {
         "y = Loop <body = b (int64 i, bool c, float[2,8] s) => (bool d, float[2,8] t) { d = Identity (c) t = Neg (s) }>"
         " (n, , x)",
     ),
+    "loop_stands_without_attention": (
+        ATTENTION + ", float[2,8] x, float[16,8] rows", Y + ", float[2,8] z",
+        "y = Attention <is_causal=1> (q, k, v) z = Scan <num_scan_inputs=1, body = b (float[2,8] s, float[8] r)"
+        " => (float[2,8] t) { t = Min (s, r) }> (x, rows)",
+    ),
     "operator_is_parsed": ("int32[2,8] x", "int32[2,8] y", "y = BitwiseNot (x)"),
     "product_is_of_floats": ("int64[8,8] x", "int64[8,8] y", "y = MatMul (x, x)"),
     "sizes_are_fixed": ("float[2,8] x, int64[2] size", "float[n,m] y", "y = Reshape (x, size)"),

@@ -125,9 +125,10 @@ GREEDY = {
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("recipe", SEEING)
 def test_a_greedy_selection_is_one_scan(exported: Callable[..., Exported], recipe: str, dialect: str) -> None:
+    """TensorRT gets the steps written out: a loop beside attention breaks its builder."""
     models = exported(recipe, dialect).models
     scans = {name: count_ops(model)["Scan"] for name, model in models.items()}
-    where = GREEDY.get(recipe, "")
+    where = "" if dialect == "tensorrt" else GREEDY.get(recipe, "")
     assert scans == {name: int(name == where) for name in ("vision", "prefill", "decode")}
     assert not {n.op_type for m in models.values() for n in m.graph.all_nodes()} & {"Loop", "If", "NonZero", "Unique"}
 

@@ -209,7 +209,7 @@ def test_onnx_runtime_does_the_same_with_sound(score: Term, select: Term) -> Non
     drawn = draw_signals(stage, 2, seed=3)
     signals = {name: drawn[name] for name in stage.signals}
     expected = call(stage, signals)
-    for output, value in run_onnx(stage, signals).items():
+    for output, value in run_onnx(stage, signals, "tensorrt").items():
         torch.testing.assert_close(torch.from_numpy(value), expected[output], rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from secateur.compiler.trace import Traced
 from secateur.exporters.checkpoint import Checkpoint, open_checkpoint
 from secateur.exporters.digests import Digests
 from secateur.exporters.engine_options import EngineOptions
+from secateur.exporters.engine_weights import list_shared
 from secateur.exporters.lint import lint_graph, refuse
 from secateur.exporters.onnx import Exported, export_programs, save_model
 from secateur.exporters.shards import place_shards, refer_weights
@@ -98,7 +99,10 @@ def build(
         files = list(dict.fromkeys(file for files in graphs for file in files.values()))
         engines = _build_engines(files, target, work, tell)
         parts = [Part(*one) for one in zip(pruned, graphs, counts, needs.geometries, strict=True)]
-        write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines))
+        outside = {graph: engine.weights for graph, engine in engines.items()}
+        if target.name == "onnxruntime-cuda":
+            outside = _list_given(exported, graphs)
+        write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines, outside))
     return out
 
 
@@ -172,6 +176,15 @@ def _save_graphs(exported: Sequence[Exported], target: Target, work: Path) -> li
             if found[-1][name] != file:
                 (work / file).unlink()
     return found
+
+
+def _list_given(exported: Sequence[Exported], graphs: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The large weights of every graph file. Its session on a GPU is given them, so that all have one copy there."""
+    return {
+        files[name]: tuple(list_shared(model.graph))
+        for one, files in zip(exported, graphs, strict=True)
+        for name, model in one.models.items()
+    }
 
 
 def _build_engines(graphs: Sequence[str], target: Target, work: Path, tell: Progress) -> dict[str, EngineInfo]:

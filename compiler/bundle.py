@@ -58,6 +58,8 @@ class Target:
 
     @property
     def provider(self) -> str | None:
+        if self.name == "onnxruntime-cuda":
+            return "CUDAExecutionProvider"
         if self.name.startswith("tensorrt") or self.dtype != "fp32":
             return None
         return "CPUExecutionProvider"
@@ -135,9 +137,11 @@ def make_manifest(
     work: Path,
     weights: Mapping[str, str],
     engines: Mapping[str, EngineInfo],
+    outside: Mapping[str, Sequence[str]],
 ) -> m.Manifest:
     """The manifest of everything that lies in ``work``; ``weights`` are the paths and digests of the files that hold
-    them, made while they were put there, ``engines`` those made of graph files."""
+    them, made while they were put there, ``engines`` those made of graph files, ``outside`` the weights that are given
+    to what runs a graph file."""
     first, *others = parts
     job = first.pruned.job
     paths = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
@@ -157,20 +161,20 @@ def make_manifest(
         versions=versions,
         weights=sorted(weights),
         files=files,
-        variants=[m.Variant(**_of_geometry(part, engines)) for part in others],
+        variants=[m.Variant(**_of_geometry(part, engines, outside)) for part in others],
         engines=describe_engines(target.engines or EngineOptions(), target.sms) if engines else None,
-        tensors=list_outside(exported.layout, engines.values()),
-        **_of_geometry(first, engines),
+        tensors=list_outside(exported.layout, {name for names in outside.values() for name in names}),
+        **_of_geometry(first, engines, outside),
     )
 
 
-def _of_geometry(part: Part, engines: Mapping[str, EngineInfo]) -> dict[str, Any]:
+def _of_geometry(part: Part, engines: Mapping[str, EngineInfo], outside: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """What a geometry has of its own, as the manifest says it."""
     job, programs = part.pruned.job, part.pruned.programs
     return {
         "recipe": _recipe(job),
         "geometry": _geometry(job),
-        "programs": _programs(programs, part.unpruned, part.graphs, engines),
+        "programs": _programs(programs, part.unpruned, part.graphs, engines, outside),
         "segments": [m.Segment(**vars(s)) for s in programs.segments],
         "media": _media(job),
         "position_offset": job.position_offset,
@@ -207,6 +211,7 @@ def _programs(
     unpruned: Mapping[str, int],
     graphs: Mapping[str, str] = {},
     engines: Mapping[str, EngineInfo] = {},
+    outside: Mapping[str, Sequence[str]] = {},
 ) -> dict[str, m.Program]:
     made = {}
     for name, program in programs.programs.items():
@@ -220,7 +225,7 @@ def _programs(
             outputs=[_port(o, r.meta["val"]) for o, r in zip(program.outputs, program.results, strict=True)],
             flops=count_flops(program),
             unpruned_flops=unpruned[name],
-            weights=list(engine.weights) if engine else [],
+            weights=list(outside.get(graph, ())),
         )
     return made
 

@@ -8,7 +8,6 @@ import torch
 
 from secateur.compiler.meta_model import DTYPES
 from secateur.exporters.engine_options import EngineOptions
-from secateur.exporters.tensorrt import EngineInfo
 from secateur.exporters.weights import WeightLayout
 from secateur.runtime import manifest as m
 
@@ -31,9 +30,9 @@ def describe_engines(options: EngineOptions, sms: Sequence[int]) -> m.Engines:
     )  # fmt: skip
 
 
-def list_outside(layout: WeightLayout, engines: Iterable[EngineInfo]) -> dict[str, m.StoredTensor]:
-    """Where the weights lie that engines take from outside."""
-    places = {name: layout.tensors[name] for engine in engines for name in engine.weights}
+def list_outside(layout: WeightLayout, names: Iterable[str]) -> dict[str, m.StoredTensor]:
+    """Where the weights lie that engines, or sessions on a GPU, are given."""
+    places = {name: layout.tensors[name] for name in names}
     return {
         name: m.StoredTensor(
             file=place.file, offset=place.offset, bytes=place.length, shape=list(place.shape),

@@ -52,7 +52,7 @@ from secateur.passes.recipe_file import digest_recipe, load_recipe
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
 
-TARGETS = ("onnxruntime", "plain", "tensorrt", "tensorrt-rtx")
+TARGETS = ("onnxruntime", "onnxruntime-cuda", "plain", "tensorrt", "tensorrt-rtx")
 AMPERE = 80
 AUTO = "auto"
 """As ``dtype``: the checkpoint's own."""
@@ -86,13 +86,13 @@ def compile(
     visual tokens left after the last stage (the published one by default), or instead ``mean_keep`` their mean over
     the decoder's layers (a pair for what is seen and what is heard), or ``flops_keep`` the fraction of the unpruned
     prefill's FLOPs. Several geometries become one bundle with one copy of the weights; a budget is then met in the
-    first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime, fp16 (the default) or
-    bf16 for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own; ``sm`` the GPU
-    architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT builds.
-    ``weights`` says how they come into the bundle: ``stream`` writes one file of them, cast where needed, tensor by
-    tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says what the device
-    has, who is told the forecast, and whether it may stop the work before anything is written. Returns ``out``; with
-    ``stop_after`` nothing is written and the programs as that pass left them are returned.
+    first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime on the CPU, fp16 (the default) or bf16
+    for its CUDA provider and for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own;
+    ``sm`` the GPU architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT
+    builds. ``weights`` says how they come into the bundle: ``stream`` writes one file of them, cast where needed,
+    tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says what the
+    device has, who is told the forecast, and whether it may stop the work before anything is written. Returns ``out``;
+    with ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
@@ -252,7 +252,7 @@ def name_target(target: str, dtype: str | None) -> Target:
     if target not in TARGETS:
         raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
     if not target.startswith("tensorrt"):
-        return Target(target, dtype or "fp32", None)
+        return Target(target, dtype or _default_dtype(target), None)
     dtype = dtype or "fp16"
     sms = tensorrt.check_target(target, dtype=dtype)
     return Target(target, dtype, sms[0] if sms else None, sms, EngineOptions())
@@ -288,16 +288,25 @@ def check_target(
         raise UserError(f"target {target} builds no engines", where=where, fix="leave it out")
     if sm:
         raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
-    goal = Target(target, dtype or "fp32", None)
+    goal = Target(target, dtype or _default_dtype(target), None)
+    if target == "onnxruntime-cuda" and goal.dtype == "fp32":
+        raise UserError(
+            "GroupQueryAttention computes in half precision on ONNX Runtime's CUDA provider", where="--dtype fp32",
+            available=("fp16", "bf16"), fix="compile with --dtype fp16; norms and scores stay in fp32 inside the graph",
+        )  # fmt: skip
     if goal.provider is None:
         if target == "onnxruntime":
             where = f"--dtype {goal.dtype}" if asked is None else f"--dtype {asked}, the checkpoint is {goal.dtype}"
             raise UserError(
                 "ONNX Runtime on the CPU is fp32", where=where,
-                fix="half precision is for the TensorRT targets; compile with --dtype fp32",
+                fix="half precision is for --target onnxruntime-cuda and TensorRT; compile with --dtype fp32",
             )  # fmt: skip
         _log.warning("this bundle is for other toolchains: Session runs fp32 only, not %s", goal.dtype)
     return goal
+
+
+def _default_dtype(target: str) -> str:
+    return "fp16" if target == "onnxruntime-cuda" else "fp32"
 
 
 def _register_plugins(sms: Sequence[int], options: EngineOptions) -> None:

@@ -1,7 +1,8 @@
 """How each backend wants attention, caches, rotary embedding, norms and row selection written.
 
-``onnxruntime``: GroupQueryAttention with shared past/present buffers, MultiHeadAttention in towers. ``tensorrt``:
-TensorScatter and ONNX Attention with an explicit mask. ``plain``: standard opset 23 only.
+``onnxruntime``: GroupQueryAttention with shared past/present buffers, MultiHeadAttention in towers;
+``onnxruntime-cuda`` likewise, for its CUDA provider. ``tensorrt``: TensorScatter and ONNX Attention with an explicit
+mask. ``plain``: standard opset 23 only.
 """
 
 from __future__ import annotations
@@ -282,18 +283,19 @@ _COMMON: dict[Any, Lower] = {
     ops.take_rows: _take_rows,
 }
 
+_ONNXRUNTIME: dict[Any, Lower] = {
+    **_COMMON,
+    ops.rotary: _rotary_rows,
+    ops.attention: _attend_at_once,
+    ops.cached_attention: _group_query,
+    ops.write_rows: _write_rows(_write_plain),
+}
+
 DIALECTS: dict[str, Dialect] = {
     d.name: d
     for d in (
-        Dialect(
-            "onnxruntime", 23,
-            {
-                **_COMMON, ops.rotary: _rotary_rows, ops.attention: _attend_at_once,
-                ops.cached_attention: _group_query, ops.write_rows: _write_rows(_write_plain),
-                ops.experts: lower_scanned,
-            },
-            {MICROSOFT: 1},
-        ),
+        Dialect("onnxruntime", 23, {**_ONNXRUNTIME, ops.experts: lower_scanned}, {MICROSOFT: 1}),
+        Dialect("onnxruntime-cuda", 23, {**_ONNXRUNTIME, ops.experts: lower_batched}, {MICROSOFT: 1}),
         Dialect(
             "plain", 23,
             {

@@ -42,8 +42,8 @@ def lint_graph(
 ) -> list[Finding]:
     """Every rule of ``target`` over every node, those inside loop bodies too; findings in graph order.
 
-    ``target`` is onnxruntime, plain, tensorrt or tensorrt-rtx; ``dtype`` the bundle's (fp32, fp16, bf16);
-    ``sm`` the GPU architecture an engine is built for; ``directory`` where the weights lie, once they do.
+    ``target`` is onnxruntime, onnxruntime-cuda, plain, tensorrt or tensorrt-rtx; ``dtype`` the bundle's (fp32, fp16,
+    bf16); ``sm`` the GPU architecture an engine is built for; ``directory`` where the weights lie, once they do.
     Unknown dtypes and shapes are let through.
     """
     subject = Subject(model, target, dtype, sm, directory)

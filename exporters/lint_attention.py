@@ -41,6 +41,12 @@ def attention_has_a_kernel(_: Subject, node: ir.Node) -> Iterator[Problem]:
         yield "TensorRT has no attention with a single head", "choose --target onnxruntime for this model"
 
 
+def attention_keys_are_not_its_queries(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """One tensor as queries and keys, a copy of it too, ends the process in TensorRT's builder."""
+    if given(node, _Q) is given(node, _K):
+        yield "TensorRT crashes over Attention whose queries are its keys", "choose --target onnxruntime for this model"
+
+
 def attention_has_one_output(_: Subject, node: ir.Node) -> Iterator[Problem]:
     """Attention that also returns caches is refused."""
     if len(node.outputs) > 1:

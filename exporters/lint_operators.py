@@ -54,7 +54,7 @@ def operator_exists(subject: Subject, node: ir.Node) -> Iterator[Problem]:
 def domain_is_known(subject: Subject, node: ir.Node) -> Iterator[Problem]:
     """Only ONNX Runtime knows com.microsoft; TensorRT takes a plugin's domain when the node says so, TensorRT-RTX
     unless it is compiled ahead of time."""
-    known = ["", "ai.onnx"] + (["com.microsoft"] if subject.target == "onnxruntime" else [])
+    known = ["", "ai.onnx"] + (["com.microsoft"] if subject.target.startswith("onnxruntime") else [])
     known += [function[0] for function in subject.model.functions]
     takes = subject.target == "tensorrt" or (subject.target == "tensorrt-rtx" and not int_of(node, "aot"))
     plugin = takes and "plugin_namespace" in node.attributes

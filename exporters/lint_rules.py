@@ -22,7 +22,7 @@ from secateur.exporters.lint_operators import TENSORRT
 from secateur.exporters.lint_subject import Problem, Subject
 
 ONNXRUNTIME = ("onnxruntime",)
-ONNX = ("onnxruntime", "plain")
+ONNX = ("onnxruntime", "onnxruntime-cuda", "plain")
 EVERY = (*ONNX, *TENSORRT)
 
 Effect = Literal["refused", "wrong", "risk", "slow"]
@@ -89,6 +89,7 @@ NODE_RULES = (
     Rule(sizes.sizes_are_fixed, TENSORRT, "refused", (*sizes.SIZED_BY_VALUES, *sizes.SIZED_BY_INPUTS)),
     Rule(attention.attention_is_half, TENSORRT, "refused", ("Attention",)),
     Rule(attention.attention_has_a_kernel, TENSORRT, "refused", ("Attention",)),
+    Rule(attention.attention_keys_are_not_its_queries, TENSORRT, "refused", ("Attention",)),
     Rule(attention.attention_has_one_output, TENSORRT, "refused", ("Attention",)),
     Rule(attention.attention_has_no_past, TENSORRT, "refused", ("Attention",)),
     Rule(attention.attention_mask_is_explicit, TENSORRT, "wrong", ("Attention",)),

@@ -99,5 +99,5 @@ def _reach(subject: Subject, home: Path, location: str, end: int) -> Iterator[Pr
         yield f"weights {location} are not there", "copy every file of the model"
     elif path.stat().st_size < end:
         yield f"weights {location} end at byte {path.stat().st_size} of {end}", "copy the whole file"
-    elif not path.resolve().is_relative_to(home) and subject.target in ("onnxruntime", "plain"):
+    elif not path.resolve().is_relative_to(home) and not subject.target.startswith("tensorrt"):
         yield f"weights {location} are a symbolic link that leaves the graph's directory", beside

@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 PortDtype = Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
-Target = Literal["onnxruntime", "plain", "tensorrt", "tensorrt-rtx"]
+Target = Literal["onnxruntime", "onnxruntime-cuda", "plain", "tensorrt", "tensorrt-rtx"]
 PROGRAMS = ("vision", "prefill", "decode")
 """In the order a request meets them."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -54,7 +54,7 @@ class Program(Frozen):
     flops: Count
     unpruned_flops: Count
     weights: list[str] = []
-    """The tensors its engine takes from outside itself, by their names in the manifest's ``tensors``."""
+    """The tensors its engine, or its session on a GPU, is given, by their names in the manifest's ``tensors``."""
 
     def has_input(self, name: str) -> bool:
         return any(port.name == name for port in self.inputs)
@@ -186,7 +186,7 @@ class Manifest(Frozen):
     engines: Engines | None = None
     """None where nothing was built."""
     tensors: dict[str, StoredTensor] = {}
-    """What engines without weights of their own take from the weights files."""
+    """What engines without weights of their own, and sessions on a GPU, take from the weights files."""
     forecast: Forecast | None = None
     manifest_sha256: Digest | None = None
 

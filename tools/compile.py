@@ -75,11 +75,11 @@ def compile_model(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="onnxruntime, plain (standard ONNX), tensorrt or tensorrt-rtx.")
+        str, typer.Option(help="onnxruntime (CPU), onnxruntime-cuda, plain (standard ONNX), tensorrt or tensorrt-rtx.")
     ] = "onnxruntime",
     dtype: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, or auto for the checkpoint's own; fp32 if not given, fp16 for TensorRT."),
+        typer.Option(help="fp32, fp16, bf16, or auto for the checkpoint's own; fp32 if not given, fp16 for GPUs."),
     ] = None,
     sm: Sm = None,
     engine_weights: EngineWeights = None,
@@ -208,7 +208,8 @@ def _next_command(bundle: Path, m: Manifest) -> str:
 
     if m.engines is not None and not has_driver():
         return f"secateur inspect {shlex.quote(str(bundle))} --layers"
-    if m.engines is None and m.dtype != "fp32":
+    runs = has_driver() if m.target == "onnxruntime-cuda" else m.dtype == "fp32"
+    if m.engines is None and not runs:
         return f"secateur inspect {shlex.quote(str(bundle))}"
     items, batch = m.items, m.geometry.batch
     files = {"image": "photo{}.png", "video": "video{}.gif", "audio": "sound{}.wav"}

@@ -23,7 +23,9 @@ def lint(
     target: Annotated[
         str | None,
         typer.Option(
-            "--for", help="onnxruntime, plain, tensorrt or tensorrt-rtx; a bundle's own if not given.", metavar="TARGET"
+            "--for",
+            metavar="TARGET",
+            help="onnxruntime, onnxruntime-cuda, plain, tensorrt or tensorrt-rtx; a bundle's own if not given.",
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; that of most weights if not given.")] = None,

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from secateur.runtime.errors import UserError
 from secateur.runtime.schema import Manifest, Target
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 BACKEND_OF_TARGET: Mapping[Target, str] = {
     "onnxruntime": "onnxruntime",
+    "onnxruntime-cuda": "onnxruntime-cuda",
     "plain": "onnxruntime",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
@@ -91,6 +92,10 @@ def open_backend(
         from secateur.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, threads=threads)
+    if name == "onnxruntime-cuda":
+        from secateur.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(directory, manifest, threads=threads)
     from secateur.runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(directory, manifest, name, cuda_graphs=cuda_graphs)

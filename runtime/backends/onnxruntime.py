@@ -103,16 +103,16 @@ class OnnxRuntimeBackend:
             ) from None
         if manifest.dtype != "fp32":
             raise UserError(
-                f"the bundle computes in {manifest.dtype}, this version runs ONNX Runtime in fp32 on the CPU only",
+                f"the bundle computes in {manifest.dtype}, ONNX Runtime on the CPU runs fp32",
                 where="backend onnxruntime",
                 fix="compile with --dtype fp32 to run it here",
             )
         provider = manifest.provider or _CPU
         if provider != _CPU:
             raise UserError(
-                f"the bundle was compiled for {provider}, this version runs ONNX Runtime on the CPU only",
+                f"the bundle was compiled for {provider}, this backend runs on the CPU",
                 where="backend onnxruntime",
-                fix="compile it with --dtype fp32",
+                fix="leave the backend to the bundle, or compile it with --target onnxruntime",
             )
         self._directory, self._programs = directory, [one.programs for one in manifest.each_variant()]
         self._threads = threads or available_cores()
@@ -149,7 +149,7 @@ class OnnxRuntimeBackend:
                 options.enable_cpu_mem_arena = self._arena
                 options.add_session_config_entry("session.disable_prepacking", "0" if self._prepack else "1")
                 options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
-                self._sessions[program.graph] = _load(ort, self._directory, name, program, options)
+                self._sessions[program.graph] = load_session(ort, self._directory, name, program, options, _CPU)
             return self._sessions[program.graph]
 
 
@@ -169,18 +169,18 @@ class BoundSession:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise SecateurError(_first_line(error), where=f"program {self._name}") from error
+            raise SecateurError(first_line(error), where=f"program {self._name}") from error
 
 
-def _load(ort: Any, directory: Path, name: str, program: Program, options: Any) -> Any:
-    """A session whose ports are the manifest's."""
+def load_session(ort: Any, directory: Path, name: str, program: Program, options: Any, provider: Any) -> Any:
+    """A session whose ports are the manifest's. ``provider`` is a name, or a name with its options."""
     where = f"{directory}: {program.graph}"
     try:
         # Its fallback would print to standard output and try the same provider again.
-        session = ort.InferenceSession(str(directory / program.graph), options, providers=[_CPU], enable_fallback=0)
+        session = ort.InferenceSession(str(directory / program.graph), options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise BundleError(
-            f"ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}",
+            f"ONNX Runtime {ort.__version__} refuses the graph: {first_line(error)}",
             where=where,
             fix="compile it again with the onnxruntime that will run it",
         ) from error
@@ -205,5 +205,5 @@ def _describe(port: Port) -> str:
     return f"{port.dtype}{list(port.shape)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

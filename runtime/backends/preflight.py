@@ -21,10 +21,13 @@ from secateur.runtime.schema import Engines, Manifest
 
 _log = logging.getLogger(__name__)
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+MODULES = {"onnxruntime-cuda": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Flavour -> the module of its Python bindings."""
-OLDEST = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 0)}
-"""Rotary embedding and cache updates are layers from 10.15 on."""
+OLDEST = {"onnxruntime-cuda": (1, 25), "tensorrt": (10, 15), "tensorrt-rtx": (1, 0)}
+"""Rotary embedding and cache updates are layers of TensorRT from 10.15 on."""
+EXTRAS = {"onnxruntime-cuda": "cuda"}
+"""Flavour -> the extra that brings its library, where that is not its own name."""
+_CUDA_PROVIDER = "CUDAExecutionProvider"
 _ELSEWHERE = "to run on this machine compile with --target onnxruntime"
 _AMPERE = 80
 
@@ -59,22 +62,55 @@ def check_machine(directory: Path, manifest: Manifest, flavour: str) -> Machine:
     return Machine(library, gpu, sm, driver)
 
 
+def check_onnxruntime(manifest: Manifest) -> tuple[Any, str]:
+    """The module ``onnxruntime`` and the GPU its CUDA provider will run the bundle on.
+
+    Raises UserError or BundleError that says why it cannot.
+    """
+    flavour = "onnxruntime-cuda"
+    where = f"backend {flavour}"
+    _check_target(manifest, flavour)
+    _check_present(flavour, where)
+    library = _load(flavour, where)
+    if _CUDA_PROVIDER not in library.get_available_providers():
+        raise UserError(
+            f"onnxruntime {library.__version__} here has no CUDA provider", where=where,
+            fix="pip uninstall onnxruntime, then pip install 'secateur[cuda]': the two packages share a name",
+        )  # fmt: skip
+    if not hasattr(library.OrtValue, "from_dlpack"):
+        raise UserError(
+            f"onnxruntime {library.__version__} takes no memory of others (OrtValue.from_dlpack)", where=where,
+            fix="install a newer onnxruntime-gpu",
+        )  # fmt: skip
+    _check_driver(flavour, where)
+    gpu, sm = _find_gpu(where)
+    if manifest.dtype == "bf16" and sm < _AMPERE:
+        raise UserError(f"{gpu} of architecture {sm} computes no bf16", where=where, fix="compile with --dtype fp16")
+    if manifest.forecast is not None:
+        check_free(manifest.forecast.counted, "the bundle", gpu, where)
+    return library, gpu
+
+
 def _engine_files(manifest: Manifest) -> set[str]:
     return {p.engine for one in manifest.each_variant() for p in one.programs.values() if p.engine is not None}
 
 
 def _check_bundle(directory: Path, manifest: Manifest, flavour: str) -> None:
-    if manifest.target != flavour:
-        raise UserError(
-            f"the bundle was compiled for {manifest.target}", where=f"backend {flavour}",
-            fix=f"compile it with --target {flavour}, or leave the backend to the bundle",
-        )  # fmt: skip
+    _check_target(manifest, flavour)
     for one in manifest.each_variant():
         for name, program in one.programs.items():
             if program.engine is None:
                 raise BundleError(
                     f"{name} has no engine", where=str(directory), fix=f"compile the bundle with --target {flavour}"
                 )
+
+
+def _check_target(manifest: Manifest, flavour: str) -> None:
+    if manifest.target != flavour:
+        raise UserError(
+            f"the bundle was compiled for {manifest.target}", where=f"backend {flavour}",
+            fix=f"compile it with --target {flavour}, or leave the backend to the bundle",
+        )  # fmt: skip
 
 
 def _check_present(flavour: str, where: str) -> None:
@@ -92,10 +128,11 @@ def _check_present(flavour: str, where: str) -> None:
         if not there
     ]
     if absent:
-        missing.append(f"{' and '.join(absent)} (pip install 'secateur[{flavour}]')")
+        missing.append(f"{' and '.join(absent)} (pip install 'secateur[{EXTRAS.get(flavour, flavour)}]')")
     if missing:
+        kind = "graphs" if flavour == "onnxruntime-cuda" else "engines"
         raise UserError(
-            f"the {flavour} engines cannot run here: missing {' and '.join(missing)}", where=where, fix=_ELSEWHERE
+            f"the {flavour} {kind} cannot run here: missing {' and '.join(missing)}", where=where, fix=_ELSEWHERE
         )
 
 

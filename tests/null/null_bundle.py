@@ -23,8 +23,14 @@ SCRATCH = {"vision": 4096, "prefill": 9000, "decode": 100}
 
 def install(monkeypatch: pytest.MonkeyPatch, flavour: str = "tensorrt-rtx") -> null_tensorrt.Library:
     """Put the fakes where the libraries are imported from."""
+    library = null_tensorrt.Library(install_cuda(monkeypatch), flavour)
+    monkeypatch.setitem(sys.modules, null_tensorrt.MODULES[flavour], library.module())
+    return library
+
+
+def install_cuda(monkeypatch: pytest.MonkeyPatch) -> NullCuda:
+    """Put the fake CUDA where cuda-python is imported from."""
     cuda = NullCuda()
-    library = null_tensorrt.Library(cuda, flavour)
     runtime = ModuleType("cuda.bindings.runtime")
     for name in dir(cuda):
         if name.startswith("cuda"):
@@ -39,8 +45,7 @@ def install(monkeypatch: pytest.MonkeyPatch, flavour: str = "tensorrt-rtx") -> n
             module.__path__ = []
         monkeypatch.setitem(sys.modules, module.__name__, module)
     package.bindings, inner.runtime = inner, runtime  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, null_tensorrt.MODULES[flavour], library.module())
-    return library
+    return cuda
 
 
 def build(
@@ -60,14 +65,8 @@ def build(
     tensors: dict[str, Any] = {}
     for name, program in raw["programs"].items():
         proto = onnx.load(directory / program["graph"], load_external_data=False)
-        outside = [i.name for i in proto.graph.initializer if i.external_data]
-        for one in proto.graph.initializer:
-            if one.external_data:
-                place = {entry.key: entry.value for entry in one.external_data}
-                tensors[one.name] = {
-                    "file": place["location"], "offset": int(place["offset"]), "bytes": int(place["length"]),
-                    "dtype": "fp32", "shape": list(one.dims),
-                }  # fmt: skip
+        stored = list_stored(proto)
+        outside, tensors = list(stored), tensors | stored
         for port in (*program["inputs"], *program["outputs"]):
             if port["dtype"] == "fp32" and port["name"] != "pixel_values":
                 port["dtype"] = dtype
@@ -92,6 +91,37 @@ def build(
         sm=sm, versions={flavour: null_tensorrt.VERSIONS[flavour]}, engines={"weights": weights, **engines},
     )  # fmt: skip
     return directory
+
+
+def build_for_cuda(tiny: ModuleType, directory: Path, ports: dict[str, Any], t: Any, dtype: str) -> Path:
+    """For ONNX Runtime's CUDA provider; ``ports``, those of each program, are given their types."""
+    tiny.build(directory, t)
+    programs, tensors = json.loads((directory / "manifest.json").read_text())["programs"], dict[str, Any]()
+    for name, program in programs.items():
+        stored = list_stored(onnx.load(directory / program["graph"], load_external_data=False))
+        program["weights"], tensors = list(stored), tensors | stored
+        for port in (*program["inputs"], *program["outputs"]):
+            if port["dtype"] == "fp32" and port["name"] != "pixel_values":
+                port["dtype"] = dtype
+        ports[name] = program
+    tiny.resign(
+        directory, programs=programs, tensors=tensors, target="onnxruntime-cuda", dtype=dtype,
+        provider="CUDAExecutionProvider",
+    )  # fmt: skip
+    return directory
+
+
+def list_stored(proto: onnx.ModelProto) -> dict[str, Any]:
+    """Where the weights of a graph lie, as manifests say it."""
+    found = {}
+    for one in proto.graph.initializer:
+        if one.external_data:
+            place = {entry.key: entry.value for entry in one.external_data}
+            found[one.name] = {
+                "file": place["location"], "offset": int(place["offset"]), "bytes": int(place["length"]),
+                "dtype": "fp32", "shape": list(one.dims),
+            }  # fmt: skip
+    return found
 
 
 def _graph(directory: Path, proto: onnx.ModelProto, weights: str) -> bytes:

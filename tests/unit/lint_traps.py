@@ -27,6 +27,7 @@ BROKEN = {
         "float16[1,3,1,64] q, float16[1,1,8,64] k, float16[1,1,8,64] v, bool[1,1,1,8] m", "float16[1,3,1,64] y",
         "y = Attention (q, k, v, m)",
     ),
+    "attention_keys_are_not_its_queries": ("float16[1,4,8,64] q", Y, "y = Attention <is_causal=1> (q, q, q)"),
     "attention_has_one_output": (
         ATTENTION, Y + ", float16[1,2,8,64] pk", "y, pk = Attention <is_causal=1> (q, k, v)",
     ),

@@ -219,7 +219,7 @@ def test_auto_is_resolved_before_tracing(
     model = copy(dtype=torch.bfloat16).directory
     assert complaint(lambda: pipeline.compile(model, tmp_path / "out", dtype="auto")) == (
         "--dtype auto, the checkpoint is bf16: ONNX Runtime on the CPU is fp32; "
-        "half precision is for the TensorRT targets; compile with --dtype fp32"
+        "half precision is for --target onnxruntime-cuda and TensorRT; compile with --dtype fp32"
     )
     with pytest.raises(KeyboardInterrupt):
         pipeline.compile(model, tmp_path / "out", target="plain", dtype="auto")

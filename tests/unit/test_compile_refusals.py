@@ -65,7 +65,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "images": (("--images", "-2"), "geometry: images is -2; give --images a number of at least 1"),
     "target": (
         ("--target", "tensorflow"),
-        "--target: no target 'tensorflow' (available: onnxruntime, plain, tensorrt, tensorrt-rtx)",
+        "--target: no target 'tensorflow' (available: onnxruntime, onnxruntime-cuda, plain, tensorrt, tensorrt-rtx)",
     ),
     "dtype": (("--dtype", "int8"), "--dtype: no dtype 'int8' (available: fp32, fp16, bf16, auto)"),
     "architecture": (("--sm", "89"), "--sm: target onnxruntime has no GPU architecture; leave --sm out"),

@@ -287,8 +287,8 @@ def test_the_configuration_alone_is_enough_to_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_needs_another_toolchain(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     assert complaint(lambda: check_target("onnxruntime", dtype, None)) == (
-        f"--dtype {dtype}: ONNX Runtime on the CPU is fp32; half precision is for the TensorRT targets; "
-        "compile with --dtype fp32"
+        f"--dtype {dtype}: ONNX Runtime on the CPU is fp32; half precision is for --target onnxruntime-cuda and "
+        "TensorRT; compile with --dtype fp32"
     )
     assert not caplog.records
     assert check_target("plain", dtype, None).provider is None
@@ -297,4 +297,10 @@ def test_half_precision_needs_another_toolchain(dtype: str, caplog: pytest.LogCa
     ]
     for target in ("onnxruntime", "plain"):
         assert check_target(target, None, None).provider == "CPUExecutionProvider"
+    found = check_target("onnxruntime-cuda", None, None)
+    assert (found.dtype, found.provider) == ("fp16", "CUDAExecutionProvider")
+    assert complaint(lambda: check_target("onnxruntime-cuda", "fp32", None)) == (
+        "--dtype fp32: GroupQueryAttention computes in half precision on ONNX Runtime's CUDA provider "
+        "(available: fp16, bf16); compile with --dtype fp16; norms and scores stay in fp32 inside the graph"
+    )
     assert len(caplog.records) == 1

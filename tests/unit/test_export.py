@@ -28,7 +28,10 @@ from .rows import NORMS, SEEING
 from .tiny_model import DECODERS, IMAGE, PAD, write_config
 
 DEPTH = 4
-ATTENTION = {"onnxruntime": "GroupQueryAttention", "plain": "Attention", "tensorrt": "Attention"}
+ATTENTION = {
+    "onnxruntime": "GroupQueryAttention", "onnxruntime-cuda": "GroupQueryAttention", "plain": "Attention",
+    "tensorrt": "Attention",
+}  # fmt: skip
 PROGRAMS = ("vision", "prefill", "decode")
 
 
@@ -323,7 +326,9 @@ def test_only_squares_that_lie_side_by_side_are_averaged() -> None:
 def test_an_unknown_dialect_lists_the_known() -> None:
     with pytest.raises(UserError) as caught:
         export_programs({}, "tflite", WeightLayout({}, b"", {}))
-    assert str(caught.value) == "export: no dialect 'tflite' (available: onnxruntime, plain, tensorrt)"
+    assert (
+        str(caught.value) == "export: no dialect 'tflite' (available: onnxruntime, onnxruntime-cuda, plain, tensorrt)"
+    )
 
 
 def test_equal_constants_are_shared() -> None:

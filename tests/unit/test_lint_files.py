@@ -86,7 +86,7 @@ def test_what_cannot_be_linted(tmp_path: Path, capsys: pytest.CaptureFixture[str
         lint_path(tmp_path / "nothing.onnx", "plain")
     with pytest.raises(UserError, match=r"model\.onnx: what the graph is meant for is not said .*; add --for"):
         lint_path(tmp_path / "model.onnx")
-    with pytest.raises(UserError, match=r"--for: no target 'tpu' \(available: onnxruntime, plain, "):
+    with pytest.raises(UserError, match=r"--for: no target 'tpu' \(available: onnxruntime, onnxruntime-cuda, plain, "):
         lint_path(tmp_path / "model.onnx", "tpu")
     with pytest.raises(UserError, match=r"--dtype: no dtype 'int8' \(available: fp32, fp16, bf16\)"):
         lint_path(tmp_path / "model.onnx", "plain", "int8")

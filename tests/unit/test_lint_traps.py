@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from secateur.runtime.errors import SecateurError
 from .lint_traps import BROKEN, graph
 
 RULES = {rule.name: rule for rule in (*GRAPH_RULES, *NODE_RULES)}
-CRASHES = "scan_has_an_input"
-"""Given to the parser, it ends the process."""
+CRASHES = {"attention_keys_are_not_its_queries", "scan_has_an_input"}
+"""Given to the parser or the builder, they end the process."""
 
 REFUSAL = r"does not take the graph|builds no engine"
 
@@ -40,7 +42,7 @@ LEFT_OPEN = {
 }
 
 
-@pytest.mark.parametrize("rule", sorted(set(BROKEN) - {CRASHES}))
+@pytest.mark.parametrize("rule", sorted(set(BROKEN) - CRASHES))
 def test_tensorrt_refuses_what_the_linter_says_it_refuses(rule: str, tmp_path: Path) -> None:
     """And takes, without refusing, what is said to be computed wrongly, slowly or at a risk."""
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
@@ -51,6 +53,15 @@ def test_tensorrt_refuses_what_the_linter_says_it_refuses(rule: str, tmp_path: P
             build_engine(tmp_path / "trap.onnx", tmp_path / "trap.engine")
     else:
         build_engine(tmp_path / "trap.onnx", tmp_path / "trap.engine")
+
+
+@pytest.mark.parametrize("rule", sorted(CRASHES))
+def test_tensorrt_crashes_over_what_the_linter_says_it_does(rule: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    save_model(graph(*BROKEN[rule]), tmp_path / "trap.onnx")
+    script = "import sys; from secateur.exporters.tensorrt import build_engine; build_engine(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, str(tmp_path / "trap.onnx"), str(tmp_path / "trap.engine")]
+    assert subprocess.run(command, capture_output=True).returncode < 0, "ended by a signal"
 
 
 @pytest.mark.parametrize("op", LEFT_OPEN)

@@ -75,9 +75,11 @@ def test_stacked_weights_are_read_in_place(dialect: str) -> None:
             assert {node.op_type for node in value.consumers()} == {"Scan"}
 
 
-def test_tensorrt_graphs_have_no_loop() -> None:
+@pytest.mark.parametrize("dialect", ["onnxruntime-cuda", "tensorrt"])
+def test_graphs_for_gpus_have_no_loop(dialect: str) -> None:
+    """There each step would wait for the host."""
     for sizes in SIZES:
-        model = export_program(trace(draw(*sizes, "even")), DIALECTS["tensorrt"], NOTHING)
+        model = export_program(trace(draw(*sizes, "even")), DIALECTS[dialect], NOTHING)
         assert not {node.op_type for node in model.graph} & {"Loop", "Scan", "If"}
 
 

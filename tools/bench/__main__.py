@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from secateur.tools.bench import accuracy, engine_weights, kernels, latency, overhead, seats
+from secateur.tools.bench import accuracy, engine_weights, gpu, kernels, latency, loops, overhead, seats
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,13 +14,14 @@ def main(arguments: list[str] | None = None) -> None:
         "latency": latency.main, "overhead": overhead.main, "seats": seats.main, "engine_weights": engine_weights.main,
         "accuracy": accuracy.main,
     }  # fmt: skip
-    named = {**tables, "kernels": kernels.main}  # what needs a GPU is measured when asked for
+    # What needs a GPU, or says nothing of our own graphs, is measured when asked for.
+    named = {**tables, "kernels": kernels.main, "gpu": gpu.main, "loops": loops.main}
     if arguments and arguments[0] in named:
         named[arguments[0]](arguments[1:])
         return
     if arguments:
         usage = f"python -m secateur.tools.bench [{'|'.join(named)}] [options]"
-        sys.stderr.write(f"usage: {usage}, without a name all that need no GPU\n")
+        sys.stderr.write(f"usage: {usage}, without a name the first {len(tables)}\n")
         sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
     for table in tables.values():
         table([])

@@ -54,10 +54,11 @@ def make_random_model(
     image_size: int = IMAGE_SIZE,
     tower: Mapping[str, int] | None = None,
     decoder: Mapping[str, int] | None = None,
+    dtype: str = "float16",
 ) -> Path:
     """Write the model once, seeded, in half precision (0.8 GB); a directory that is there is used as it is.
 
-    The other arguments are those of :func:`random_config`.
+    ``dtype`` is torch's name of its type. The other arguments are those of :func:`random_config`.
     """
     if directory.is_dir():
         return directory
@@ -71,7 +72,7 @@ def make_random_model(
     try:
         torch.manual_seed(SEED)
         model: Any = LlavaForConditionalGeneration(random_config(image_size, tower, decoder))
-        model = model.to(torch.float16)
+        model = model.to(getattr(torch, dtype))
         model.save_pretrained(work)
         _save_processor(work, image_size)
         os.replace(work, directory)

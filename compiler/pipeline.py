@@ -252,7 +252,7 @@ def name_target(target: str, dtype: str | None) -> Target:
     if target not in TARGETS:
         raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
     if not target.startswith("tensorrt"):
-        return Target(target, dtype or _default_dtype(target), None)
+        return _graph_target(target, dtype)
     dtype = dtype or "fp16"
     sms = tensorrt.check_target(target, dtype=dtype)
     return Target(target, dtype, sms[0] if sms else None, sms, EngineOptions())
@@ -288,12 +288,7 @@ def check_target(
         raise UserError(f"target {target} builds no engines", where=where, fix="leave it out")
     if sm:
         raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
-    goal = Target(target, dtype or _default_dtype(target), None)
-    if target == "onnxruntime-cuda" and goal.dtype == "fp32":
-        raise UserError(
-            "GroupQueryAttention computes in half precision on ONNX Runtime's CUDA provider", where="--dtype fp32",
-            available=("fp16", "bf16"), fix="compile with --dtype fp16; norms and scores stay in fp32 inside the graph",
-        )  # fmt: skip
+    goal = _graph_target(target, dtype, asked)
     if goal.provider is None:
         if target == "onnxruntime":
             where = f"--dtype {goal.dtype}" if asked is None else f"--dtype {asked}, the checkpoint is {goal.dtype}"
@@ -305,8 +300,16 @@ def check_target(
     return goal
 
 
-def _default_dtype(target: str) -> str:
-    return "fp16" if target == "onnxruntime-cuda" else "fp32"
+def _graph_target(target: str, dtype: str | None, asked: str | None = None) -> Target:
+    """A target without engines, with its default dtype; ``asked`` as for :func:`check_target`."""
+    goal = Target(target, dtype or ("fp16" if target == "onnxruntime-cuda" else "fp32"), None)
+    if target == "onnxruntime-cuda" and goal.dtype == "fp32":
+        raise UserError(
+            "GroupQueryAttention computes in half precision on ONNX Runtime's CUDA provider",
+            where="--dtype fp32" if asked is None else f"--dtype {asked}, the checkpoint is fp32",
+            available=("fp16", "bf16"), fix="compile with --dtype fp16; norms and scores stay in fp32 inside the graph",
+        )  # fmt: skip
+    return goal
 
 
 def _register_plugins(sms: Sequence[int], options: EngineOptions) -> None:

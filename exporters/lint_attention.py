@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from secateur.exporters.lint_subject import Problem, Subject, dtype_of, given, int_of, shape_of, text_of
+from secateur.exporters.lint_subject import Problem, Subject, dtype_of, given, int_of, shape_of, source_of, text_of
 
 DECODE_CAPACITY_LIMIT = 32768
 
@@ -43,7 +43,7 @@ def attention_has_a_kernel(_: Subject, node: ir.Node) -> Iterator[Problem]:
 
 def attention_keys_are_not_its_queries(_: Subject, node: ir.Node) -> Iterator[Problem]:
     """One tensor as queries and keys, a copy of it too, ends the process in TensorRT's builder."""
-    if given(node, _Q) is given(node, _K):
+    if source_of(given(node, _Q), ("Identity",)) is source_of(given(node, _K), ("Identity",)):
         yield "TensorRT crashes over Attention whose queries are its keys", "choose --target onnxruntime for this model"
 
 

@@ -129,8 +129,8 @@ def loop_has_a_condition(_: Subject, node: ir.Node) -> Iterator[Problem]:
 def loop_stands_without_attention(subject: Subject, node: ir.Node) -> Iterator[Problem]:
     """A loop that TensorRT does not unroll breaks its builder where attention is fused, wherever the two stand."""
     if node.op_type == "Scan":
-        feed = shape_of(node, len(node.inputs) - 1)
-        steps = None if feed is None else feed[0]
+        feed, axes = shape_of(node, len(node.inputs) - 1), node.attributes.get("scan_input_axes")
+        steps = None if feed is None else feed[axes.as_ints()[-1] if axes is not None else 0]
     else:
         trip = constant_of(given(node, 0))
         steps = None if trip is None else trip[0]

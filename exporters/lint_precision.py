@@ -28,7 +28,7 @@ _TOWARDS_SOFTMAX = ("Add", "Cast", "Div", "Expand", "Identity", "Mul", "Reshape"
 def bf16_needs_kernels(subject: Subject) -> Iterator[Problem]:
     """ONNX Runtime on the CPU computes no bf16."""
     if subject.dtype == "bf16":
-        yield "ONNX Runtime has no bf16 kernels on the CPU", "compile with --dtype fp32, or for a TensorRT target"
+        yield "ONNX Runtime has no bf16 kernels on the CPU", "compile with --dtype fp32, or for a target on a GPU"
 
 
 def bf16_needs_ampere(subject: Subject) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Lowering of mixture-of-experts layers for TensorRT: static shapes, no loop, every token's every expert.
+"""Lowering of mixture-of-experts layers for GPUs: static shapes, no loop, every token's every expert.
 
 A loop would run its steps one after the other, each far too small for a GPU. And with a ``Loop`` over rounds between
 its layers, a decoder's attention got no kernel from TensorRT-RTX 1.7 and the build failed, whatever ended the loop. So

@@ -73,7 +73,7 @@ def _results(body: fx.GraphModule) -> Sequence[fx.Node]:
 
 def _row_of(b: Builder, feed: ir.Value, step: int) -> ir.Value:
     shape = shape_of(feed)[1:]
-    if feed.const_value is not None:
+    if feed.const_value is not None and not isinstance(feed.const_value, ir.ExternalTensor):
         return b.constant(np.ascontiguousarray(feed.const_value.numpy()[step]))
     return b.reshape(b.slice(feed, 0, step, step + 1), shape)
 

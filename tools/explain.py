@@ -54,7 +54,7 @@ def explain(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16 or bf16; decides bytes. fp32 if not given, fp16 for TensorRT targets."),
+        typer.Option(help="fp32, fp16 or bf16; decides bytes. fp32 if not given, fp16 for GPUs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> Any:

@@ -128,7 +128,7 @@ def profile_bundles(
         "warmup": warmup,
         "new_tokens": workloads[0].new_tokens,
         "threads": threads or available_cores(),
-        "onnxruntime": _version("onnxruntime"),
+        "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
         "bundles": described,
     }
     if len(described) == 2:

@@ -37,7 +37,7 @@ def bindings() -> Any:
     except ImportError:
         raise UserError(
             "cuda-python is not installed", where="CUDA",
-            fix="pip install 'secateur[tensorrt]' (or 'secateur[tensorrt-rtx]')",
+            fix="pip install 'secateur[cuda]' (or 'secateur[tensorrt]', 'secateur[tensorrt-rtx]')",
         ) from None  # fmt: skip
     return runtime
 

@@ -101,18 +101,18 @@ class OnnxRuntimeBackend:
             raise UserError(
                 "onnxruntime is not installed", where="backend onnxruntime", fix="pip install 'secateur[cpu]'"
             ) from None
-        if manifest.dtype != "fp32":
-            raise UserError(
-                f"the bundle computes in {manifest.dtype}, ONNX Runtime on the CPU runs fp32",
-                where="backend onnxruntime",
-                fix="compile with --dtype fp32 to run it here",
-            )
         provider = manifest.provider or _CPU
         if provider != _CPU:
             raise UserError(
                 f"the bundle was compiled for {provider}, this backend runs on the CPU",
                 where="backend onnxruntime",
                 fix="leave the backend to the bundle, or compile it with --target onnxruntime",
+            )
+        if manifest.dtype != "fp32":
+            raise UserError(
+                f"the bundle computes in {manifest.dtype}, ONNX Runtime on the CPU runs fp32",
+                where="backend onnxruntime",
+                fix="compile with --dtype fp32 to run it here",
             )
         self._directory, self._programs = directory, [one.programs for one in manifest.each_variant()]
         self._threads = threads or available_cores()
@@ -172,17 +172,21 @@ class BoundSession:
             raise SecateurError(first_line(error), where=f"program {self._name}") from error
 
 
-def load_session(ort: Any, directory: Path, name: str, program: Program, options: Any, provider: Any) -> Any:
-    """A session whose ports are the manifest's. ``provider`` is a name, or a name with its options."""
+def load_session(
+    ort: Any, directory: Path, name: str, program: Program, options: Any, provider: Any, **how: Any
+) -> Any:
+    """A session whose ports are the manifest's. ``provider`` is a name, or a name with its options; ``how`` is given to
+    the library."""
     where = f"{directory}: {program.graph}"
     try:
         # Its fallback would print to standard output and try the same provider again.
-        session = ort.InferenceSession(str(directory / program.graph), options, providers=[provider], enable_fallback=0)
+        how |= {"providers": [provider], "enable_fallback": 0}
+        session = ort.InferenceSession(str(directory / program.graph), options, **how)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise BundleError(
             f"ONNX Runtime {ort.__version__} refuses the graph: {first_line(error)}",
             where=where,
-            fix="compile it again with the onnxruntime that will run it",
+            fix="compile it again with the onnxruntime that will run it" if provider == _CPU else None,
         ) from error
     for kind, declared, actual in (
         ("input", program.inputs, session.get_inputs()),

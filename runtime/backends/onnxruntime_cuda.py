@@ -55,7 +55,7 @@ class OnnxRuntimeCudaBackend:
 
     def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         self._ort, self._gpu = check_onnxruntime(manifest)
-        self._directory, self._manifest, self._geometries = directory, manifest, manifest.each_variant()
+        self._directory, self._geometries = directory, manifest.each_variant()
         self._threads = threads or available_cores()
         self._sessions: dict[str, Any] = {}
         """By graph file: geometries whose graphs are the same have one between them."""
@@ -63,7 +63,12 @@ class OnnxRuntimeCudaBackend:
         self._lock = threading.Lock()
         with on_device():
             self._stream = Stream()
-            self._weights: SharedWeights | None = SharedWeights(directory, manifest)
+            weights = SharedWeights(directory, manifest)
+            self._given: dict[str, Any] = {
+                name: self._ort.OrtValue.from_dlpack(SharedTensor(address, manifest.tensors[name], weights.memory))
+                for name, address in weights.address.items()
+            }
+            """Weights as every session is given them. A session holds a bare pointer to each, not a reference."""
             for name in manifest.programs:
                 self._open(name, 0)
             first = self._geometries[0]
@@ -84,32 +89,55 @@ class OnnxRuntimeCudaBackend:
         writes = check_buffers(program, declared.outputs, outputs, "output")
         check_aliases(None, program, reads, writes)
         guard_writes(program, manifest, reads)
-        return BoundCudaSession(program, session, reads, writes, self._weights)
+        return BoundCudaSession(program, session, reads, writes, self._given)
 
     def close(self) -> None:
         """Let go of sessions and weights; bound programs keep theirs, and nothing can be bound any more."""
         with self._lock:
             self._closed = True
             self._sessions.clear()
-            self._weights = None
+            self._given = {}
 
     def _open(self, name: str, variant: int) -> Any:
         program = self._geometries[variant].programs[name]
         with self._lock:
-            if self._closed or self._weights is None:
+            if self._closed:
                 raise UserError("the session is closed", where=f"backend {self.name}", fix="open the bundle again")
             if program.graph not in self._sessions:
-                options = self._ort.SessionOptions()
-                options.intra_op_num_threads = self._threads
-                options.inter_op_num_threads = 1
-                options.log_severity_level = 3
-                for weight in program.weights:
-                    tensor = self._manifest.tensors[weight]
-                    shared = SharedTensor(self._weights.address[weight], tensor, self._weights.memory)
-                    options.add_initializer(weight, self._ort.OrtValue.from_dlpack(shared))
-                session = load_session(self._ort, self._directory, name, program, options, _provider())
-                self._sessions[program.graph] = session
+                options = make_options(self._ort, self._threads, {one: self._given[one] for one in program.weights})
+                self._sessions[program.graph] = load_session(
+                    self._ort, self._directory, name, program, options, _provider(),
+                    # Folding would compute with the file's own weights and keep what comes of it in every session.
+                    disabled_optimizers=["ConstantFolding"],
+                )  # fmt: skip
+                self._check_place(self._sessions[program.graph], name)
             return self._sessions[program.graph]
+
+    def _check_place(self, session: Any, name: str) -> None:
+        """The library opens on the CPU, with a warning at most, where it cannot load CUDA's libraries."""
+        where = f"backend {self.name}"
+        if _PROVIDER not in session.get_providers():
+            raise UserError(
+                "ONNX Runtime has the CUDA provider but cannot load it: cuBLAS, cuDNN or another of CUDA's libraries "
+                "is missing, or of another major version", where=where, fix="pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            )  # fmt: skip
+        places: list[Any] = getattr(session, "get_input_memory_infos", list)()
+        if on_host := [port.name for port, place in zip(session.get_inputs(), places, strict=False)
+                       if place.name.startswith("Cpu")]:  # fmt: skip
+            # Bound device memory would be copied there once, now, and never again.
+            raise SecateurError(f"{name} reads {on_host[0]} on the CPU", where=where, fix="compile the bundle again")
+
+
+def make_options(ort: Any, threads: int, given: Mapping[str, Any]) -> Any:
+    """Options of a session that takes the weights ``given``, which must live as long as it does."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in given.items():
+        options.add_initializer(name, value)
+    return options
 
 
 class BoundCudaSession:
@@ -117,7 +145,7 @@ class BoundCudaSession:
 
     def __init__(
         self, name: str, session: Any, inputs: Mapping[str, DeviceBuffer], outputs: Mapping[str, DeviceBuffer],
-        weights: SharedWeights | None,
+        weights: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._name, self._session, self._alive = name, session, (dict(inputs), dict(outputs), weights)
         self._inputs = list(inputs.values())
@@ -125,10 +153,13 @@ class BoundCudaSession:
         self._only_written = [buffer for buffer in outputs.values() if buffer.address not in read]
         self._stream = Stream()
         self._binding = session.io_binding()
-        for bind, buffers in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
-            for port, buffer in buffers.items():
-                kind = _ONNX_NUMBERS[buffer.dtype]
-                bind(port, "cuda", DEVICE_NUMBER, kind, list(buffer.shape), buffer.address)
+        try:
+            for bind, buffers in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
+                for port, buffer in buffers.items():
+                    kind = _ONNX_NUMBERS[buffer.dtype]
+                    bind(port, "cuda", DEVICE_NUMBER, kind, list(buffer.shape), buffer.address)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise SecateurError(first_line(error), where=f"program {name}") from error
 
     @on_device()
     def run(self) -> None:

@@ -25,8 +25,6 @@ MODULES = {"onnxruntime-cuda": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-
 """Flavour -> the module of its Python bindings."""
 OLDEST = {"onnxruntime-cuda": (1, 25), "tensorrt": (10, 15), "tensorrt-rtx": (1, 0)}
 """Rotary embedding and cache updates are layers of TensorRT from 10.15 on."""
-EXTRAS = {"onnxruntime-cuda": "cuda"}
-"""Flavour -> the extra that brings its library, where that is not its own name."""
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _ELSEWHERE = "to run on this machine compile with --target onnxruntime"
 _AMPERE = 80
@@ -83,6 +81,8 @@ def check_onnxruntime(manifest: Manifest) -> tuple[Any, str]:
             fix="install a newer onnxruntime-gpu",
         )  # fmt: skip
     _check_driver(flavour, where)
+    # Wheels bring CUDA's libraries into directories the loader does not look into.
+    getattr(library, "preload_dlls", lambda: None)()
     gpu, sm = _find_gpu(where)
     if manifest.dtype == "bf16" and sm < _AMPERE:
         raise UserError(f"{gpu} of architecture {sm} computes no bf16", where=where, fix="compile with --dtype fp16")
@@ -128,12 +128,17 @@ def _check_present(flavour: str, where: str) -> None:
         if not there
     ]
     if absent:
-        missing.append(f"{' and '.join(absent)} (pip install 'secateur[{EXTRAS.get(flavour, flavour)}]')")
+        missing.append(f"{' and '.join(absent)} (pip install 'secateur[{_extra(flavour)}]')")
     if missing:
         kind = "graphs" if flavour == "onnxruntime-cuda" else "engines"
         raise UserError(
             f"the {flavour} {kind} cannot run here: missing {' and '.join(missing)}", where=where, fix=_ELSEWHERE
         )
+
+
+def _extra(flavour: str) -> str:
+    """The extra that brings a flavour's library."""
+    return "cuda" if flavour == "onnxruntime-cuda" else flavour
 
 
 def has_driver() -> bool:
@@ -157,7 +162,7 @@ def _load(flavour: str, where: str) -> Any:
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the library does not load: {reason}", where=where, fix=f"pip install 'secateur[{flavour}]'"
+            f"the library does not load: {reason}", where=where, fix=f"pip install 'secateur[{_extra(flavour)}]'"
         ) from None
     version = str(getattr(library, "__version__", "0"))
     if _numbers(version)[:2] < OLDEST[flavour]:
@@ -182,6 +187,8 @@ def _cuda_of_wheel(flavour: str) -> int:
     """The major version of CUDA in the name of the library's package; 0 where it was installed otherwise."""
     import importlib.metadata as metadata
 
+    if flavour == "onnxruntime-cuda":
+        return 0  # its package's name does not say
     names = ("tensorrt-rtx-cu{}",) if flavour == "tensorrt-rtx" else ("tensorrt-cu{}", "tensorrt-cu{}-bindings")
     for major in range(20, 11, -1):
         for name in names:

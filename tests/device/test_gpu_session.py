@@ -121,6 +121,8 @@ def test_a_pruned_model_answers_as_on_the_cpu(bundles: Any, flavour: str) -> Non
 
 
 def test_graphs_change_nothing(bundles: Any, flavour: str, caplog: pytest.LogCaptureFixture) -> None:
+    if flavour == "onnxruntime-cuda":
+        pytest.skip("it uses no CUDA graphs")
     directory = bundles("fastv", flavour, "fp16")
     with Session(directory) as graphs, Session(directory, cuda_graphs=False) as plain:
         for place in range(3):
@@ -148,6 +150,23 @@ def test_memory_comes_back(bundles: Any, flavour: str) -> None:
         if round_ == 0:  # what the driver and the library keep for good is taken by now
             first = free
     assert free >= first - (8 << 20)
+
+
+def test_weights_are_on_the_device_once(bundles: Any, flavour: str) -> None:
+    """Prefill and decode both read the whole decoder."""
+    from cuda.bindings import runtime
+
+    directory = bundles("none", flavour, "fp16")
+    with Session(directory) as session:  # what the driver and the library keep for good
+        session.generate(*question())
+        told = session.manifest.forecast
+    gc.collect()
+    before = int(runtime.cudaMemGetInfo()[1])
+    with Session(directory) as session:
+        session.generate(*question())
+        taken = before - int(runtime.cudaMemGetInfo()[1])
+    assert told is not None
+    assert taken < 1.5 * told.weights + told.caches + told.buffers + (512 << 20)
 
 
 def test_compiled_kernels_are_kept(bundles: Any, flavour: str, cache_home: Path) -> None:

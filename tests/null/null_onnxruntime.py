@@ -1,8 +1,9 @@
 """A FAKE of ``onnxruntime`` with a CUDA provider for tests: it computes on the CPU, with the real ONNX Runtime, in the
 simulated memory of ``null_cuda``. It is never a substitute: nothing it says belongs into any result.
 
-It checks what the provider leaves to its caller: that bound memory and weights lie in live memory of the device, that
-nothing is still being copied there when a run begins, and that the session is told to keep all bits of fp32.
+It checks what the provider leaves to its caller: that bound memory and weights lie in live memory of the device and
+that the values they are given in outlive the session, that nothing is still being copied there when a run begins, that
+the session is told to keep all bits of fp32, and not to fold weights it is given.
 """
 
 from __future__ import annotations
@@ -55,23 +56,38 @@ class Binding:
 
 
 class Session:
-    def __init__(self, library: Library, path: str, options: Any, provider: tuple[str, dict[str, str]]) -> None:
-        self.library, self.name, self.given = library, Path(path).stem, dict(options.given)
+    def __init__(
+        self, library: Library, path: str, options: Any, provider: tuple[str, dict[str, str]], unwanted: list[str]
+    ) -> None:
+        self.library, self.name, self._values = library, Path(path).stem, dict(options.given)
         name, how = provider
         assert name == CUDA
         if how["use_tf32"] != "0" or how["arena_extend_strategy"] != "kSameAsRequested":
             raise library.cuda.broken(f"session options {how}")
+        if "ConstantFolding" not in unwanted:
+            raise library.cuda.broken("weights are folded from the file, and kept once more")
         model = onnx.load(path)
         self._ports = library.ports[self.name]
-        for one in [i for i in model.graph.initializer if i.name in self.given]:
+        for one in [i for i in model.graph.initializer if i.name in self.given()]:
             model.graph.input.append(onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims))
             model.graph.initializer.remove(one)
         own = real.SessionOptions()
         own.intra_op_num_threads, own.log_severity_level = 1, 3
-        self._session = real.InferenceSession(
-            model.SerializeToString(), own, providers=["CPUExecutionProvider"]
-        )  # fmt: skip
+        self._session = real.InferenceSession(model.SerializeToString(), own, providers=["CPUExecutionProvider"])
         library.sessions.add(self)
+
+    def given(self) -> dict[str, Given]:
+        """The weights it was given, of which the real one has no more than pointers."""
+        found = {name: value() for name, value in self._values.items()}
+        if gone := [name for name, value in found.items() if value is None]:
+            raise self.library.cuda.broken(f"{gone[0]} was let go of while a session uses it")
+        return {name: value.held for name, value in found.items()}
+
+    def get_providers(self) -> list[str]:
+        return list(self.library.loads)
+
+    def get_input_memory_infos(self) -> list[Any]:
+        return [SimpleNamespace(name=self.library.place) for _ in self.get_inputs()]
 
     def get_inputs(self) -> list[Any]:
         return self._shown("inputs")
@@ -101,7 +117,7 @@ class Session:
             if cuda.users(cuda.block(address, size, "device", f"{self.name}: {name}")):
                 raise cuda.broken(f"{self.name} reads {name} before what was put there has arrived")
         feeds = {name: _widen(view(*place)) for name, place in binding.inputs.items()}
-        for name, given in self.given.items():
+        for name, given in self.given().items():
             dtype = {"fp32": np.float32, "fp16": np.float16}[given.dtype]
             weight = view(given.address, given.shape, np.dtype(dtype))
             cuda.block(given.address, weight.nbytes, "device", f"{self.name}: {name}")
@@ -115,12 +131,20 @@ def _widen(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32) if values.dtype.kind in "fV" else values.copy()
 
 
+class Value:
+    def __init__(self, held: Given) -> None:
+        self.held = held
+
+
 class SessionOptions:
     def __init__(self) -> None:
-        self.given: dict[str, Given] = {}
+        self.given: dict[str, weakref.ref[Value]] = {}
 
-    def add_initializer(self, name: str, value: Given) -> None:
-        self.given[name] = value
+    def add_session_config_entry(self, key: str, value: str) -> None:
+        assert (key, value) == ("session.intra_op.allow_spinning", "0")
+
+    def add_initializer(self, name: str, value: Value) -> None:
+        self.given[name] = weakref.ref(value)
 
 
 class Library:
@@ -130,6 +154,10 @@ class Library:
         self.cuda, self.ports = cuda, ports
         self.calls: list[str] = []
         self.providers = [CUDA, "CPUExecutionProvider"]
+        self.loads = self.providers
+        """What sessions open on: less than ``providers`` where libraries are missing."""
+        self.place = "Cuda"
+        """Where sessions want their inputs."""
         self.fails = False
         self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -138,20 +166,24 @@ class Library:
 
         class OrtValue:
             @classmethod
-            def from_dlpack(cls, data: Any) -> Given:
+            def from_dlpack(cls, data: Any) -> Value:
                 assert data.__dlpack_device__() == (2, 0)
                 # A consumer may ask without a stream; the reader here wants to name one.
-                return read_capsule(SimpleNamespace(__dlpack__=lambda stream: data.__dlpack__()), 0, (2, 0))
+                return Value(read_capsule(SimpleNamespace(__dlpack__=lambda stream: data.__dlpack__()), 0, (2, 0)))
 
-        def open_session(path: str, options: Any, *, providers: list[Any], enable_fallback: int) -> Session:
+        def open_session(
+            path: str, options: Any, *, providers: list[Any], enable_fallback: int, disabled_optimizers: list[str]
+        ) -> Session:
             assert enable_fallback == 0
-            return Session(library, path, options, *providers)
+            assert "preloaded" in library.calls, "CUDA's libraries lie where the loader does not look"
+            return Session(library, path, options, *providers, disabled_optimizers)
 
         module = ModuleType("onnxruntime")
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
         shown = SimpleNamespace(
             __version__=real.__version__, SessionOptions=SessionOptions, OrtValue=OrtValue,
             InferenceSession=open_session, get_available_providers=lambda: list(library.providers),
+            preload_dlls=lambda: library.calls.append("preloaded"),
         )  # fmt: skip
         vars(module).update(vars(shown))
         return module

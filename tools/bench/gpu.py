@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import tempfile
 import time
@@ -121,7 +122,7 @@ def find_peak(given: float | None) -> tuple[str, float | None]:
         shown = name.decode() if isinstance(name, bytes) else str(name)
     except Exception:  # no cuda-python, or no GPU
         shown = "no GPU"
-    known = next((peak for part, peak in PEAKS.items() if part in shown), None)
+    known = next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", shown)), None)
     peak = given if given is not None else known
     return shown, None if peak is None else 1e12 * peak
 

@@ -7,6 +7,7 @@ written out, each built in a process of its own: some end it. No GPU is needed. 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -80,6 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench loops", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        sys.stderr.write("loops: tensorrt-rtx is not installed (pip install 'secateur[tensorrt-rtx]')\n")
+        sys.exit(2)
     rows = []
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         for steps, count in CASES:

@@ -19,6 +19,7 @@ from torch import fx
 from secateur.compiler import ops
 from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of, type_of
+from secateur.exporters.lint_attention import FEWEST_ROWS, MOST_KEYS
 from secateur.exporters.lowering import aten, output, read
 from secateur.exporters.lowering_experts import lower_scanned
 from secateur.exporters.lowering_experts_batched import lower_batched
@@ -27,7 +28,6 @@ from secateur.exporters.lowering_sorting import WITHIN_LIMIT
 from secateur.exporters.masks import add_mask, read_limits, see_cached, see_fresh
 
 MICROSOFT = "com.microsoft"
-_LONG_CACHE = 32768
 _AT_ONCE, _CACHED = (5, 8, 9), (8, 10, 11, 12)
 """Where attention nodes without and with a cache have window, block_ids, positions and past_positions."""
 
@@ -236,7 +236,7 @@ def _attend_twice(
     """Decode for TensorRT, which has no fused kernel for one query row when ``B*H < 4`` or the cache is very long:
     the row is sent twice and the second answer dropped."""
     batch, heads, length, width = shape_of(q)
-    if length > 1 or (batch * heads >= 4 and shape_of(k)[2] < _LONG_CACHE):
+    if length > 1 or (batch * heads >= FEWEST_ROWS and shape_of(k)[2] + width <= MOST_KEYS):
         return _attend(b, q, k, v, mask, scale, causal)
     twice = b.op("Concat", q, q, dtype=type_of(q), shape=[batch, heads, 2, width], attributes={"axis": 2})
     return b.slice(_attend(b, twice, k, v, mask, scale, causal), 2, 0, 1)

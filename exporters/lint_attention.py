@@ -11,7 +11,11 @@ import onnx_ir as ir
 
 from secateur.exporters.lint_subject import Problem, Subject, dtype_of, given, int_of, shape_of, source_of, text_of
 
-DECODE_CAPACITY_LIMIT = 32768
+FEWEST_ROWS, MOST_KEYS = 4, 24576
+"""Attention from one row: the fewest rows of all heads of a batch, and the most that keys and a head's size add up to.
+From 289 rows on the latter is 28,672; the smaller holds for any number of them."""
+MANY_SCORES = 1 << 24
+"""Batch x queries x keys from which a single head has a kernel after all."""
 
 _Q, _K, _MASK, _PAST_KEY, _PAST_VALUE, _NONPAD = 0, 1, 3, 4, 5, 6
 """Inputs of ONNX Attention."""
@@ -33,12 +37,19 @@ def attention_has_a_kernel(_: Subject, node: ir.Node) -> Iterator[Problem]:
     if size > 256 or size < (8 if rows == 1 else 9) or ((rows == 1 or masked) and size % 8):
         yield f"TensorRT has no such attention for heads of {size}", "pad them to a multiple of 8 from 16 to 256"
     repeat = "repeat the query row and drop the second result"
-    if rows == 1 and batch * heads < 4:
-        yield f"TensorRT attends from one row with 4 heads or more, not {batch * heads}", repeat
-    elif rows == 1 and keys[2] >= DECODE_CAPACITY_LIMIT:
-        yield f"TensorRT attends from one row to less than {DECODE_CAPACITY_LIMIT} keys, not {keys[2]}", repeat
-    elif rows > 1 and heads == 1:
-        yield "TensorRT has no attention with a single head", "choose --target onnxruntime for this model"
+    if rows == 1 and batch * heads < FEWEST_ROWS:
+        yield (
+            f"TensorRT attends from one row with {FEWEST_ROWS} heads or more, not {batch * heads}",
+            repeat if heads > 1 else f"repeat the query's head {FEWEST_ROWS} times and keep the first result",
+        )
+    elif rows == 1 and keys[2] + size > MOST_KEYS:
+        yield f"TensorRT attends from one row to {MOST_KEYS - size} keys of {size} at most, not {keys[2]}", repeat
+    elif rows > 1 and heads == 1 and (batch == 1 or masked) and batch * rows * keys[2] < MANY_SCORES:
+        where = "under a mask" if batch > 1 else "in a batch of one"
+        yield (
+            f"TensorRT has no attention with a single head {where}",
+            "repeat the query's head and drop the second result",
+        )
 
 
 def attention_keys_are_not_its_queries(_: Subject, node: ir.Node) -> Iterator[Problem]:

@@ -128,3 +128,42 @@ BROKEN = {
     ),
     "inputs_are_static": ("float16[n,8] x", "float16[n,8] y", "y = Neg (x)"),
 }  # fmt: skip
+
+
+def attend(shape: tuple[int, ...]) -> ir.Model:
+    """Attention of ``batch, heads, rows, keys, size, masked``, all of whose heads share keys."""
+    batch, heads, rows, keys, size, masked = shape
+    inputs = f"float16[{batch},{heads},{rows},{size}] q, float16[{batch},1,{keys},{size}] k"
+    mask, body = (f", bool[1,1,{rows},{keys}] m", "(q, k, k, m)") if masked else ("", "(q, k, k)")
+    return graph(inputs + mask, f"float16[{batch},{heads},{rows},{size}] y", f"y = Attention {body}")
+
+
+ATTENTION_SHAPES = {
+    (1, 3, 1, 260, 64, True): False,
+    (2, 3, 1, 260, 64, True): True,
+    (1, 4, 1, 260, 64, True): True,
+    (4, 1, 1, 260, 64, True): True,
+    (1, 1, 1, 260, 64, False): False,
+    (1, 3, 2, 260, 64, True): True,
+    (1, 4, 1, 24512, 64, True): True,
+    (1, 4, 1, 24513, 64, True): False,
+    (1, 4, 1, 24512, 128, False): False,
+    (1, 4, 2, 40000, 64, True): True,
+    (1, 4, 1, 260, 8, True): True,
+    (1, 4, 1, 260, 100, True): False,
+    (1, 4, 64, 64, 8, False): False,
+    (1, 4, 64, 64, 100, False): True,
+    (1, 4, 64, 64, 100, True): False,
+    (1, 4, 64, 64, 256, True): True,
+    (1, 4, 64, 64, 264, False): False,
+    (1, 1, 8, 8, 64, False): False,
+    (1, 1, 257, 257, 64, True): False,
+    (2, 1, 257, 257, 64, False): True,
+    (2, 1, 257, 257, 64, True): False,
+    (2, 1, 2, 64, 64, False): True,
+    (1, 2, 257, 257, 64, True): True,
+    (1, 1, 4096, 4095, 64, False): False,
+    (1, 1, 4096, 4096, 64, False): True,
+    (2, 1, 4096, 2048, 64, True): True,
+}
+"""Whether TensorRT has a kernel for it."""

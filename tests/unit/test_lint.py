@@ -9,7 +9,7 @@ from secateur.exporters.lint import Finding, lint_graph, refuse
 from secateur.exporters.lint_rules import EVERY, GRAPH_RULES, NODE_RULES
 from secateur.runtime.errors import UserError
 
-from .lint_traps import ATTENTION, BROKEN, Y, graph
+from .lint_traps import ATTENTION, ATTENTION_SHAPES, BROKEN, Y, attend, graph
 
 EVERYWHERE = {rule.name for rule in NODE_RULES if rule.targets == EVERY}
 
@@ -49,30 +49,9 @@ def test_the_tensorrt_dialect_passes() -> None:
     assert lint_graph(model, "tensorrt", "bf16") == []
 
 
-@pytest.mark.parametrize(
-    ("batch", "heads", "rows", "keys", "size", "masked", "builds"),
-    [
-        (1, 3, 1, 260, 64, True, False),
-        (2, 3, 1, 260, 64, True, True),
-        (1, 4, 1, 260, 64, True, True),
-        (1, 3, 2, 260, 64, True, True),
-        (1, 1, 8, 8, 64, False, False),
-        (1, 4, 1, 40000, 64, True, False),
-        (1, 4, 2, 40000, 64, True, True),
-        (1, 4, 1, 260, 8, True, True),
-        (1, 4, 1, 260, 100, True, False),
-        (1, 4, 64, 64, 8, False, False),
-        (1, 4, 64, 64, 100, False, True),
-        (1, 4, 64, 64, 100, True, False),
-        (1, 4, 64, 64, 256, True, True),
-        (1, 4, 64, 64, 264, False, False),
-    ],
-)
-def test_attention_shapes(batch: int, heads: int, rows: int, keys: int, size: int, masked: bool, builds: bool) -> None:
-    inputs = f"float16[{batch},{heads},{rows},{size}] q, float16[{batch},1,{keys},{size}] k, bool[1,1,1,{keys}] m"
-    body = "y = Attention (q, k, k, m)" if masked else "y = Attention (q, k, k)"
-    model = graph(inputs, f"float16[{batch},{heads},{rows},{size}] y", body)
-    assert rules(model) == ([] if builds else ["attention_has_a_kernel"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+def test_attention_shapes(shape: tuple[int, ...]) -> None:
+    assert rules(attend(shape)) == ([] if ATTENTION_SHAPES[shape] else ["attention_has_a_kernel"])
 
 
 def test_half_precision_norms() -> None:

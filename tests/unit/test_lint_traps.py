@@ -18,7 +18,7 @@ from secateur.exporters.onnx import save_model
 from secateur.exporters.tensorrt import build_engine
 from secateur.runtime.errors import SecateurError
 
-from .lint_traps import BROKEN, graph
+from .lint_traps import ATTENTION_SHAPES, BROKEN, attend, graph
 
 RULES = {rule.name: rule for rule in (*GRAPH_RULES, *NODE_RULES)}
 CRASHES = {"attention_keys_are_not_its_queries", "scan_has_an_input"}
@@ -62,6 +62,17 @@ def test_tensorrt_crashes_over_what_the_linter_says_it_does(rule: str, tmp_path:
     script = "import sys; from secateur.exporters.tensorrt import build_engine; build_engine(*sys.argv[1:])"
     command = [sys.executable, "-c", script, str(tmp_path / "trap.onnx"), str(tmp_path / "trap.engine")]
     assert subprocess.run(command, capture_output=True).returncode < 0, "ended by a signal"
+
+
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+def test_tensorrt_has_the_kernels_the_linter_says_it_has(shape: tuple[int, ...], tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    save_model(attend(shape), tmp_path / "shape.onnx")
+    if ATTENTION_SHAPES[shape]:
+        build_engine(tmp_path / "shape.onnx", tmp_path / "shape.engine")
+    else:
+        with pytest.raises(SecateurError, match="builds no engine"):
+            build_engine(tmp_path / "shape.onnx", tmp_path / "shape.engine")
 
 
 @pytest.mark.parametrize("op", LEFT_OPEN)

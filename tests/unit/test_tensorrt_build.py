@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
+from secateur.compiler import ops
+from secateur.compiler.function import trace_function
+from secateur.exporters.dialects import DIALECTS
+from secateur.exporters.onnx import export_program, save_model
 from secateur.exporters.tensorrt import EngineOptions, build_engine, parsed_layer_types, parsed_layers
+from secateur.exporters.weights import WeightLayout
 from secateur.runtime.backends.engine_file import RtxHeader, check_engine_file, read_rtx_header
 from secateur.runtime.errors import SecateurError, UserError
 
@@ -61,6 +68,23 @@ def test_an_engine_is_built_with_progress(tmp_path: Path) -> None:
     assert told[0][1] == 0
     assert told[-1][1] == told[-1][2] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.onnx", "one.engine"]
+
+
+@pytest.mark.parametrize(("capacity", "rows"), [(24512, 1), (24513, 2)])
+def test_a_step_over_a_very_long_cache_is_sent_twice(capacity: int, rows: int, tmp_path: Path) -> None:
+    """And is built then; once, the library has no kernel for it."""
+
+    def step(*given: torch.Tensor) -> Any:
+        return ops.cached_attention(*given, False, 0.125)
+
+    sizes = {"q": 1, "k": 1, "v": 1, "past_key.0": capacity, "past_value.0": capacity}
+    feed = {name: torch.zeros(1, 4, size, 64).half() for name, size in sizes.items()} | {"start": torch.zeros(1).long()}
+    traced = trace_function("decode", step, feed, ("y", "present_key.0", "present_value.0"))
+    model = export_program(traced, DIALECTS["tensorrt"], WeightLayout({}, b"", {}))
+    attends = next(node for node in model.graph if node.op_type == "Attention")
+    assert attends.inputs[0].shape[2] == rows  # type: ignore[union-attr,index]
+    save_model(model, tmp_path / "decode.onnx")
+    assert build_engine(tmp_path / "decode.onnx", tmp_path / "decode.engine").bytes
 
 
 @pytest.mark.parametrize(("asked", "sms", "shown"), [(75, (75,), "SM75"), ((120, 86), (86, 120), "SM86, SM120")])

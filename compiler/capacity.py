@@ -13,6 +13,7 @@ from typing import Any
 from secateur.compiler.forecast import Needs
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Forecast
+from secateur.runtime.sizes import size_text
 
 IGNORE = "--ignore-forecast goes on anyway"
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -127,21 +128,21 @@ def check_room(needs: Needs, room: Room, out: Path, device_memory: int | None = 
     """
     if room.memory is not None and needs.host > room.memory:
         raise UserError(
-            f"compiling takes {gib(needs.host)} of memory, this machine has {gib(room.memory)} for it",
+            f"compiling takes {size_text(needs.host)} of memory, this machine has {size_text(room.memory)} for it",
             where="forecast", fix=f"{_advise_host(needs)}; {IGNORE}",
         )  # fmt: skip
     if needs.disk > room.disk:
         raise UserError(
-            f"disk full: the bundle takes {gib(needs.disk)}, {gib(room.disk)} are free", where=str(out.parent),
-            fix=f"{_advise_disk(needs)}; {IGNORE}",
+            f"disk full: the bundle takes {size_text(needs.disk)}, {size_text(room.disk)} are free",
+            where=str(out.parent), fix=f"{_advise_disk(needs)}; {IGNORE}",
         )  # fmt: skip
     limit = room.device if device_memory is None else device_memory
     if limit is not None and needs.device > limit:
         what, size = largest_part(needs)
         whose = "are free on this machine's GPU" if device_memory is None else "are there"
         raise UserError(
-            f"running takes {gib(needs.device)} of the device's memory, {gib(limit)} {whose}: "
-            f"{needs.device - limit} bytes too much; the largest part is {gib(size)} of {what}",
+            f"running takes {size_text(needs.device)} of the device's memory, {size_text(limit)} {whose}: "
+            f"{needs.device - limit} bytes too much; the largest part is {size_text(size)} of {what}",
             where="forecast" if device_memory is None else "--device-memory",
             fix=f"{_advise_device(needs, what, limit)}; {IGNORE}",
         )  # fmt: skip
@@ -204,8 +205,3 @@ def _advise_device(needs: Needs, what: str, limit: int) -> str:
             "the geometry takes beside the weights would fit"
         )  # fmt: skip
     return ", or ".join(advice or ["take a GPU with more memory"])
-
-
-def gib(count: int) -> str:
-    """Bytes for messages: ``1.23 GiB``, with as many digits as tell a small one from nothing."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file, read_header
+from secateur.runtime.sizes import size_text
 
 _REFERENCE = re.compile(r"file:([^#@]+)(?:@([0-9a-f]{8,64}))?")
 _DIGITS = 12
@@ -66,7 +67,7 @@ def read_weights(text: str, folder: Path = Path(), where: str = "weights") -> We
         ) from None
     if size > MOST_BYTES:
         raise UserError(
-            f"{path} has {size >> 20} MiB, weights of a score {MOST_BYTES >> 20} MiB at most", where=where,
+            f"{path} has {size_text(size)}, weights of a score {size_text(MOST_BYTES)} at most", where=where,
             fix="save only the tensors that the function reads",
         )  # fmt: skip
     sha256 = hash_file(location)

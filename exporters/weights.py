@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from secateur.exporters.checkpoint import KINDS, Checkpoint
 from secateur.exporters.tensor_names import tied_names
 from secateur.runtime.errors import UserError
+from secateur.runtime.sizes import size_text
 
 WEIGHTS_FILE = "weights.safetensors"
 _NAMES = {kind: name for name, kind in KINDS.items()}
@@ -135,7 +136,7 @@ def require_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise UserError(
-            f"disk full: the weights take {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
+            f"disk full: the weights take {size_text(size)}, {size_text(free)} are free",
             where=str(directory.parent),
             fix="free some space or choose another directory",
         )

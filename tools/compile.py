@@ -225,8 +225,9 @@ def _print_summary(bundle: Path, summary: dict[str, Any]) -> None:
     from rich.text import Text
 
     from secateur.runtime.manifest import read_manifest
+    from secateur.runtime.sizes import size_text
     from secateur.tools.console import results
-    from secateur.tools.inspect import describe, draw_programs, draw_segments, size_text
+    from secateur.tools.inspect import describe, draw_programs, draw_segments
 
     m = read_manifest(bundle)
     for one, facts in zip(m.each_variant(), describe(m)["geometries"], strict=True):

@@ -104,8 +104,9 @@ def draw(found: Explanation) -> list[Table]:
     """The explanation as tables."""
     from rich.text import Text
 
+    from secateur.runtime.sizes import size_text
     from secateur.tools.forecast import draw_forecast
-    from secateur.tools.inspect import flops_text, make_table, size_text
+    from secateur.tools.inspect import flops_text, make_table
 
     g = found.geometry
     overview = make_table("what", "value", title=f"{found.recipe}, keep {found.keep:g}")

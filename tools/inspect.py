@@ -11,6 +11,7 @@ import typer
 
 from secateur.runtime.errors import UserError
 from secateur.runtime.schema import PROGRAMS
+from secateur.runtime.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,15 +110,6 @@ def _caches(manifest: Manifest) -> dict[str, Any]:
 def forecast_of(manifest: Manifest) -> dict[str, int] | None:
     """What a geometry's bundle was expected to take, in bytes; None where nothing was foretold."""
     return manifest.forecast.model_dump() | {"device": manifest.forecast.device} if manifest.forecast else None
-
-
-def size_text(count: float) -> str:
-    """Bytes for people: ``12.3 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def flops_text(count: float) -> str:

@@ -146,7 +146,8 @@ def draw(report: dict[str, Any]) -> list[Table]:
     """The report for people: times in milliseconds, one table per bundle, then the ratios."""
     from rich.table import Table
 
-    from secateur.tools.inspect import flops_text, size_text
+    from secateur.runtime.sizes import size_text
+    from secateur.tools.inspect import flops_text
 
     tables = []
     for bundle in report["bundles"]:

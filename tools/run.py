@@ -109,13 +109,15 @@ def _per_row(kind: str, files: list[Path], prompts: list[str]) -> list[list[Path
 def _summarize(answers: list[Generation]) -> None:
     import logging
 
+    from secateur.runtime.sizes import size_text
+
     metrics = answers[0].metrics
     visual = " -> ".join(str(count) for count in metrics.visual_tokens.values())
     logging.getLogger(__name__).info(
-        "%d tokens, the first after %.0f ms, then %.1f ms each; visual tokens by segment: %s; caches %.1f MiB",
+        "%d tokens, the first after %.0f ms, then %.1f ms each; visual tokens by segment: %s; caches %s",
         sum(len(answer.tokens) for answer in answers),
         metrics.ttft_s * 1e3,
         metrics.tpot_s * 1e3,
         visual,
-        metrics.cache_bytes / 2**20,
+        size_text(metrics.cache_bytes),
     )

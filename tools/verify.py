@@ -34,6 +34,7 @@ def verify(
       secateur verify BUNDLE MODEL_DIR --rows 32
     """
     from secateur.runtime.manifest import check_files, read_manifest
+    from secateur.runtime.sizes import size_text
     from secateur.tools.console import notes, results
 
     if model_dir is None:
@@ -56,7 +57,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
     else:
-        results.print(f"files    {facts['files']} whole, {facts['bytes'] / 2**20:.1f} MiB")
+        results.print(f"files    {facts['files']} whole, {size_text(facts['bytes'])}")
         if facts["parity"] is not None:
             results.print(_draw(facts["parity"]), soft_wrap=True)
     if not facts["passed"]:

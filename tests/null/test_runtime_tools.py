@@ -31,7 +31,7 @@ def test_run_prints_the_answer(secateur: Any, built: Path, image_file: Path) -> 
     code, plain, notes = secateur(*ask)
     assert code == 0
     assert "tokens, the first after" in notes
-    assert "visual tokens by segment: 3 -> 1" in notes
+    assert "visual tokens by segment: 3 -> 1; caches 4.2 KiB" in notes
     code, streamed, _ = secateur(*ask, "--stream")
     assert (code, streamed) == (0, plain)
     code, out, _ = secateur(*ask, "--json")

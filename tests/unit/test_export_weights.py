@@ -17,6 +17,7 @@ from secateur.exporters import weights
 from secateur.exporters.checkpoint import Checkpoint, list_tensors
 from secateur.exporters.weights import WeightLayout, plan_weights, write_weights
 from secateur.runtime.errors import UserError
+from secateur.runtime.sizes import size_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -175,8 +176,9 @@ def test_a_disk_too_small_is_noticed_before_writing(
     (tmp_path / "work").mkdir()
     with pytest.raises(UserError) as caught:
         write_weights(layout, copy(), tmp_path / "work" / "w")
+    size = len(layout.header) + sum(place.length for place in layout.written.values())
     assert str(caught.value) == (
-        f"{tmp_path}: disk full: the weights take 0.00 GiB, 0.00 GiB are free; "
+        f"{tmp_path}: disk full: the weights take {size_text(size)}, 1000 B are free; "
         "free some space or choose another directory"
     )
 

@@ -90,7 +90,8 @@ def resident() -> dict[str, int]:
 
 
 def draw(report: dict[str, Any]) -> Table:
-    from secateur.tools.inspect import make_table, size_text
+    from secateur.runtime.sizes import size_text
+    from secateur.tools.inspect import make_table
 
     title = (
         f"{report['bundle']}, weights {size_text(report['weights'])}"

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.runtime.schema import PROGRAMS
+from secateur.runtime.sizes import size_text
 from secateur.tools.demo.ask import TIMES, Asked, Bundle, Question
-from secateur.tools.inspect import flops_text, size_text
+from secateur.tools.inspect import flops_text
 
 LABELS = {"ttft": "first token", "tpot": "next token", "decode": "decode step"}
 

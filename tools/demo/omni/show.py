@@ -8,11 +8,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from secateur.runtime.schema import PROGRAMS
+from secateur.runtime.sizes import size_text
 from secateur.tools.demo.ask import Bundle
 from secateur.tools.demo.omni.questions import Asked
 from secateur.tools.demo.omni.run import measure_kinds
 from secateur.tools.demo.show import mark_answer, tokens_text, with_ratio
-from secateur.tools.inspect import flops_text, size_text
+from secateur.tools.inspect import flops_text
 
 
 def draw_table(bundles: Sequence[Bundle], questions: Sequence[Asked], samples: int) -> Table:

@@ -37,7 +37,7 @@ def plan_job(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         Job(replace(source, vision=facts, audio=None, media=None), geometry, part, _functions(part.stages))
         for part, facts in zip(plan.sizes, source.vision.sizes, strict=True)
     )
-    job = Job(source, geometry, plan, _functions(plan.stages, bool(sizes), source.vision.tiles is not None), sizes)
+    job = Job(source, geometry, plan, _functions(plan.stages, bool(sizes)), sizes)
     check_stages(job.stages, source.vision, source.audio)
     assert len(job.media_order) == job.features_per_row, "every token of the media has one place"
     return job
@@ -48,14 +48,12 @@ def _apart(stage: PlannedStage) -> bool:
     return stage.site.kind in ("decoder.layer", "audio.out")
 
 
-def _functions(
-    stages: Sequence[PlannedStage], several_sizes: bool = False, tiles: bool = False
-) -> tuple[StageFunction, ...]:
+def _functions(stages: Sequence[PlannedStage], several_sizes: bool = False) -> tuple[StageFunction, ...]:
     """With ``several_sizes`` those of the vision side are never called: each size has its own."""
     return tuple(
         StageFunction(stage, bind_stage(stage, stage.name))
         if several_sizes and not _apart(stage)
-        else stage_function(stage, tiles)
+        else stage_function(stage)
         for stage in stages
     )
 

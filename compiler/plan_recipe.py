@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from secateur.compiler.layout import Grid, Layout
 from secateur.compiler.media import MediaLayout
@@ -13,6 +13,10 @@ from secateur.compiler.place_sites import drop_crowded, place_sites
 from secateur.compiler.recipe import Part, Positions, Recipe, Scope, Stage, Term
 from secateur.compiler.site import Site
 from secateur.runtime.errors import UserError
+
+Gridless = Literal["pruned", "sizes", "sound", "tiles"]
+"""Tokens form no grid: an earlier stage removed some, images have several sizes, sound lies between them, or they are
+those of tiles."""
 
 
 class Tokens(Protocol):
@@ -49,11 +53,13 @@ class PlannedStage:
     length_in: int
     length_out: int
     grid: Grid | None = None
-    """How the tokens lie, as long as no earlier stage removed any."""
+    """How the tokens lie; None where that is not known, or is no grid."""
     layout: Layout | None = None
     """Moment and kind of the tokens that enter the stage's program; None where a stage was planned without them."""
     part: int = 0
     """Which part of a composed recipe it belongs to. What a stage carries on stays within its part."""
+    gridless: Gridless | None = None
+    """Why there is no grid, where it is known why."""
 
     @property
     def name(self) -> str:
@@ -148,7 +154,8 @@ def plan_recipe(
     recipe = drop_crowded(recipe, layers, running)
     sites = place_sites(recipe, layers, running)
     stages: list[PlannedStage] = []
-    groups, length, whole = images, tokens_per_image, True
+    groups, length = images, tokens_per_image
+    gridless: Gridless | None = "sizes" if sizes else None
     index, reaching = 0, tokens_per_image  # tokens of an image that reach the decoder
     heard = audio.frames * audio.tokens_per_image if audio is not None else 0
     for number, part in enumerate(_scale_parts(recipe, keep)):
@@ -166,10 +173,9 @@ def plan_recipe(
                 return PlannedRecipe(recipe, keep, tuple(stages))
             if sizes or before_decoder:
                 _check_scope(recipe, index, site)
-            whole = whole and not sizes
             if heard and site.kind == "decoder.layer":
                 # From here on what is seen and what is heard is one row of tokens.
-                groups, length, images, whole = 1, groups * length + heard, 1, False
+                groups, length, images, gridless = 1, groups * length + heard, 1, "sound"
                 entered, heard = entered + heard, 0
                 if stage.scope != "whole":
                     raise UserError(
@@ -186,7 +192,7 @@ def plan_recipe(
                         fix="use a recipe whose stages stand at vision.out, projector.out or decoder.layer[k], such as "
                         "visionzip, divprune or fastv",
                     )
-                (images, length), whole = tiles, False
+                (images, length), gridless = tiles, "tiles"
                 groups, entered, reaching, tiles = images, images * length, length, None
                 tokens_per_image = length
             groups, length = _regroup(recipe, index, site, groups, length, images)
@@ -198,14 +204,15 @@ def plan_recipe(
             if inside and media is not None and groups == 1:
                 layout = media.layout_of(counts) if sizes else media.layout_after(tokens_per_image, reaching)
             reaching = reaching if inside else count
-            shape = Grid(images // groups, *grid) if grid is not None and whole else None
+            shape = Grid(images // groups, *grid) if grid is not None and gridless is None else None
             stages.append(
                 PlannedStage(
                     index, site, stage.score, stage.select, stage.merge, stage.scope, part.recipe.positions,
-                    stage.signals, groups, length, count, shape, layout, number,
+                    stage.signals, groups, length, count, shape, layout, number, gridless,
                 )
             )  # fmt: skip
-            whole = whole and count == length and stage.merge is None
+            if count < length or stage.merge is not None:
+                gridless = gridless or "pruned"
             length, index = count, index + 1
     return PlannedRecipe(recipe, keep, tuple(stages), planned)
 

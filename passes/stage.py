@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.compiler.plan_recipe import PlannedStage
+from secateur.compiler.plan_recipe import Gridless, PlannedStage
 from secateur.compiler.token_map import TokenMap
 from secateur.passes.check_function import check_stage
 from secateur.passes.methods.rows import Scored
@@ -107,20 +107,28 @@ class StageFunction:
         return reserved | {"score": scored.score}, scored.carry
 
 
-def stage_function(planned: PlannedStage, tiles: bool = False) -> StageFunction:
-    """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not. ``tiles``: an
-    image's tokens are those of several grids, without their padding.
+_ANOTHER = "use another recipe, such as divprune"
+_GRIDLESS: Mapping[Gridless | None, tuple[str, str]] = {
+    "pruned": ("an earlier stage removed some", "let it be the first stage that prunes"),
+    "sizes": ("images of several sizes have several", f"compile for images of one size, or {_ANOTHER}"),
+    "tiles": ("an image in tiles has several", _ANOTHER),
+    "sound": ("in the decoder sound lies between them", f"compile without sound, or {_ANOTHER}"),
+    None: ("how they lie is not known", _ANOTHER),
+}
+
+
+def stage_function(planned: PlannedStage) -> StageFunction:
+    """Resolve the names of a planned stage; :class:`UserError` lists what exists when one does not.
 
     Functions from outside this package are tried on random signals first.
     """
     bound = bind_stage(planned, where=planned.name)
     if planned.grid is None and any("grid" in term.every_reserved() for term in bound.terms):
-        lacks = "an image in tiles has several" if tiles else "an earlier stage removed some"
+        lacks, fix = _GRIDLESS[planned.gridless]
         raise UserError(
             f"a function of this stage needs the whole grid of patches, and {lacks}",
-            where=f"{planned.name} {planned.site}",
-            fix="use another recipe, such as divprune" if tiles else "let it be the first stage that prunes",
-        )
+            where=f"{planned.name} {planned.site}", fix=fix,
+        )  # fmt: skip
     entered = 0 if planned.layout is None else len(planned.layout.frames)
     if planned.length_in != entered and any(_reads_every_token(term) for term in bound.terms):
         raise UserError(

@@ -174,6 +174,8 @@ def test_what_presumes_equal_images_is_refused(traced: Callable[[str], tuple[Any
         stage = Stage(site, Term("max_min"), scope=scope)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=f"different numbers of tokens; use scope '{wanted}' there"):
             plan_job(trace.source, trace.geometry, Recipe("own", "", "", (stage,)), 0.5)
+    with pytest.raises(UserError, match="whole grid of patches, and images of several sizes have several; compile for"):
+        plan_job(trace.source, trace.geometry, RECIPES["evs"], 0.5)
     with pytest.raises(UserError, match="give multiples of 28"):
         read_source(trace.source.path, Geometry(image_size=((56, 56), (56, 60))))
     asked = [Question((tmp_path, tmp_path, tmp_path), "what?", None, "here")]

@@ -212,3 +212,15 @@ def test_what_compares_with_sound_is_refused_without(source: Source) -> None:
         explain("contextguard_proxy", MODEL, geometry=replace(CLIP, audio_seconds=0))
     job = plan_job(source, CLIP, RECIPES["contextguard_proxy"], None)
     assert job.stages[0].planned.length_out == round(0.45 * (SEEN + HEARD))
+
+
+@pytest.mark.parametrize("name", ["evs", "fastv_debiased"])
+def test_what_needs_a_grid_is_refused_where_sound_lies_between(source: Source, name: str) -> None:
+    """No stage before it removed anything."""
+    with pytest.raises(UserError) as caught:
+        plan_job(source, CLIP, RECIPES[name], None)
+    assert str(caught.value).endswith(
+        "needs the whole grid of patches, and in the decoder sound lies between them; compile without sound, or use "
+        "another recipe, such as divprune"
+    )
+    plan_job(source.at(silent := replace(CLIP, audio_seconds=0)), silent, RECIPES[name], None)

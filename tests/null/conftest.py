@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,3 +56,31 @@ def image_file(image: Image.Image, tmp_path: Path) -> Path:
     path = tmp_path / "image.png"
     image.save(path)
     return path
+
+
+# -- engines of the null library -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where kernels that TensorRT-RTX compiled are kept for the time of a test; it is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "secateur" / "tensorrt-rtx"
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, cache_home: Path) -> Iterator[Any]:
+    """The null TensorRT-RTX and CUDA where the real ones are imported from; behind a test nothing is left in them."""
+    from . import null_bundle
+
+    library = null_bundle.install(monkeypatch)
+    with null_bundle.nothing_left(library):
+        yield library
+
+
+@pytest.fixture(scope="session")
+def engines(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default bundle with engines whose weights are inputs. Do not change it."""
+    from . import null_bundle
+
+    return null_bundle.build(tiny, tmp_path_factory.mktemp("null") / "bundle", weights="inputs")

@@ -11,8 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from PIL import Image
+
+from secateur.runtime import Session
+from secateur.runtime.errors import SecateurError
 
 from . import null_tensorrt
 from .null_cuda import NullCuda
@@ -146,3 +151,17 @@ def nothing_left(library: null_tensorrt.Library) -> Iterator[None]:
     assert library.cuda.violations == []
     assert {kind: count for kind, count in library.cuda.live().items() if count} == {}
     assert (list(library.contexts), list(library.engines)) == ([], [])
+
+
+def refusal(path: Path, kind: type[SecateurError] = SecateurError, backend: str | None = None) -> str:
+    """The one line that is said instead of opening."""
+    with pytest.raises(kind) as caught:
+        Session(path, backend=backend)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def draw(rows: int) -> list[list[Image.Image]]:
+    """A small picture for each row."""
+    random = np.random.default_rng(1)
+    return [[Image.fromarray(random.integers(0, 256, (9, 11, 3), dtype=np.uint8))] for _ in range(rows)]

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -24,14 +23,9 @@ from secateur.runtime import Session
 from secateur.runtime.errors import SecateurError, UserError
 
 from . import null_bundle
+from .null_bundle import draw
 from .null_cuda_types import Error
 from .null_onnxruntime import Library
-
-
-def draw(rows: int) -> list[list[Image.Image]]:
-    random = np.random.default_rng(1)
-    return [[Image.fromarray(random.integers(0, 256, (9, 11, 3), dtype=np.uint8))] for _ in range(rows)]
-
 
 PROMPTS = ["<image>abcdefghijk", "<image>xy"]
 

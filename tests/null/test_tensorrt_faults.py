@@ -16,44 +16,22 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from secateur.runtime import Session
-from secateur.runtime.errors import BundleError, SecateurError, UserError
+from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.schema import Forecast
 
 from . import null_bundle, null_tensorrt
+from .null_bundle import refusal
 from .null_tensorrt import Library
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 FORECAST = Forecast(engines=1, weights=6 << 30, caches=1 << 30, activations=1 << 30, buffers=1, host=1).model_dump()
 
 
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    return null_bundle.install(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def engines(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not change it; take ``bundle`` for that."""
-    return null_bundle.build(tiny, tmp_path_factory.mktemp("null") / "bundle", weights="inputs")
-
-
-@pytest.fixture
-def bundle(engines: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(engines, tmp_path / "bundle"))
-
-
-def refusal(path: Path, kind: type[SecateurError] = SecateurError, backend: str | None = None) -> str:
-    """The one line that is said instead of opening."""
-    with pytest.raises(kind) as caught:
-        Session(path, backend=backend)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def built(engines: Path) -> Path:
+    """What ``bundle`` is a copy of."""
+    return engines
 
 
 def no_driver(library: Library) -> None:
@@ -129,11 +107,10 @@ def test_engines_say_what_they_need(
     library.cuda.total = held + (3 << 20)
     Session(greedy).close()
     library.cuda.total -= 1
-    with null_bundle.nothing_left(library):
-        assert refusal(greedy, UserError) == (
-            "backend tensorrt-rtx: a request of the bundle needs 4 MiB of Null GPU, 4 MiB of 4 MiB are free; "
-            "free memory of the GPU, or compile a smaller geometry"
-        )
+    assert refusal(greedy, UserError) == (
+        "backend tensorrt-rtx: a request of the bundle needs 4 MiB of Null GPU, 4 MiB of 4 MiB are free; "
+        "free memory of the GPU, or compile a smaller geometry"
+    )
 
 
 def test_missing_libraries(bundle: Path, library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

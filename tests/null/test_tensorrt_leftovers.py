@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,49 +21,26 @@ from secateur.runtime.backends.cuda import DeviceMemory, Graph, Stream
 from secateur.runtime.backends.engine_ports import check_buffers
 from secateur.runtime.errors import SecateurError, UserError
 
-from . import null_bundle
+from .null_bundle import refusal
 from .null_cuda_types import Error
 from .null_tensorrt import Library
 
 
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_opening_that_fails_leaves_nothing(engines: Path, library: Library) -> None:
+    library.cuda.fail("cudaMalloc", Error.cudaErrorMemoryAllocation)
+    assert refusal(engines) == (
+        "CUDA: cudaMalloc failed with cudaErrorMemoryAllocation: as the test asked; free memory of the GPU, run "
+        "fewer requests at once, or compile a smaller geometry"
+    )
+    for name in ("cudaHostAlloc", "cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"):
+        library.cuda.fail(name, Error.cudaErrorIllegalAddress)
+        assert f"{name} failed with cudaErrorIllegalAddress" in refusal(engines)
+    library.opens_nothing = True
+    refusal(engines)
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    return null_bundle.install(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not change it."""
-    return null_bundle.build(tiny, tmp_path_factory.mktemp("null") / "bundle", weights="inputs")
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(SecateurError) as caught:
-        Session(path)
-    return str(caught.value)
-
-
-def test_opening_that_fails_leaves_nothing(bundle: Path, library: Library) -> None:
-    with null_bundle.nothing_left(library):
-        library.cuda.fail("cudaMalloc", Error.cudaErrorMemoryAllocation)
-        assert refusal(bundle) == (
-            "CUDA: cudaMalloc failed with cudaErrorMemoryAllocation: as the test asked; free memory of the GPU, run "
-            "fewer requests at once, or compile a smaller geometry"
-        )
-        for name in ("cudaHostAlloc", "cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"):
-            library.cuda.fail(name, Error.cudaErrorIllegalAddress)
-            assert f"{name} failed with cudaErrorIllegalAddress" in refusal(bundle)
-        library.opens_nothing = True
-        refusal(bundle)
-
-
-def test_ctrl_c_leaves_nothing_running(bundle: Path, library: Library) -> None:
-    with null_bundle.nothing_left(library), Session(bundle) as session:
+def test_ctrl_c_leaves_nothing_running(engines: Path, library: Library) -> None:
+    with Session(engines) as session:
         bound = session.request()._bound["vision"]
         library.interrupts = True
         with pytest.raises(KeyboardInterrupt):
@@ -86,10 +62,10 @@ def test_a_capture_that_fails_leaves_no_graph(library: Library) -> None:
     assert library.cuda.live()["graphs"] == 0
 
 
-def test_closing_meanwhile(bundle: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_meanwhile(engines: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that is being bound keeps its engine and weights; behind that nothing is bound or opened."""
     says = "backend tensorrt-rtx: the session is closed; open the bundle again"
-    with null_bundle.nothing_left(library), Session(bundle) as session:
+    with Session(engines) as session:
         backend: Any = session._backend
         request = session.request()
         ports, program = request._ports["vision"], session.manifest.programs["vision"]
@@ -112,9 +88,9 @@ def test_closing_meanwhile(bundle: Path, library: Library, monkeypatch: pytest.M
         del backend, request, ports, inputs, outputs
 
 
-def test_errors_on_the_way_leave_nothing(bundle: Path, library: Library, image: Image.Image) -> None:
+def test_errors_on_the_way_leave_nothing(engines: Path, library: Library, image: Image.Image) -> None:
     """The request that failed is let go with all its memory; the session can be used on."""
-    with null_bundle.nothing_left(library), Session(bundle) as session:
+    with Session(engines) as session:
         want = session.generate("what", image, ignore_eos=True).tokens
         session._idle.clear()
         gc.collect()

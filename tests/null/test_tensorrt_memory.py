@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,25 +25,10 @@ from secateur.runtime.errors import SecateurError, UserError
 from secateur.runtime.schema import Variant
 
 from . import null_bundle
+from .null_bundle import draw
 from .null_tensorrt import Library
 
-
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "secateur" / "tensorrt-rtx"
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
-    library = null_bundle.install(monkeypatch)
-    with null_bundle.nothing_left(library):
-        yield library
-
-
-def draw(rows: int) -> list[list[Image.Image]]:
-    random = np.random.default_rng(1)
-    return [[Image.fromarray(random.integers(0, 256, (9, 11, 3), dtype=np.uint8))] for _ in range(rows)]
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def test_memory_is_one_of_each(tiny: ModuleType, tmp_path: Path, library: Library) -> None:

@@ -6,7 +6,6 @@ Nothing here runs TensorRT or a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -21,30 +20,15 @@ pytest.importorskip("onnx")
 from secateur.runtime import Session
 
 from . import null_bundle
+from .null_bundle import draw
 from .null_tensorrt import Library
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt"])
 def flavour(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "secateur" / "tensorrt-rtx"
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
-    library = null_bundle.install(monkeypatch)
-    with null_bundle.nothing_left(library):
-        yield library
-
-
-def draw(rows: int) -> list[list[Image.Image]]:
-    random = np.random.default_rng(1)
-    return [[Image.fromarray(random.integers(0, 256, (9, 11, 3), dtype=np.uint8))] for _ in range(rows)]
 
 
 @pytest.mark.parametrize("weights", ["plan", "stripped", "inputs"])

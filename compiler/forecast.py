@@ -6,7 +6,7 @@ docs/forecast.md compares it with what was measured, and says where the constant
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import onnx_ir as ir
 from secateur.compiler.pruned import Pruned
 from secateur.exporters.engine_weights import list_shared
 from secateur.exporters.liveness import peak_bytes
-from secateur.exporters.onnx import Exported
+from secateur.exporters.lowering_scan import STEP
+from secateur.exporters.onnx import Exported, serialize
 from secateur.exporters.weights import Placed, WeightLayout
 from secateur.runtime import manifest as m
 from secateur.runtime.kv import buffer_bytes, cache_bytes
@@ -27,8 +28,13 @@ _KINDS = {
 }  # fmt: skip
 
 # Fitted to TensorRT-RTX 1.7 by `python -m secateur.tools.bench.forecast`.
-_ENGINE, _ENGINE_OF_NODE = 1_400_000, 13_200
-"""Bytes of an engine beside weights and constants: at all, and for each node of its graph."""
+_ENGINES = {"vision": (2_100_000, 5_200), "prefill": (1_800_000, 13_500), "decode": (700_000, 12_700)}
+"""Bytes of an engine beside weights and constants: at all, and for each node of its graph but those of steps."""
+_DECODE_FROM_INPUTS = (2_100_000, 5_200)
+"""The same where weights are inputs: as in a tower, layers have kernels between them."""
+_KERNELS_OF_STEP = {"ArgMax": 2, "TopK": 2, "GatherElements": 1}
+"""Kernels of a selector's step that is written out, by the nodes that begin one; the others are fused into them."""
+_ENGINE_OF_KERNEL = 70_000
 _BUILDER, _BUILDER_OF_NODE, _BUILDER_OF_WEIGHTS = 180 * _MIB, _MIB // 7, 3.7
 """Resident memory of building an engine: at all, with the library; for each node; for each byte of weights in it."""
 _COMPILER, _COMPILER_OF_NODE = 540 * _MIB, _MIB // 36
@@ -50,24 +56,21 @@ class Needs:
     weights_mode: str
     batches: tuple[int, ...]
     geometries: tuple[m.Forecast, ...]
+    weights: int
+    """Weights on the device once every geometry has run."""
     written: int
     """Weights files that are written or copied into the bundle; linked ones take no room."""
     graphs: int
-    """The graphs of all geometries, which stay in a bundle beside its engines."""
+    """The graphs of all geometries, which stay in a bundle beside its engines; equal ones are one."""
+    engines: int
+    """The engines of all geometries, each of a graph of its own; 0 for targets without."""
     host: int
     """Memory of the machine while it compiles; one process compiles all geometries."""
 
     @property
     def disk(self) -> int:
         """Room the bundle takes where nothing of it can be linked but weights files that shall be."""
-        engines = sum(one.engines for one in self.geometries) if self.engine_weights else 0
-        return self.written + self.graphs + engines
-
-    @property
-    def weights(self) -> int:
-        """Weights on the device once every geometry has run."""
-        each = [one.weights for one in self.geometries]
-        return sum(each) if self.engine_weights in ("plan", "stripped") else max(each)
+        return self.written + self.graphs + self.engines
 
     @property
     def device(self) -> int:
@@ -93,33 +96,39 @@ def forecast(pruned: Sequence[Pruned], exported: Sequence[Exported], target: str
 
     * weights: the bytes of the tensors. Graphs map one file, so each tensor counts once; with ``inputs`` so do those
       of one allocation; in ``plan`` each engine has its own copy, and a stripped one gets it when it is loaded.
+      Geometries whose graphs are equal have one engine between them.
     * caches and buffers: what the runtime allocates for a request (``runtime/kv.py``).
     * activations: the largest program's, see :func:`~secateur.exporters.liveness.peak_bytes`.
-    * engines: graph files to the byte. An engine is its weights and constants and ``1.4 MB + 13.2 kB x nodes`` of
-      kernels.
+    * engines: graph files to the byte. An engine is its weights and constants and, of kernels, some 2 MB and 13 kB for
+      each node, or 5 kB where layers share them, and 0.14 MB for each step of a selector.
     * host: imports, traces and graphs, and on top of them the larger of the tensors being streamed and the builder,
       which holds the weights that go into its engine almost four times.
     """
     made = [_of_geometry(*one, engine_weights) for one in zip(pruned, exported, strict=True)]
     layout = exported[0].layout
+    files = _distinct(exported)
     return Needs(
         target=target, engine_weights=engine_weights, weights_mode=layout.mode,
-        batches=tuple(one.job.geometry.batch for one in pruned), geometries=tuple(made), written=_written(layout),
-        graphs=sum(_graph_bytes(model) for one in exported for model in one.models.values()),
+        batches=tuple(one.job.geometry.batch for one in pruned), geometries=tuple(made),
+        weights=_weights([model for _, model in files.values()], engine_weights),
+        written=_written(layout), graphs=sum(map(len, files)), engines=_engines(files.values(), engine_weights),
         host=_host(exported, engine_weights),
     )  # fmt: skip
+
+
+def _distinct(exported: Sequence[Exported]) -> dict[bytes, tuple[str, ir.Model]]:
+    """Programs by what their files hold: equal ones are one file of a bundle, and one engine."""
+    programs = [program for one in exported for program in one.models.items()]
+    return {serialize(model): (name, model) for name, model in programs}
 
 
 def _of_geometry(pruned: Pruned, exported: Exported, engine_weights: str | None) -> m.Forecast:
     models = exported.models
     programs = {name: _ports(model.graph) for name, model in models.items()}
-    if engine_weights is None:
-        engines = sum(map(_graph_bytes, models.values()))
-    else:
-        engines = sum(_engine_bytes(model.graph, engine_weights) for model in models.values())
+    files = sum(len(serialize(model)) for model in models.values())
     return m.Forecast(
-        engines=engines,
-        weights=_weights(models, engine_weights),
+        engines=_engines(models.items(), engine_weights) if engine_weights else files,
+        weights=_weights(models.values(), engine_weights),
         caches=_caches(pruned, programs),
         activations=max(peak_bytes(model.graph, engine_weights is None) for model in models.values()),
         buffers=buffer_bytes(programs),
@@ -127,16 +136,15 @@ def _of_geometry(pruned: Pruned, exported: Exported, engine_weights: str | None)
     )
 
 
-def _weights(models: Mapping[str, ir.Model], engine_weights: str | None) -> int:
-    each = [stored_tensors(model.graph) for model in models.values()]
-    shared: set[Place] = set()
+def _weights(models: Iterable[ir.Model], engine_weights: str | None) -> int:
+    graphs = [model.graph for model in models]
+    if engine_weights in ("plan", "stripped"):
+        return sum(_inside_bytes(graph, "plan") for graph in graphs)
+    once = {place: size for graph in graphs for place, size in stored_tensors(graph).items()}
     if engine_weights is None:
-        shared = {place for tensors in each for place in tensors}
-    elif engine_weights == "inputs":
-        shared = {place for model in models.values() for place in _outside(model.graph)}
-    own = sum(size for tensors in each for place, size in tensors.items() if place not in shared)
-    once = {place: size for tensors in each for place, size in tensors.items()}
-    return own + sum(once[place] for place in shared)
+        return sum(once.values())
+    outside = {place for graph in graphs for place in _outside(graph)}
+    return sum(once[place] for place in outside) + sum(_inside_bytes(graph, "inputs") for graph in graphs)
 
 
 def stored_tensors(graph: ir.Graph) -> dict[Place, int]:
@@ -172,13 +180,21 @@ def _inside_bytes(graph: ir.Graph, engine_weights: str) -> int:
     return sum(size for place, size in stored_tensors(graph).items() if place not in outside)
 
 
-def _engine_bytes(graph: ir.Graph, engine_weights: str) -> int:
+def _engines(programs: Iterable[tuple[str, ir.Model]], engine_weights: str | None) -> int:
+    """Bytes of engines by the names of their programs; 0 for targets without."""
+    if engine_weights is None:
+        return 0
+    return sum(engine_bytes(name, model.graph, engine_weights) for name, model in programs)
+
+
+def engine_bytes(program: str, graph: ir.Graph, engine_weights: str) -> int:
+    """Bytes an engine file is expected to have."""
+    steps = [node for node in graph.all_nodes() if STEP in str(node.name)]
+    kernels = sum(_KERNELS_OF_STEP.get(node.op_type, 0) for node in steps)
+    fed = program == "decode" and engine_weights == "inputs" and _outside(graph)
+    base, of_node = _DECODE_FROM_INPUTS if fed else _ENGINES[program]
     own = _inside_bytes(graph, engine_weights) + constant_bytes(graph)
-    return own + _ENGINE + _ENGINE_OF_NODE * count_nodes(graph)
-
-
-def _graph_bytes(model: ir.Model) -> int:
-    return int(ir.to_proto(model).ByteSize())
+    return own + base + of_node * (count_nodes(graph) - len(steps)) + _ENGINE_OF_KERNEL * kernels
 
 
 def _caches(pruned: Pruned, programs: Mapping[str, m.Program]) -> int:

@@ -19,6 +19,9 @@ from secateur.compiler.program import args_of
 from secateur.exporters.builder import TYPES, Builder, shape_of, type_of
 from secateur.exporters.lowering import lowers, output, read
 
+STEP = "/step/"
+"""In the name of every node of a step that is written out."""
+
 
 @lowers(torch.ops.higher_order.scan)
 def lower_as_scan(b: Builder, node: fx.Node) -> list[ir.Value]:
@@ -51,7 +54,7 @@ def lower_written_out(b: Builder, node: fx.Node) -> list[ir.Value]:
     """The nodes of every step, one after the other; constants of a step are taken out of the scan's inputs here."""
     combine, initial, steps, captured = args_of(node)
     body: fx.GraphModule = getattr(b.module, str(combine.target))
-    inner = b.inside(body, f"{b.layer or 'stage'}/step/")
+    inner = b.inside(body, f"{b.layer or 'stage'}{STEP}")
     ports, results = body.graph.find_nodes(op="placeholder"), _results(body)
     state, feeds = [read(b, a) for a in initial], [read(b, a) for a in steps]
     inner.values.update(zip(ports[len(initial) + len(steps) :], (read(b, a) for a in captured), strict=True))

@@ -101,7 +101,12 @@ def port_name(name: str) -> str:
 
 def save_model(model: ir.Model, path: Path) -> None:
     """Write one ONNX file; weights stay where their entries point."""
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    path.write_bytes(serialize(model))
+
+
+def serialize(model: ir.Model) -> bytes:
+    """What an ONNX file holds; the same for equal models."""
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
 def _tensor(builder: Builder, node: fx.Node, program: Program, layout: WeightLayout) -> ir.Value | None:

@@ -47,7 +47,8 @@ def show_forecast(needs: Any) -> None:
 
 def draw_forecast(needs: Any) -> Table:
     """A column for each geometry, and where there are several one for all of them."""
-    from secateur.tools.inspect import make_table, size_text
+    from secateur.runtime.sizes import size_text
+    from secateur.tools.inspect import make_table
 
     count = len(needs.geometries)
     titles = [f"geometry {number}" for number in range(count)] if count > 1 else ["bytes"]
@@ -55,7 +56,7 @@ def draw_forecast(needs: Any) -> Table:
     parts = {"caches": "caches", "activations": "activations", "buffers": "inputs and outputs"}
     named = "engines" if needs.engine_weights else "graphs"
     rows: list[tuple[str, list[int], int | None]] = [
-        (named, [one.engines for one in needs.geometries], sum(one.engines for one in needs.geometries)),
+        (named, [one.engines for one in needs.geometries], needs.engines or needs.graphs),
         ("weights on the device", [one.weights for one in needs.geometries], needs.weights),
         *((title, [getattr(one, part) for one in needs.geometries], None) for part, title in parts.items()),
         ("device memory", [one.device for one in needs.geometries], needs.device),

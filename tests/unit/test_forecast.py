@@ -15,7 +15,7 @@ from secateur.compiler import capacity, pipeline
 from secateur.compiler.build_bundle import lay_out
 from secateur.compiler.bundle import Target
 from secateur.compiler.capacity import Expected, Room, available_memory, check_room
-from secateur.compiler.forecast import Needs, forecast
+from secateur.compiler.forecast import Needs, engine_bytes, forecast
 from secateur.exporters.onnx import export_programs
 from secateur.runtime.errors import UserError
 from secateur.runtime.kv import buffer_bytes, cache_bytes
@@ -29,9 +29,10 @@ MIB = 1 << 20
 
 
 def foresee(pruned: Any, target: str, engine_weights: str | None = None) -> Needs:
-    dialect = "tensorrt" if target.startswith("tensorrt") else target
-    exported = export_programs(pruned.programs.programs, dialect, lay_out([pruned], "stream"))
-    return forecast([pruned], [exported], target, engine_weights)
+    geometries = pruned if isinstance(pruned, list) else [pruned]
+    dialect, layout = "tensorrt" if target.startswith("tensorrt") else target, lay_out(geometries, "stream")
+    exported = [export_programs(one.programs.programs, dialect, layout) for one in geometries]
+    return forecast(geometries, exported, target, engine_weights)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +105,15 @@ def test_large_weights_are_inputs_but_for_convolutions(pruned: Callable[..., Any
     made = pruned("fastv", 0.5, dtype="fp16")
     plan, inputs = (foresee(made, "tensorrt-rtx", kind).geometries[0] for kind in ("plan", "inputs"))
     assert inputs.weights == foresee(made, "plain").geometries[0].weights
-    patches = next(t for name, t in made.programs["vision"].weights().items() if "patch_embedding" in name)
-    assert plan.engines - inputs.engines == plan.weights - 2 * patches.numel()
     assert inputs.host < plan.host
+    models = pipeline.export(made, "tensorrt").models
+    for name in ("vision", "prefill"):
+        held = made.programs[name].weights()
+        outside = sum(2 * tensor.numel() for key, tensor in held.items() if "patch_embedding" not in key)
+        own = [engine_bytes(name, models[name].graph, kind) for kind in ("plan", "inputs")]
+        assert own[0] - own[1] == outside
+    # Besides, layers of decoding share kernels then.
+    assert plan.engines - inputs.engines > plan.weights - inputs.weights
 
 
 def test_tied_weights_count_once(pruned: Callable[..., Any]) -> None:
@@ -131,20 +138,44 @@ def test_an_engine_comes_near_what_was_foretold(pruned: Callable[..., Any], tmp_
     assert 0.4 < pipeline.foresee([made], [exported], Target("tensorrt-rtx", "fp16", 89)).disk / needed < 2.5
 
 
-def test_several_geometries_share_or_do_not() -> None:
-    one = Forecast(engines=10, weights=100, caches=5, activations=6, buffers=7, host=900)
-    other = one.model_copy(update={"caches": 50, "weights": 110})
-    plan = Needs("tensorrt-rtx", "plan", "stream", (1, 1), (one, other), 100, 3, 1000)
-    assert (plan.weights, plan.device, plan.disk, plan.host) == (210, 210 + 63, 100 + 3 + 20, 1000)
-    shared = replace(plan, engine_weights="inputs")
-    assert (shared.weights, shared.device) == (110, 110 + 63)
-    graphs = replace(plan, target="onnxruntime", engine_weights=None)
-    assert graphs.disk == 103
+def test_what_engines_hold_is_there_for_every_geometry(pruned: Callable[..., Any], monkeypatch: Any) -> None:
+    """What lies outside of them is there once."""
+    monkeypatch.setattr("secateur.exporters.engine_weights.SMALL", 1 << 13)
+    made = [pruned("fastv", 0.5, dtype="fp16", images=images) for images in (1, 2)]
+    sizes = [
+        {key: 2 * tensor.numel() for key, tensor in program.weights().items()}
+        for one in made
+        for program in one.programs.programs.values()
+    ]
+    outside = {key: size for each in sizes for key, size in each.items() if size >= 1 << 13 and "patch" not in key}
+    inside = [size for each in sizes for key, size in each.items() if key not in outside]
+    told = foresee(made, "tensorrt-rtx", "inputs")
+    assert 0 < sum(inside) == told.weights - sum(outside.values())
+    assert max(one.weights for one in told.geometries) < told.weights < sum(one.weights for one in told.geometries)
+    assert foresee(made, "tensorrt-rtx", "plan").weights == sum(sum(each.values()) for each in sizes)
+    graphs = foresee(made, "plain")
+    assert graphs.weights == sum({key: size for each in sizes for key, size in each.items()}.values())
+    assert (graphs.engines, graphs.disk) == (0, graphs.written + graphs.graphs)
+
+
+def test_equal_graphs_have_one_engine(pruned: Callable[..., Any]) -> None:
+    made = pruned("fastv", 0.5, dtype="fp16")
+    for kind in ("plan", "inputs"):
+        (one, other), told = (needs := foresee([made, made], "tensorrt-rtx", kind)).geometries, needs
+        assert (one.engines, one.weights, one.device) == (other.engines, told.weights, told.device)
+        assert told.engines == one.engines
+        assert told.disk == foresee(made, "tensorrt-rtx", kind).disk
+
+
+def test_steps_of_selectors_are_kernels(pruned: Callable[..., Any]) -> None:
+    """Eight steps of DivPrune instead of four, two kernels each; what else differs is a few nodes."""
+    few, many = (foresee(pruned("divprune", keep, dtype="fp16"), "tensorrt-rtx", "inputs") for keep in (0.25, 0.5))
+    assert many.engines - few.engines == pytest.approx(4 * 2 * 70_000, rel=0.1)
 
 
 NEEDS = Needs(
-    target="tensorrt-rtx", engine_weights="plan", weights_mode="stream", batches=(4,), written=13 * GIB, graphs=MIB,
-    host=50 * GIB,
+    target="tensorrt-rtx", engine_weights="plan", weights_mode="stream", batches=(4,), weights=26 * GIB,
+    written=13 * GIB, graphs=MIB, engines=27 * GIB, host=50 * GIB,
     geometries=(
         Forecast(engines=27 * GIB, weights=26 * GIB, caches=2 * GIB, activations=GIB, buffers=GIB, host=50 * GIB),
     ),
@@ -269,7 +300,9 @@ def test_the_command_shows_refuses_and_goes_on(
     assert '"forecast": {' in said.out
     monkeypatch.undo()
     assert run("--force", "--device-memory", "100kB") == 2
-    assert "error: --device-memory: running takes " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: --device-memory: running takes " in said
+    assert " of the device's memory, 97.7 KiB are there: " in said
     assert read_manifest(tmp_path / "out").forecast is not None
 
 

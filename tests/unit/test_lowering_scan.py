@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from secateur.compiler.forecast import engine_bytes
 from secateur.compiler.function import trace_function
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.pipeline import export, prune, read_source, trace_model
@@ -17,7 +18,7 @@ from secateur.exporters.checkpoint import Checkpoint
 from secateur.exporters.dialects import DIALECTS
 from secateur.exporters.lint import lint_graph
 from secateur.exporters.onnx import export_program, save_model
-from secateur.exporters.tensorrt import build_engine
+from secateur.exporters.tensorrt import EngineOptions, build_engine
 from secateur.exporters.weights import WEIGHTS_FILE, WeightLayout, write_weights
 from secateur.passes.drop_noops import drop_noops
 from secateur.passes.methods.select import max_min
@@ -75,4 +76,6 @@ def test_more_steps_than_tensorrt_unrolls_are_built_beside_attention(recipe: str
     write_weights(exported.layout, Checkpoint(source.path, traced.model), tmp_path / WEIGHTS_FILE)
     save_model(exported.models["vision"], tmp_path / "vision.onnx")
     assert lint_graph(exported.models["vision"], "tensorrt-rtx", "fp16") == []
-    assert build_engine(tmp_path / "vision.onnx", tmp_path / "vision.engine").warnings == ()
+    built = build_engine(tmp_path / "vision.onnx", tmp_path / "vision.engine", options=EngineOptions(weights="inputs"))
+    assert built.warnings == ()
+    assert engine_bytes("vision", exported.models["vision"].graph, "inputs") == pytest.approx(built.bytes, rel=0.2)

@@ -31,23 +31,30 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "large": {
         "hidden_size": 1152, "intermediate_size": 4864, "num_attention_heads": 18, "num_hidden_layers": 16
     },
+    "tower": {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4},
 }  # fmt: skip
-"""Decoders by what is changed of the model latency is measured on; all with four layers of its tower."""
+"""Decoders by what is changed of the model latency is measured on; with four layers of its tower where no other is."""
+TOWERS = {"tower": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}}
 TARGETS = ("onnxruntime", "tensorrt-rtx")
 _GEOMETRY = ("--text-tokens", "64", "--new-tokens", "8")
 
 
-def measure(name: str, target: str, work: Path, engine_weights: str = "inputs") -> dict[str, Any]:
-    """Compile a layout; what was foretold and what came, in bytes."""
+def measure(
+    name: str, target: str, work: Path, engine_weights: str = "inputs", recipe: tuple[str, ...] = ("fastv", "0.25")
+) -> dict[str, Any]:
+    """Compile a layout with a recipe and the share it keeps; what was foretold and what came, in bytes."""
     from secateur.runtime.manifest import read_manifest
 
-    model = make_random_model(work / f"forecast-{name}", tower={"num_hidden_layers": 4}, decoder=LAYOUTS[name])
-    ways = ("--engine-weights", engine_weights) if target.startswith("tensorrt") else ()
+    model = make_random_model(
+        work / f"forecast-{name}", tower=TOWERS.get(name, {"num_hidden_layers": 4}), decoder=LAYOUTS[name]
+    )
+    ways = ["--engine-weights", engine_weights] if target.startswith("tensorrt") else []
+    for option, given in zip(("--recipe", "--keep"), recipe, strict=False):
+        ways += [option, given]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         bundle = Path(folder) / "bundle"
         used = run_module(
-            "secateur", "compile", str(model), "-o", str(bundle), "--recipe", "fastv", "--keep", "0.25",
-            "--target", target, *_GEOMETRY, *ways,
+            "secateur", "compile", str(model), "-o", str(bundle), "--target", target, *_GEOMETRY, *ways,
         )  # fmt: skip
         manifest = read_manifest(bundle)
         told = manifest.forecast
@@ -96,7 +103,8 @@ def run_child(bundle: Path) -> dict[str, int]:
 
 def draw(reports: list[dict[str, Any]]) -> Any:
     """The table of docs/forecast.md."""
-    from secateur.tools.inspect import make_table, size_text
+    from secateur.runtime.sizes import size_text
+    from secateur.tools.inspect import make_table
 
     table = make_table("layout", "target", "weights", "what", "forecast", "measured", "off", title="Forecasts")
     for report in reports:
@@ -113,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(LAYOUTS)}; all if none is given")
     parser.add_argument("--target", choices=TARGETS, help="one of them only")
     parser.add_argument("--engine-weights", choices=("inputs", "plan"), default="inputs", help="%(default)s")
+    parser.add_argument("--recipe", default="fastv:0.25", help="and the share it keeps (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where models are kept (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -126,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in chosen.names or LAYOUTS:
         for target in [chosen.target] if chosen.target else TARGETS:
             notes.print(f"compiling {name} for {target}")
-            reports.append(measure(name, target, chosen.work, chosen.engine_weights))
+            reports.append(measure(name, target, chosen.work, chosen.engine_weights, (*chosen.recipe.split(":"),)))
             if chosen.json is not None:
                 chosen.json.write_text(json.dumps(reports, indent=1) + "\n")
     results.print(draw(reports))

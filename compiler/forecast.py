@@ -98,13 +98,14 @@ def forecast(pruned: Sequence[Pruned], exported: Sequence[Exported], target: str
       of one allocation; in ``plan`` each engine has its own copy, and a stripped one gets it when it is loaded.
       Geometries whose graphs are equal have one engine between them.
     * caches and buffers: what the runtime allocates for a request (``runtime/kv.py``).
-    * activations: the largest program's, see :func:`~secateur.exporters.liveness.peak_bytes`.
+    * activations: the largest program's, see :func:`~secateur.exporters.liveness.peak_bytes`; all programs' for ONNX
+      Runtime's CUDA provider, of which every session keeps what its largest run took.
     * engines: graph files to the byte. An engine is its weights and constants and, of kernels, some 2 MB and 13 kB for
       each node, or 5 kB where layers share them, and 0.14 MB for each step of a selector.
     * host: imports, traces and graphs, and on top of them the larger of the tensors being streamed and the builder,
       which holds the weights that go into its engine almost four times.
     """
-    made = [_of_geometry(*one, engine_weights) for one in zip(pruned, exported, strict=True)]
+    made = [_of_geometry(*one, target, engine_weights) for one in zip(pruned, exported, strict=True)]
     layout = exported[0].layout
     files = _distinct(exported)
     return Needs(
@@ -122,15 +123,16 @@ def _distinct(exported: Sequence[Exported]) -> dict[bytes, tuple[str, ir.Model]]
     return {serialize(model): (name, model) for name, model in programs}
 
 
-def _of_geometry(pruned: Pruned, exported: Exported, engine_weights: str | None) -> m.Forecast:
+def _of_geometry(pruned: Pruned, exported: Exported, target: str, engine_weights: str | None) -> m.Forecast:
     models = exported.models
+    peaks = [peak_bytes(model.graph, engine_weights is None) for model in models.values()]
     programs = {name: _ports(model.graph) for name, model in models.items()}
     files = sum(len(serialize(model)) for model in models.values())
     return m.Forecast(
         engines=_engines(models.items(), engine_weights) if engine_weights else files,
         weights=_weights(models.values(), engine_weights),
         caches=_caches(pruned, programs),
-        activations=max(peak_bytes(model.graph, engine_weights is None) for model in models.values()),
+        activations=sum(peaks) if target == "onnxruntime-cuda" else max(peaks),
         buffers=buffer_bytes(programs),
         host=_host([exported], engine_weights),
     )

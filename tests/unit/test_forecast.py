@@ -16,6 +16,7 @@ from secateur.compiler.build_bundle import lay_out
 from secateur.compiler.bundle import Target
 from secateur.compiler.capacity import Expected, Room, available_memory, check_room
 from secateur.compiler.forecast import Needs, engine_bytes, forecast
+from secateur.exporters.liveness import peak_bytes
 from secateur.exporters.onnx import export_programs
 from secateur.runtime.errors import UserError
 from secateur.runtime.kv import buffer_bytes, cache_bytes
@@ -187,6 +188,16 @@ def refusal(needs: Needs, room: Room, device_memory: int | None = None) -> str:
     with pytest.raises(UserError) as caught:
         check_room(needs, room, Path("/data/bundle"), device_memory)
     return str(caught.value)
+
+
+def test_sessions_on_a_gpu_keep_what_their_largest_run_took(pruned: Callable[..., Any]) -> None:
+    half = pruned("fastv", 0.5, dtype="fp16")
+    models = pipeline.export(half, "onnxruntime-cuda").models.values()
+    peaks = [peak_bytes(model.graph, True) for model in models]
+    (one,) = foresee(half, "onnxruntime-cuda").geometries
+    assert one.activations == sum(peaks) > max(peaks)
+    (engines,) = foresee(half, "tensorrt-rtx", "inputs").geometries
+    assert engines.activations < one.activations
 
 
 def test_too_little_memory_to_compile() -> None:

@@ -42,6 +42,10 @@ def lacks(recipe: Recipe, tower: Tower) -> str | None:
             return "it needs the whole grid of patches in the decoder, where sound lies between them"
         if tower.hears and stage.site.kind == "decoder.layer" and stage.prunes and stage.scope == "image":
             return "it prunes image by image in the decoder, where sound lies between them"
+    scored = {stage.site.kind: words for stage, words in reversed(bound) if stage.score}
+    first = scored.pop("decoder.layer", None)
+    if tower.hears and first is not None and "carried" in first.signals and scored and "audio.out" not in scored:
+        return "its first score in the decoder is that of the tokens seen, and those heard have none"
     nexts = [s for stage in recipe.stages for s, o in stage.signals.items() if o.get("layer") == "next"]
     if tower.has_cls and tower.read_last and nexts:
         return f"{nexts[0]} is that of the layer behind the one the projector reads, which is the last"

@@ -37,6 +37,13 @@ def record(cell: Cell, **outcome: Any) -> dict[str, Any]:
     return {"name": str(cell), "cell": cell.as_json(), "outcome": outcome}
 
 
+def test_a_row_whose_decoder_goes_on_with_what_was_seen_needs_a_score_of_what_is_heard() -> None:
+    why = "its first score in the decoder is that of the tokens seen, and those heard have none"
+    assert lacks(RECIPES["vflowopt"], Tower(False, hears=True)) == why
+    assert lacks(RECIPES["vflowopt"], Tower(False)) is None
+    assert lacks(RECIPES["seats"], Tower(False, hears=True)) is None
+
+
 def test_a_row_that_reads_the_cls_token_applies_only_where_there_is_one() -> None:
     assert lacks(RECIPES["fastervlm"], Tower(True)) is None
     assert lacks(RECIPES["fastervlm"], Tower(False)) == "cls_attention needs a CLS token"

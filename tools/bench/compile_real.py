@@ -97,7 +97,18 @@ LAYOUTS = {
         options=_CLIP,
         tokens=OMNI3_TOKENS,
     ),
-    # As the hub has them, apart: a sixth of the layers, whose experts are stacked, 9 GiB to write.
+    # As the hub has them, apart: experts are stacked, 54 GiB to write.
+    "qwen3-omni-30b-a3b-apart": Layout(
+        QWEN3_OMNI_30B,
+        QWEN_SOUND | {"patch_size": 16},
+        "bf16",
+        "seats",
+        seconds=300.0,
+        gib=6.0,
+        options=_CLIP,
+        tokens=OMNI3_TOKENS,
+    ),
+    # The same with a sixth of the layers, 9 GiB.
     "qwen3-omni-30b-a3b-8-layers-apart": Layout(
         with_layers(QWEN3_OMNI_30B, 8),
         QWEN_SOUND | {"patch_size": 16},

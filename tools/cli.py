@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, cast
@@ -142,6 +142,18 @@ def fail(error: BaseException) -> int:
     line, code = describe_failure(error)
     say_error(line)
     return code
+
+
+def run_script(run: Callable[[Any], object], options: Any) -> None:
+    """``run(options)`` for a script beside the verbs: its log is shown, and what goes wrong is one line and the exit
+    code that the command would give. With ``options.debug`` the traceback is shown instead."""
+    set_up_logging()
+    try:
+        run(options)
+    except (Exception, KeyboardInterrupt) as error:
+        if getattr(options, "debug", False):
+            raise
+        sys.exit(fail(error))
 
 
 def _print_version(wanted: bool) -> None:

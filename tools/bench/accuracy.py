@@ -9,12 +9,11 @@ folder and hold as long as weights and programs do.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from secateur.compiler.pipeline import Geometry
 from secateur.runtime.errors import SecateurError
-from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.console import notes, results
 from secateur.tools.sweep.bundles import Bundles
 from secateur.tools.sweep.cells import choose_recipes, list_cells
 from secateur.tools.sweep.data import read_demo
@@ -37,13 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/accuracy.md"), help="page to write (%(default)s)")
     options = parser.parse_args(arguments)
-    from secateur.tools.cli import fail
+    from secateur.tools.cli import run_script
 
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(fail(error))
+    run_script(run, options)
 
 
 def run(options: argparse.Namespace) -> None:

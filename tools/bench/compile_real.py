@@ -71,6 +71,16 @@ def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 _CLIP = ("--image-size", "448x448", "--frames", "32", "--fps", "2", "--audio-seconds", "16")
+
+
+def qwen3_omni(config: dict[str, Any], original: bool = True) -> Layout:
+    """Of Qwen3-Omni's thinker; ``original`` as for :class:`Layout`."""
+    pixels = QWEN_SOUND | {"patch_size": 16}
+    return Layout(
+        config, pixels, "bf16", "seats", original=original, seconds=300.0, gib=6.0, options=_CLIP, tokens=OMNI3_TOKENS
+    )  # fmt: skip
+
+
 LAYOUTS = {
     "llava-1.5-7b": Layout(LLAVA_7B, clip_pixels(336)),
     # Windows of four sizes: what is least even takes longest.
@@ -86,39 +96,10 @@ LAYOUTS = {
         tokens=OMNI_TOKENS,
     ),
     # Experts stacked as the model holds them: files that graphs can point at.
-    "qwen3-omni-30b-a3b": Layout(
-        QWEN3_OMNI_30B,
-        QWEN_SOUND | {"patch_size": 16},
-        "bf16",
-        "seats",
-        original=False,
-        seconds=300.0,
-        gib=6.0,
-        options=_CLIP,
-        tokens=OMNI3_TOKENS,
-    ),
-    # As the hub has them, apart: experts are stacked, 54 GiB to write.
-    "qwen3-omni-30b-a3b-apart": Layout(
-        QWEN3_OMNI_30B,
-        QWEN_SOUND | {"patch_size": 16},
-        "bf16",
-        "seats",
-        seconds=300.0,
-        gib=6.0,
-        options=_CLIP,
-        tokens=OMNI3_TOKENS,
-    ),
-    # The same with a sixth of the layers, 9 GiB.
-    "qwen3-omni-30b-a3b-8-layers-apart": Layout(
-        with_layers(QWEN3_OMNI_30B, 8),
-        QWEN_SOUND | {"patch_size": 16},
-        "bf16",
-        "seats",
-        seconds=300.0,
-        gib=6.0,
-        options=_CLIP,
-        tokens=OMNI3_TOKENS,
-    ),
+    "qwen3-omni-30b-a3b": qwen3_omni(QWEN3_OMNI_30B, original=False),
+    # As the hub has them, apart: experts are stacked, 54 GiB to write; and a sixth of the layers, 9 GiB.
+    "qwen3-omni-30b-a3b-apart": qwen3_omni(QWEN3_OMNI_30B),
+    "qwen3-omni-30b-a3b-8-layers-apart": qwen3_omni(with_layers(QWEN3_OMNI_30B, 8)),
 }
 
 

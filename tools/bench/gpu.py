@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 from rich.table import Table
 
-from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.console import notes, results
 
 DECODERS: dict[str, dict[str, int]] = {
     "7b": {
@@ -203,13 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where models are kept (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
-    from secateur.tools.cli import fail
+    from secateur.tools.cli import run_script
 
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(fail(error))
+    run_script(run, options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from secateur.compiler.pipeline import RECIPES, Geometry, Recipe
-from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.console import notes, results
 from secateur.tools.sweep.bundles import Bundles
 from secateur.tools.sweep.cells import choose_recipes
 from secateur.tools.sweep.records import (
@@ -152,13 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/latency.md"), help="page to write (%(default)s)")
     options = parser.parse_args(arguments)
-    from secateur.tools.cli import fail
+    from secateur.tools.cli import run_script
 
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(fail(error))
+    run_script(run, options)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from secateur.tools.bench import overhead_page
 from secateur.tools.bench.isolate import Cut, cut_stages
 from secateur.tools.bench.latency import QUIET, describe_machine
 from secateur.tools.bench.random_model import PATCH_SIZE, make_random_model, random_config
-from secateur.tools.console import notes, quiet_compiler, results, set_up_logging
+from secateur.tools.console import notes, quiet_compiler, results
 from secateur.tools.sweep.bundles import Bundles
 from secateur.tools.sweep.cells import choose_recipes
 from secateur.tools.sweep.records import PROGRAM_SOURCES, cell_key, digest_sources, holds, read_record, write_record
@@ -234,13 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--docs", type=Path, default=Path("docs/overhead.md"), help="page to write (%(default)s)")
     options = parser.parse_args(arguments)
-    from secateur.tools.cli import fail
+    from secateur.tools.cli import run_script
 
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(fail(error))
+    run_script(run, options)
 
 
 if __name__ == "__main__":

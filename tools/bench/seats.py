@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from secateur.compiler.inputs import random_rows
 from secateur.compiler.pipeline import Budget, Geometry, choose_keep, compile, load_recipe, plan_for, read_source
 from secateur.runtime.session import Session
 from secateur.tools.bench.latency import QUIET, describe_machine, saved_share
-from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.console import notes, results
 from secateur.tools.demo.omni.architecture import build_config, save_directory
 
 PAIR = (0.06, 0.35)
@@ -253,13 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where models are kept (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
-    from secateur.tools.cli import fail
+    from secateur.tools.cli import run_script
 
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(fail(error))
+    run_script(run, options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from secateur.runtime.session import Session
 from secateur.tools.demo import ask
-from secateur.tools.demo.command import compile_bundles, make_parser, run_command, show_bars, write_results
+from secateur.tools.demo.command import compile_bundles, make_parser, show_bars, write_results
 from secateur.tools.demo.pictures import draw_picture
 from secateur.tools.demo.show import draw_table
 
@@ -21,7 +21,9 @@ TEXT_TOKENS, NEW_TOKENS = 32, 8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run_command(run, parse(arguments))
+    from secateur.tools.cli import run_script
+
+    run_script(run, parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from secateur.runtime.errors import UserError
-from secateur.tools.console import notes, results, set_up_logging
+from secateur.tools.console import notes, results
 
 
 def make_parser(
@@ -36,19 +36,6 @@ def make_parser(
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of the table")
     parser.add_argument("--debug", action="store_true", help="show the traceback when something fails")
     return parser
-
-
-def run_command(run: Callable[[argparse.Namespace], object], options: argparse.Namespace) -> None:
-    """Run; what goes wrong is one line, and the exit status that of the command ``secateur``."""
-    from secateur.tools.cli import fail
-
-    set_up_logging()
-    try:
-        run(options)
-    except (Exception, KeyboardInterrupt) as error:
-        if options.debug:
-            raise
-        sys.exit(fail(error))
 
 
 def compile_bundles(options: argparse.Namespace, progress: Progress, **geometry: Any) -> dict[str, Path]:

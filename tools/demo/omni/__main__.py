@@ -12,7 +12,7 @@ from pathlib import Path
 from secateur.runtime.errors import UserError
 from secateur.runtime.session import Session
 from secateur.tools.demo.ask import Bundle
-from secateur.tools.demo.command import compile_bundles, make_parser, run_command, show_bars, write_results
+from secateur.tools.demo.command import compile_bundles, make_parser, show_bars, write_results
 from secateur.tools.demo.omni.clips import FRAME_SIZE, FRAMES, FRAMES_PER_SECOND, SECONDS
 from secateur.tools.demo.omni.pictures import draw_clip
 from secateur.tools.demo.omni.questions import held_out, load_shipped
@@ -24,7 +24,9 @@ TEXT_TOKENS, NEW_TOKENS = 48, 4
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run_command(run, parse(arguments))
+    from secateur.tools.cli import run_script
+
+    run_script(run, parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -20,6 +20,12 @@ SUMS = (
     "ReduceSumSquare",
 )  # fmt: skip
 
+NO_BF16_ON_CUDA = (
+    "Clip", "Cos", "CumSum", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Log", "LogSoftmax", "Pad",
+    "Reciprocal", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "Round", "Sin", "TopK",
+)  # fmt: skip
+"""As onnxruntime's own list of kernels (docs/OperatorKernels.md) has them, of those our graphs may hold."""
+
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _ISLAND = "cast its input to fp32 and its result back"
 _TOWARDS_SOFTMAX = ("Add", "Cast", "Div", "Expand", "Identity", "Mul", "Reshape", "Sub", "Transpose", "Unsqueeze")
@@ -29,6 +35,12 @@ def bf16_needs_kernels(subject: Subject) -> Iterator[Problem]:
     """ONNX Runtime on the CPU computes no bf16."""
     if subject.dtype == "bf16":
         yield "ONNX Runtime has no bf16 kernels on the CPU", "compile with --dtype fp32, or for a target on a GPU"
+
+
+def bf16_has_a_cuda_kernel(_: Subject, node: ir.Node) -> Iterator[Problem]:
+    """Operators that ONNX Runtime's CUDA provider has, but not in bf16."""
+    if dtype_of(node) == ir.DataType.BFLOAT16:
+        yield f"ONNX Runtime has no {node.op_type} of bf16 on CUDA", "compile with --dtype fp16"
 
 
 def bf16_needs_ampere(subject: Subject) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ from secateur.exporters.lint_operators import TENSORRT
 from secateur.exporters.lint_subject import Problem, Subject
 
 ONNXRUNTIME = ("onnxruntime",)
+CUDA = ("onnxruntime-cuda",)
 ONNX = ("onnxruntime", "onnxruntime-cuda", "plain")
 EVERY = (*ONNX, *TENSORRT)
 
@@ -106,6 +107,7 @@ NODE_RULES = (
     Rule(
         precision.norm_is_fp32, TENSORRT, "wrong", ("LayerNormalization", "LogSoftmax", "RMSNormalization", "Softmax")
     ),
+    Rule(precision.bf16_has_a_cuda_kernel, CUDA, "refused", precision.NO_BF16_ON_CUDA),
     Rule(precision.sum_fits_half, TENSORRT, "risk", precision.SUMS),
     Rule(precision.constant_fits_half, EVERY, "risk", ("*",)),
     Rule(precision.scores_are_fp32, TENSORRT, "risk", ("Softmax",)),

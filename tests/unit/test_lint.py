@@ -30,8 +30,8 @@ def test_tensorrt_rules_leave_other_targets_alone(rule: str) -> None:
 
 def test_every_rule_is_tested() -> None:
     elsewhere = {
-        "bf16_needs_ampere", "bf16_needs_kernels", "domain_is_known", "nonpad_excludes_past", "operator_exists",
-        "weights_are_in_reach",
+        "bf16_has_a_cuda_kernel", "bf16_needs_ampere", "bf16_needs_kernels", "domain_is_known", "nonpad_excludes_past",
+        "operator_exists", "weights_are_in_reach",
     }  # fmt: skip
     assert {rule.name for rule in (*NODE_RULES, *GRAPH_RULES)} == set(BROKEN) | elsewhere
 
@@ -67,6 +67,14 @@ def test_half_precision_norms() -> None:
 def test_cache_layout() -> None:
     inputs, outputs = "float16[1,8,2,64] c, float16[1,1,2,64] u, int64[1] s", "float16[1,8,2,64] p"
     assert rules(graph(inputs, outputs, "p = TensorScatter <axis=1> (c, u, s)")) == ["cache_is_linear"]
+
+
+def test_bf16_on_cuda() -> None:
+    pad = graph("bfloat16[2,8] x", "bfloat16[3,8] y", "p = Constant <value_ints=[0,0,1,0]> () y = Pad (x, p)")
+    assert rules(pad, "onnxruntime-cuda", "bf16", None) == ["bf16_has_a_cuda_kernel"]
+    assert rules(pad, "tensorrt-rtx", "bf16") == []
+    wide = graph("float[2,8] x", "float[3,8] y", "p = Constant <value_ints=[0,0,1,0]> () y = Pad (x, p)")
+    assert rules(wide, "onnxruntime-cuda", "bf16", None) == []
 
 
 def test_limits_themselves_are_allowed() -> None:

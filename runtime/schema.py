@@ -25,7 +25,8 @@ __all__ = [
     "Stage", "StoredTensor", "Target", "Variant", "describe_media",
 ]  # fmt: skip
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Written. Version 1 is read too: what version 2 added is optional, and a manifest without it means what it meant."""
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 PortDtype = Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
@@ -160,7 +161,7 @@ class Manifest(Frozen):
     beside it are then those of the first.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     secateur: str
     name: str | None = None
     model: Model

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import BundleError
-from secateur.runtime.images import ImageLike, ImagePipeline, fit_longest, read_part, read_rgb
+from secateur.runtime.images import ImagePipeline, fit_longest, read_part
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike
 from secateur.runtime.tiles import Size, fit_image
 
 _log = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ class CropPipeline:
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], size: Size) -> CropPipeline:
+    def from_config(cls, config: Mapping[str, Any], size: Size, max_pixels: int = MAX_PIXELS) -> CropPipeline:
         """Read a ``preprocessor_config.json``, of a SmolVLM2 or an InternVL3, for images of ``size``."""
-        view = ImagePipeline.from_config(config)
+        view = ImagePipeline.from_config(config, max_pixels=max_pixels)
         edges = view.output_size
         values = read_part(config, "image_processor")
         if edges is not None and "SmolVLM" in str(values.get("image_processor_type")):
@@ -74,7 +75,7 @@ class CropPipeline:
         return count + (count > 1)
 
     def __call__(self, image: ImageLike) -> NDArray[np.float32]:
-        rgb = read_rgb(image)
+        rgb = self.view.reader(image)
         wanted = self.canvas(self.size)
         if self.canvas((rgb.height, rgb.width)) != wanted:
             self._tell((rgb.height, rgb.width))

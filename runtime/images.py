@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from secateur.runtime.errors import BundleError, UserError
-
-ImageLike: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8]"
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike, PictureReader
 
 _CLIP = {
     "size": {"shortest_edge": 224},
@@ -60,10 +57,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What a configuration leaves unsaid, by processor type; also the list of supported types. (GotOcr2's is InternVL3's;
 here every image is one tile, and ``runtime/crops.py`` cuts several.)"""
-ACCEPTED = "a file's path, a Pillow image, or a uint8 array [height, width, 3]"
 _WHERE = "preprocessor_config.json"
 _MOST = 4096
 """Where ``longest_edge`` is given, transformers makes no image larger."""
+_CONVERTS = ("Gemma3ImageProcessor",)
 _SQUARE = ("LlavaOnevisionImageProcessor",)
 """Types that pad an image to a square of the mean colour, first of all. (This one does so where a prompt has several
 images; of one alone it makes tiles, see ``runtime/tiles.py``.)"""
@@ -84,11 +81,14 @@ class ImagePipeline:
     """Length of the longer edge that an image is brought to before it is resized to ``size``; None: it is not."""
     square: tuple[int, int, int] | None = None
     """Colour of the padding, 0 to 255; None does not pad."""
+    reader: PictureReader = field(default_factory=PictureReader)
+    """Its bound on pixels is also that of what a picture becomes on the way."""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], video: bool = False) -> ImagePipeline:
+    def from_config(cls, config: Mapping[str, Any], video: bool = False, max_pixels: int = MAX_PIXELS) -> ImagePipeline:
         """Read a ``preprocessor_config.json``, or the ``image_processor`` part of a ``processor_config.json``; for the
-        frames of a ``video`` what is said of those, or else what is said of images."""
+        frames of a ``video`` what is said of those, or else what is said of images.
+        Pictures may have ``max_pixels``."""
         config = read_part(config, "video_processor" if video else "image_processor")
         names = [config.get("video_processor_type")] if video else []
         names += [config.get("image_processor_type"), config.get("feature_extractor_type"), "CLIPImageProcessor"]
@@ -105,12 +105,12 @@ class ImagePipeline:
                 fix="set it to false: the model then sees every image whole",
             )
         try:
-            return cls._from_values(values, square=kind in _SQUARE)
+            return cls._from_values(values, kind, max_pixels)
         except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(str(error), where=_WHERE) from None
 
     @classmethod
-    def _from_values(cls, values: Mapping[str, Any], square: bool) -> ImagePipeline:
+    def _from_values(cls, values: Mapping[str, Any], kind: str, max_pixels: int) -> ImagePipeline:
         longest = None
         if "max_image_size" in values:
             # The longer edge comes first, as it does where tiles are cut; then the whole is made one tile, always.
@@ -126,7 +126,9 @@ class ImagePipeline:
             mean=mean,
             std=std,
             longest=longest,
-            square=_mean_colour(values["image_mean"]) if square else None,
+            square=_mean_colour(values["image_mean"]) if kind in _SQUARE else None,
+            # transformers' processor of Gemma 3 converts whatever its file says.
+            reader=PictureReader(bool(values.get("do_convert_rgb", True)) or kind in _CONVERTS, max_pixels),
         )
 
     @property
@@ -135,13 +137,15 @@ class ImagePipeline:
         return self.crop or (self.size if isinstance(self.size, tuple) else None)
 
     def __call__(self, image: ImageLike) -> NDArray[np.float32]:
-        rgb = read_rgb(image)
+        rgb = self.reader(image)
         if self.square is not None:
+            self.reader.check_size((max(rgb.size), max(rgb.size)), what="padded to a square the picture would have")
             rgb = pad_square(rgb, self.square)
         if self.longest is not None:
             rgb = rgb.resize(fit_longest(rgb.width, rgb.height, self.longest), resample=self.resample)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else _keep_aspect(rgb, self.size)
+            self.reader.check_size((width, height), what="resized by its shorter edge the picture would have")
             rgb = rgb.resize((width, height), resample=self.resample)
         pixels = np.moveaxis(np.asarray(rgb), -1, 0)
         if self.crop is not None:
@@ -163,45 +167,6 @@ def normalize(
         centre, spread = (np.array(x, dtype=np.float32)[:, None] for x in (mean, std))
         table = (table - centre) / spread
     return np.stack([values[colour] for values, colour in zip(table, pixels, strict=True)])
-
-
-def read_rgb(image: ImageLike) -> Image.Image:
-    """An image in RGB from a file, a Pillow image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
-
-    A file is turned upright by its EXIF tag and loses its alpha channel, a Pillow image or array is laid on
-    white: transformers treats the two so.
-    """
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise UserError(f"an image of {image.width}x{image.height} pixels has nothing in it")
-        return _on_white(image)
-    if isinstance(image, np.ndarray):
-        channels = image.shape[2] if image.ndim == 3 else 1
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or image.size == 0:
-            raise UserError(
-                f"an array of shape {list(image.shape)} and type {image.dtype} is not an image",
-                fix="give uint8 [height, width, 3]",
-            )
-        return _on_white(Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
-    if not is_image(image):
-        raise UserError(f"a {type(image).__name__} is not an image", fix=f"give {ACCEPTED}")
-    path = Path(image)
-    if not path.is_file():
-        raise UserError("no such image file", where=str(path))
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise UserError("not an image Pillow can read", where=str(path), fix="give a PNG or JPEG file") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(str(error), where=str(path), fix="make the image smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"the image is corrupt ({error})", where=str(path), fix="give a whole image file") from None
-
-
-def is_image(value: object) -> bool:
-    """Whether the type is one that :func:`read_rgb` takes."""
-    return isinstance(value, (str, PathLike, Image.Image, np.ndarray))
 
 
 def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -227,13 +192,6 @@ def center_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
             start = (have - want) // 2
             pixels = pixels.take(np.arange(start, start + want), axis=axis)
     return pixels
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    above = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", above.size, (255, 255, 255, 255)), above).convert("RGB")
 
 
 def _keep_aspect(image: Image.Image, shortest: int) -> tuple[int, int]:

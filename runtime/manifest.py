@@ -105,7 +105,8 @@ def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Sign the manifest and put it in place atomically: after this the directory is a bundle.
 
-    Returns the manifest with ``manifest_sha256`` set, in the newest schema version. The temporary file is removed on any failure.
+    Returns the manifest with ``manifest_sha256`` set, in the newest schema version. The temporary file is removed on
+    any failure.
     """
     unsigned = {**manifest.unsigned(), "schema_version": SCHEMA_VERSION}
     signed = {**unsigned, "manifest_sha256": _digest(unsigned)}

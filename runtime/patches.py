@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secateur.runtime.errors import BundleError, UserError
-from secateur.runtime.images import ImageLike, normalize, read_mean_std, read_part, read_rescale, read_rgb
+from secateur.runtime.images import normalize, read_mean_std, read_part, read_rescale
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike, PictureReader
 
 Grid: TypeAlias = "tuple[int, int, int]"
 """Patches of an image or video: in time, in height, in width (the ``grid_thw`` of transformers)."""
@@ -73,11 +74,12 @@ class PatchPipeline:
     std: tuple[float, ...] | None
     max_video_tokens: int | None = None
     """Bounds the frames of :meth:`native_grid` as well, where the configuration says ``cap_pixels_per_frame``."""
+    reader: PictureReader = field(default_factory=PictureReader)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], video: bool = False) -> PatchPipeline:
+    def from_config(cls, config: Mapping[str, Any], video: bool = False, max_pixels: int = MAX_PIXELS) -> PatchPipeline:
         """Read a ``preprocessor_config.json``, a ``video_preprocessor_config.json``, or the part for images (or videos)
-        of a ``processor_config.json``.
+        of a ``processor_config.json``. A picture or frame may have ``max_pixels``.
 
         A checkpoint without a file for videos has its videos processed by what its file for images says, as in
         transformers. Raises :class:`UserError` for a type that is not supported, :class:`BundleError` for values
@@ -95,14 +97,14 @@ class PatchPipeline:
             raise UserError(f"no {part.replace('_', ' ')} {name!r} that makes patches", where=where, available=known)
         values = {**DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
         try:
-            return cls._from_values(kind, values)
+            return cls._from_values(kind, values, max_pixels)
         except KeyError as error:
             raise BundleError(f"size has no {error}", where=where) from None
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise BundleError(str(error), where=where) from None
 
     @classmethod
-    def _from_values(cls, kind: str, values: Mapping[str, Any]) -> PatchPipeline:
+    def _from_values(cls, kind: str, values: Mapping[str, Any], max_pixels: int) -> PatchPipeline:
         bounds = {"shortest_edge": values["size"].get("min_pixels"), "longest_edge": values["size"].get("max_pixels")}
         bounds |= {key: value for key, value in values["size"].items() if value is not None}
         if kind != "Qwen3VLVideoProcessor":
@@ -142,6 +144,7 @@ class PatchPipeline:
             mean=mean,
             std=std,
             max_video_tokens=int(values["max_video_tokens"]) if values.get("cap_pixels_per_frame") else None,
+            reader=PictureReader(bool(values.get("do_convert_rgb", True)), max_pixels),
         )
 
     @property
@@ -214,18 +217,23 @@ class PatchPipeline:
             high, wide = smart_resize(height, width, factor, self.min_pixels, most)
         return math.ceil(frames / self.temporal), high // self.patch, wide // self.patch
 
-    def _read(self, image: ImageLike, grid: Grid) -> NDArray[np.float32]:
-        """float32 [3, H, W] of the size of the grid."""
-        rgb = read_rgb(image)
+    def resize_to(self, image: ImageLike, grid: Grid) -> Image.Image:
+        """A picture in RGB of the size of the grid."""
+        rgb = self.reader(image)
         size = (grid[2] * self.patch, grid[1] * self.patch)
         if self.resize:
-            rgb = rgb.resize(size, resample=self.resample)
-        elif rgb.size != size:
+            return rgb if rgb.size == size else rgb.resize(size, resample=self.resample)
+        if rgb.size != size:
             raise UserError(
                 f"the image is {rgb.height}x{rgb.width}, the bundle was compiled for {size[1]}x{size[0]} and its "
                 "processor does not resize",
                 fix="resize the image, or set do_resize in preprocessor_config.json",
             )
+        return rgb
+
+    def _read(self, image: ImageLike, grid: Grid) -> NDArray[np.float32]:
+        """float32 [3, H, W] of the size of the grid."""
+        rgb = self.resize_to(image, grid)
         return normalize(np.moveaxis(np.asarray(rgb), -1, 0), self.rescale, self.mean, self.std)
 
     def _flatten(self, frames: Sequence[ImageLike] | NDArray[np.uint8], grid: Grid) -> NDArray[np.float32]:
@@ -236,6 +244,8 @@ class PatchPipeline:
         rows = np.empty(
             (time, high // merge, wide // merge, merge, merge, 3, self.temporal, patch, patch), dtype=np.float32
         )
+        if isinstance(frames, np.ndarray):
+            frames = [self.reader.read_array(frame, channels_first=False) for frame in frames]
         for index, frame in enumerate(frames):
             axes = self._read(frame, grid).reshape(3, high // merge, merge, patch, wide // merge, merge, patch)
             cut = axes.transpose(1, 4, 2, 5, 0, 3, 6)

@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-from PIL import Image
-
 from secateur.runtime.errors import MisfitError, UserError
+from secateur.runtime.pictures import measure_picture
 from secateur.runtime.row_media import KINDS, Prompt, count_kinds, media_in_messages
 from secateur.runtime.schema import Manifest
 
@@ -67,7 +65,7 @@ def order_by_size(geometries: Sequence[Manifest], asked: Asked) -> list[int]:
     """
     sizes = [one.geometry.sizes_seen for one in geometries]
     differ = any(each != sizes[0] for each in sizes)
-    rows = [[_size(image) for image in row] for row in asked.media("image")] if differ else []
+    rows = [[measure_picture(image) for image in row] for row in asked.media("image")] if differ else []
 
     def key(index: int) -> tuple[bool, int, int, float, int]:
         own = sizes[index]
@@ -80,16 +78,3 @@ def order_by_size(geometries: Sequence[Manifest], asked: Asked) -> list[int]:
         return smaller, -sum(h * w for h, w in own) if smaller else 0, flops, stretch, index
 
     return sorted(range(len(geometries)), key=key)
-
-
-def _size(image: Any) -> tuple[int, int] | None:
-    """Height and width without decoding; None for what is no image, which the processor will say."""
-    try:
-        if isinstance(image, Image.Image):
-            return image.height, image.width
-        if isinstance(image, np.ndarray):
-            return int(image.shape[0]), int(image.shape[1])
-        with Image.open(image) as opened:
-            return opened.height, opened.width
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, Image.DecompressionBombError):
-        return None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import MisfitError, UserError
-from secateur.runtime.images import ImageLike
+from secateur.runtime.pictures import ImageLike
 from secateur.runtime.prompts import Prompts
 from secateur.runtime.row_media import KINDS, PARTS, Prompt, RowMedia, count_kinds, media_in_messages
 from secateur.runtime.schema import Manifest

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import UserError
-from secateur.runtime.images import ACCEPTED as IMAGES
-from secateur.runtime.images import ImageLike, is_image
+from secateur.runtime.pictures import ACCEPTED as IMAGES
+from secateur.runtime.pictures import ImageLike, is_image
 from secateur.runtime.video import ACCEPTED as VIDEOS
 from secateur.runtime.video import VideoLike, is_video
 from secateur.runtime.waveform import ACCEPTED as SOUNDS

@@ -25,7 +25,7 @@ __all__ = [
     "Stage", "StoredTensor", "Target", "Variant", "describe_media",
 ]  # fmt: skip
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION: Literal[2] = 2
 """Written. Version 1 is read too: what version 2 added is optional, and a manifest without it means what it meant."""
 
 Dtype = Literal["fp32", "fp16", "bf16"]

@@ -14,9 +14,9 @@ from secateur.runtime.backends import Backend, Shared, open_backend
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import BundleError, MisfitError, UserError
 from secateur.runtime.generate import Limits, TextStream
-from secateur.runtime.images import ImageLike
 from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.pick import Asked, order_by_size, pick
+from secateur.runtime.pictures import ImageLike
 from secateur.runtime.processing import Inputs, Processor, Prompt
 from secateur.runtime.prompts import read_json
 from secateur.runtime.request import Floats, Ints, Request

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secateur.runtime.errors import BundleError
-from secateur.runtime.images import ImageLike, ImagePipeline, read_part, read_rgb
+from secateur.runtime.images import ImagePipeline, read_part
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +48,11 @@ class TilePipeline:
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], size: Size, tokens: int) -> TilePipeline:
+    def from_config(
+        cls, config: Mapping[str, Any], size: Size, tokens: int, max_pixels: int = MAX_PIXELS
+    ) -> TilePipeline:
         """Read a ``preprocessor_config.json`` for images of ``size``, ``tokens`` to a tile."""
-        view = ImagePipeline.from_config(config)
+        view = ImagePipeline.from_config(config, max_pixels=max_pixels)
         edges = view.output_size or (view.size, view.size)
         values = read_part(config, "image_processor")
         kind = str(values.get("image_processor_type"))
@@ -71,7 +74,7 @@ class TilePipeline:
         return 1 + height * width // self.edge**2
 
     def __call__(self, image: ImageLike) -> NDArray[np.float32]:
-        rgb = read_rgb(image)
+        rgb = self.view.reader(image)
         if self._layout((rgb.height, rgb.width)) != self._layout(self.size):
             self._tell((rgb.height, rgb.width))
             rgb = fit_image(rgb, self.size, self.view.resample)

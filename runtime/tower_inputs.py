@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from secateur.runtime.audio import AudioPipeline
 from secateur.runtime.crops import CropPipeline
 from secateur.runtime.errors import BundleError, UserError
-from secateur.runtime.images import ImageLike, ImagePipeline, read_rgb
+from secateur.runtime.images import ImagePipeline
 from secateur.runtime.patches import Grid, PatchPipeline
+from secateur.runtime.pictures import ImageLike
 from secateur.runtime.prompts import read_json
 from secateur.runtime.row_media import RowMedia
 from secateur.runtime.schema import Manifest
@@ -93,8 +94,10 @@ class PixelInputs:
             )
 
     def __call__(self, media: RowMedia) -> TowerInput:
-        frames = [frame for video in media.videos for frame in self.frames(video, media.video_fps)]
-        return TowerInput(np.stack([self._read(image) for image in [*media.images, *frames]]))
+        pixels = [self._read(image) for image in media.images]
+        for video in media.videos:
+            pixels += self.frames.read(video, media.video_fps, self._read).frames
+        return TowerInput(np.stack(pixels))
 
     def _read(self, image: ImageLike) -> Floats:
         pixels = self.images(image)
@@ -145,25 +148,25 @@ class PatchInputs:
         times: list[float] = []
         seen = [self._image(image, grid) for image, grid in zip(media.images, self.grids, strict=False)]
         for video in media.videos:
-            frames, seconds = self.frames.read(video, media.video_fps)
-            step = self.patches.temporal
+            grid, step = self.grids[0], self.patches.temporal
+            frames, seconds, size = self.frames.read(video, media.video_fps, partial(self.patches.resize_to, grid=grid))
             # As transformers' processor of Qwen3-VL: between the first and the last frame of a grid.
             times += [(seconds[at] + seconds[at + step - 1]) / 2 for at in range(0, len(seconds), step)]
-            self._compare("video", self.grids[0], frames[0], len(frames))
-            seen.append(self.patches.video(frames, self.grids[0]))
+            self._compare("video", grid, size, len(frames))
+            seen.append(self.patches.video(frames, grid))
         heard = None
         if self.sound is not None:
             heard = np.stack([self.sound(clip, media.audio_rate) for clip in media.audio])
         return TowerInput(np.concatenate(seen), heard, tuple(times))
 
     def _image(self, image: ImageLike, grid: Grid) -> Floats:
-        rgb = read_rgb(image)
-        self._compare("image", grid, rgb)
+        rgb = self.patches.reader(image)
+        self._compare("image", grid, (rgb.height, rgb.width))
         return self.patches(rgb, grid)
 
-    def _compare(self, kind: str, grid: Grid, image: Image.Image, frames: int | None = None) -> None:
+    def _compare(self, kind: str, grid: Grid, size: tuple[int, int], frames: int | None = None) -> None:
         """Warn where transformers would choose another size."""
-        _, rows, columns = self.patches.native_grid(image.height, image.width, frames)
+        _, rows, columns = self.patches.native_grid(*size, frames)
         if self._told or (rows, columns) == grid[1:] or not self.patches.resize:
             return
         self._told = True

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from secateur.runtime.errors import SecateurError, UserError
-from secateur.runtime.images import ImageLike
+from secateur.runtime.pictures import ImageLike
 from secateur.runtime.results import Metrics
 from secateur.runtime.session import Session
 from secateur.runtime.video import VideoLike

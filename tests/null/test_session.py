@@ -358,7 +358,7 @@ def test_a_closed_session(built: Path, image: Image.Image) -> None:
 def test_images_and_prompts_of_the_wrong_kind(session: Session, image: Image.Image) -> None:
     with pytest.raises(UserError, match="one image for a list of prompts"):
         session.generate(["what"], image)
-    accepted = "is not an image; give a file's path, a Pillow image, or a uint8 array"
+    accepted = "(is not an image; give a path, a file object|1 bytes: not an image Pillow can read)"
     for prompt, wrong in (("what", 5), ("what", [5]), (["what"], 5), (["what"], [5]), ("what", b"x")):
         with pytest.raises(UserError, match=accepted):
             session.generate(prompt, wrong)  # type: ignore[call-overload]

@@ -156,7 +156,7 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     noise = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 40, 3), dtype=np.uint8)) for n in range(4)]
     noise[0].save(tmp_path / "whole.png", save_all=True, append_images=noise[1:], duration=1000)
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-6000])
-    assert "cut.png: the video cannot be read" in refusal(tmp_path / "cut.png")
+    assert "cut.png: the video is corrupt" in refusal(tmp_path / "cut.png")
 
 
 def test_other_files_ask_for_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from secateur.runtime.images import ImagePipeline, read_rgb
+from secateur.runtime.images import ImagePipeline
+from secateur.runtime.pictures import open_picture
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,7 +69,7 @@ def test_files_are_read_as_load_image_reads_them(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png", exif=exif)
     image.convert("RGB").save(tmp_path / "a.jpg", exif=exif)
     for name in ("a.png", "a.jpg"):
-        np.testing.assert_array_equal(read_rgb(tmp_path / name), np.asarray(load_image(str(tmp_path / name))))
+        np.testing.assert_array_equal(open_picture(tmp_path / name), np.asarray(load_image(str(tmp_path / name))))
 
 
 def test_sampling_filters_equal_the_logits_processors() -> None:

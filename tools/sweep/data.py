@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from secateur.compiler.pipeline import read_questions as read_lines
 from secateur.runtime.errors import UserError
-from secateur.runtime.images import ImageLike
 from secateur.runtime.manifest import hash_file
+from secateur.runtime.pictures import ImageLike
 
 DEMO = "demo"
 

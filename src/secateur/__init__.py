@@ -16,15 +16,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from secateur.compiler.geometry import Geometry
     from secateur.compiler.pipeline import calibrate, compare, compile, explain, verify
+    from secateur.runtime.errors import BundleError, MisfitError, SecateurError, UserError
     from secateur.runtime.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["Geometry", "Session", "__version__", "calibrate", "compare", "compile", "explain", "verify"]
+__all__ = [
+    "BundleError", "Geometry", "MisfitError", "SecateurError", "Session", "UserError", "__version__", "calibrate",
+    "compare", "compile", "explain", "verify",
+]  # fmt: skip
 
 _HOMES = {
+    "BundleError": "secateur.runtime.errors",
     "Geometry": "secateur.compiler.geometry",
+    "MisfitError": "secateur.runtime.errors",
+    "SecateurError": "secateur.runtime.errors",
     "Session": "secateur.runtime.session",
+    "UserError": "secateur.runtime.errors",
     "calibrate": "secateur.compiler.pipeline",
     "compare": "secateur.compiler.pipeline",
     "compile": "secateur.compiler.pipeline",

@@ -60,6 +60,21 @@ def test_public_names_can_be_listed_without_heavy_libraries() -> None:
     run_without(HEAVY, "import secateur\nassert set(secateur.__all__) <= set(dir(secateur))")
 
 
+ERRORS_ARE_PUBLIC = """
+import sys
+import secateur
+from secateur.runtime import errors
+found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+assert {"SecateurError", "UserError", "BundleError", "MisfitError"} <= found <= set(secateur.__all__), found
+assert all(getattr(secateur, name) is getattr(errors, name) for name in found)
+assert not {name.partition(".")[0] for name in sys.modules} & {"numpy", "pydantic"}
+"""
+
+
+def test_every_error_a_caller_may_catch_is_a_public_name_and_costs_no_library() -> None:
+    run_without(HEAVY, ERRORS_ARE_PUBLIC)
+
+
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'prune_everything'"):
         secateur.prune_everything  # noqa: B018 - the access is what is tested

@@ -23,6 +23,7 @@ from secateur.compiler.trace import Source, Traced, read_source
 from secateur.compiler.trail import Footprint, Step, follow_passes
 from secateur.compiler.verify import check_comparable, check_model, recover_job
 from secateur.passes.recipe_file import load_recipe
+from secateur.runtime.backends.cores import bound_threads
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest, read_manifest
 from secateur.runtime.processing import Processor
@@ -57,7 +58,7 @@ class CommonGround:
         geometry: Geometry | None,
         threads: int | None,
     ) -> None:
-        self.tools, self.threads = tools, threads
+        self.tools, self.threads = tools, None if threads is None else bound_threads(threads)
         self.bundles, self.variants = _read_bundles(names, geometry)
         needs = [name for name in names if name in RUNS]
         if model_dir is None and (needs or recipe is not None):

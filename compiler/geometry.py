@@ -12,6 +12,11 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 Sizes = Size | tuple[Size, ...]
 """One for all images, or one for each."""
+MOST = {
+    "batch": 4096, "images": 4096, "text_tokens": 1 << 20, "new_tokens": 1 << 20, "frames": 1 << 14,
+    "audio_seconds": 24 * 3600,
+}  # fmt: skip
+"""More of anything than a model of today takes; beyond it, working out the shapes alone fills a machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for name in ("batch", "images", "text_tokens", "new_tokens"):
-            _at_least(name, getattr(self, name), 1)
+            _check_count(name, getattr(self, name), 1)
         for name in ("frames", "audio_seconds"):
-            _at_least(name, getattr(self, name), 0)
+            _check_count(name, getattr(self, name), 0)
         if not 0 < self.fps < float("inf"):
             raise UserError(f"fps is {self.fps:g}", where="geometry", fix="give --fps a number above 0")
         if self.image_size is not None:
@@ -117,12 +122,11 @@ def _list_sizes(given: object) -> tuple[Size, ...]:
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _check_count(name: str, value: int, least: int) -> None:
     if not hasattr(value, "__index__"):
         raise UserError(f"{name} is {value!r}", where="geometry", fix="give a whole number")
-    if value < least:
+    if not least <= value <= MOST[name]:
+        bound = f"at least {least}" if value < least else f"at most {MOST[name]}"
         raise UserError(
-            f"{name} is {value}",
-            where="geometry",
-            fix=f"give --{name.replace('_', '-')} a number of at least {least}",
+            f"{name} is {value}", where="geometry", fix=f"give --{name.replace('_', '-')} a number of {bound}"
         )

@@ -39,6 +39,7 @@ from secateur.tools.sweep.records import (
     read_record,
     write_record,
 )
+from secateur.tools.threads import read_threads
 
 NEW_TOKENS = 4
 TEXT_TOKENS = 24
@@ -293,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="*", default=None, help="rows of the table (all)")
     parser.add_argument("--keeps", type=float, nargs="*", default=[0.5, 0.1])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 3])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     parser.add_argument("--page", type=Path, default=Path("docs/parity.md"), help="the table as Markdown")
     options = parser.parse_args(arguments)
     set_up_logging()

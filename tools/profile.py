@@ -84,12 +84,13 @@ def profile_bundles(
 
     ``geometry`` is which of the first bundle's is measured; of the second it is the same one, else its first.
     """
-    from secateur.runtime.backends.cores import available_cores
+    from secateur.runtime.backends.cores import bound_threads
     from secateur.runtime.kv import cache_bytes
     from secateur.runtime.manifest import read_manifest
     from secateur.runtime.session import Session
     from secateur.tools import measure
 
+    threads = bound_threads(threads)
     # Memory first: afterwards the page cache is warm for every bundle alike.
     manifests = [read_manifest(path) for path in paths]
     wanted = manifests[0].variant(geometry).words
@@ -127,7 +128,7 @@ def profile_bundles(
         "repeat": repeat,
         "warmup": warmup,
         "new_tokens": workloads[0].new_tokens,
-        "threads": threads or available_cores(),
+        "threads": threads,
         "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
         "bundles": described,
     }

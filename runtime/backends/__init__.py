@@ -84,8 +84,6 @@ def open_backend(
     ``threads`` are an operator's on the CPU; ``cuda_graphs`` whether engines are replayed as CUDA graphs.
     """
     name = name or BACKEND_OF_TARGET[manifest.target]
-    if threads is not None and threads < 1:
-        raise UserError(f"threads is {threads}", fix="give a number of at least 1")
     if name not in BACKENDS:
         raise UserError(f"no backend {name!r}", where="backend", available=BACKENDS)
     if name == "onnxruntime":

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.backends import NUMPY_DTYPES, Buffer, Writable
-from secateur.runtime.backends.cores import available_cores
+from secateur.runtime.backends.cores import bound_threads
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.schema import Manifest, Port, Program
 
@@ -115,7 +115,7 @@ class OnnxRuntimeBackend:
                 fix="compile with --dtype fp32 to run it here",
             )
         self._directory, self._programs = directory, [one.programs for one in manifest.each_variant()]
-        self._threads = threads or available_cores()
+        self._threads = bound_threads(threads)
         self._prepack, self._arena, self._spinning = prepack, arena, spinning
         self._sessions: dict[str, Any] = {}
         """By graph file: geometries whose graphs are the same have one between them."""

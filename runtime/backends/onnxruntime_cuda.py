@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.runtime.backends import Buffer
-from secateur.runtime.backends.cores import available_cores
+from secateur.runtime.backends.cores import bound_threads
 from secateur.runtime.backends.cuda import DEVICE_NUMBER, DeviceMemory, Stream, on_device
 from secateur.runtime.backends.device_buffer import DEVICE, DeviceBuffer
 from secateur.runtime.backends.dlpack import export_capsule
@@ -56,7 +56,7 @@ class OnnxRuntimeCudaBackend:
     def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         self._ort, self._gpu = check_onnxruntime(manifest)
         self._directory, self._geometries = directory, manifest.each_variant()
-        self._threads = threads or available_cores()
+        self._threads = bound_threads(threads)
         self._sessions: dict[str, Any] = {}
         """By graph file: geometries whose graphs are the same have one between them."""
         self._closed = False

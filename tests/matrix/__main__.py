@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from secateur.passes.recipes import RECIPES, get_recipe
 from secateur.tools.console import notes
+from secateur.tools.threads import read_threads
 
 from . import page
 from .applies import lacks
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="rows of the table; all if not given")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--kinds", nargs="+", choices=("parity", "identity", "engine"), help="all if not given")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
+    parser.add_argument("--jobs", type=read_threads, default=2, help="processes (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="run again even what holds")
     parser.add_argument("--page", action="store_true", help="run nothing: write the page, which says what is missing")
     parser.add_argument("--work", type=Path, default=Path("build/matrix"), help="where results are kept (%(default)s)")

@@ -19,6 +19,7 @@ from secateur.tools.sweep.cells import choose_recipes, list_cells
 from secateur.tools.sweep.data import read_demo
 from secateur.tools.sweep.engine import Engine
 from secateur.tools.sweep.records import write_record
+from secateur.tools.threads import read_threads
 
 QUESTIONS = 300
 KEEPS = (1.0, 0.5, 0.25, 0.1)
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="how many are asked (%(default)s)")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="rows of the table; all if not given")
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS), metavar="R", help="keep ratios")
-    parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime (%(default)s)")
+    parser.add_argument("--threads", type=read_threads, default=2, help="threads of ONNX Runtime (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="ask again even where results are there")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/accuracy.md"), help="page to write (%(default)s)")

@@ -28,6 +28,7 @@ from secateur.exporters.onnx import export_program
 from secateur.exporters.weights import WeightLayout
 from secateur.runtime.backends.cores import available_cores
 from secateur.tools.console import results
+from secateur.tools.threads import read_threads
 
 SHAPES = ("1024,1024,384,64,8", "128,1024,384,64,8", "1,1024,384,64,8")
 """A layer of Qwen3-30B-A3B with half of its width and of its experts: prefill, a short prompt, a step of decoding."""
@@ -153,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench.experts", description=__doc__)
     parser.add_argument("shapes", nargs="*", type=read_shape, default=[read_shape(text) for text in SHAPES])
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--threads", type=read_threads, default=available_cores())
     chosen = parser.parse_args(arguments)
     rows = [measure(shape, load, chosen.turns, chosen.threads) for shape in chosen.shapes for load in LOADS]
     results.print(make_table(rows))

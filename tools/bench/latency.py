@@ -31,6 +31,7 @@ from secateur.tools.sweep.records import (
     read_record,
     write_record,
 )
+from secateur.tools.threads import read_threads
 
 QUIET = 1.0
 """Load of the machine above which times are not worth writing down."""
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.5, 0.25, 0.1], metavar="R", help="for the demo")
     parser.add_argument("--random-keeps", nargs="+", type=float, default=[0.25, 0.1], metavar="R", help="for the other")
     parser.add_argument("--repeat", type=int, default=30, help="runs on the demo, a sixth on the other (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime (%(default)s)")
+    parser.add_argument("--threads", type=read_threads, default=2, help="threads of ONNX Runtime (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure again even where results are there")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where results are kept (%(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs/latency.md"), help="page to write (%(default)s)")

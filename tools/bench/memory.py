@@ -18,6 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from secateur.tools.console import results
+from secateur.tools.threads import read_threads
 
 SHARE = 1.3
 """Of the weights' size that may be resident."""
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, help="measure this one instead")
     parser.add_argument("--recipe", default="fastv")
     parser.add_argument("--keep", type=float, default=0.25)
-    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (%(default)s)")
+    parser.add_argument("--threads", type=read_threads, default=2, help="of ONNX Runtime (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="generations per geometry (%(default)s)")
     parser.add_argument("--prepack", action="store_true", help="let ONNX Runtime copy weights for its kernels")
     parser.add_argument("--arena", action="store_true", help="let sessions keep the memory of their largest run")

@@ -30,6 +30,7 @@ from secateur.tools.console import notes, quiet_compiler, results
 from secateur.tools.sweep.bundles import Bundles
 from secateur.tools.sweep.cells import choose_recipes
 from secateur.tools.sweep.records import PROGRAM_SOURCES, cell_key, digest_sources, holds, read_record, write_record
+from secateur.tools.threads import read_threads
 
 SIDE, KEPT, TEXT_TOKENS, FRAMES, TOWER_LAYERS = 32, 128, 64, 4, 6
 TOKENS = SIDE * SIDE
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench overhead", description=__doc__)
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="rows of the table; all if not given")
     parser.add_argument("--turns", type=int, default=5, help="prefills per recipe, and one to warm up (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime (%(default)s)")
+    parser.add_argument("--threads", type=read_threads, default=2, help="threads of ONNX Runtime (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure again even where results are there")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where results are kept (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -29,6 +29,7 @@ from secateur.runtime.session import Session
 from secateur.tools.bench.latency import QUIET, describe_machine, saved_share
 from secateur.tools.console import notes, results
 from secateur.tools.demo.omni.architecture import build_config, save_directory
+from secateur.tools.threads import read_threads
 
 PAIR = (0.06, 0.35)
 """The setting the authors label 10 %: means over layers of what is seen and of what is heard."""
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench seats", description=__doc__)
     parser.add_argument("--seconds", type=int, default=24, help="length of the clip that is measured (%(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="runs of each, and one to warm up; 0 only counts")
-    parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime and torch (%(default)s)")
+    parser.add_argument("--threads", type=read_threads, default=2, help="of ONNX Runtime and torch (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where models are kept (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)

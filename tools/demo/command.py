@@ -14,6 +14,7 @@ from rich.table import Table
 
 from secateur.runtime.errors import UserError
 from secateur.tools.console import notes, results
+from secateur.tools.threads import read_threads
 
 
 def make_parser(
@@ -32,7 +33,7 @@ def make_parser(
         "--questions", type=Path, default=demo / "questions.json", help="what to ask and show (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=out, help="where everything goes (%(default)s)")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime; all cores if not given")
+    parser.add_argument("--threads", type=read_threads, help="threads of ONNX Runtime; all cores if not given")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of the table")
     parser.add_argument("--debug", action="store_true", help="show the traceback when something fails")
     return parser

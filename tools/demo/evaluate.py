@@ -18,6 +18,7 @@ import torch
 from secateur.tools.demo.architecture import VISUAL_TOKENS
 from secateur.tools.demo.language import KINDS
 from secateur.tools.demo.scenes import Scene, held_out
+from secateur.tools.threads import read_threads
 
 MOST_NEW_TOKENS = 3
 
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", help="oracle:R or random:R, the share R of visual tokens kept before the decoder")
     parser.add_argument("--blind", action="store_true", help="show a grey picture: what the text alone is worth")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = evaluate(options.model, options.questions, options.keep, options.blind)

@@ -14,6 +14,7 @@ from secateur.tools.demo.architecture import build_model, save_directory
 from secateur.tools.demo.evaluate import evaluate
 from secateur.tools.demo.language import KINDS
 from secateur.tools.demo.scenes import make_scene
+from secateur.tools.threads import read_threads
 
 SAMPLE_SEEDS = range(2_000_000, 2_000_008)  # held-out digits; not among the 1,000 test scenes
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder that gets model/, images/, questions.json")
     parser.add_argument("--note", type=Path, help="Markdown on how this run differed from a fresh one, for the card")
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, curves = load_trained(options.work)

@@ -24,6 +24,7 @@ from secateur.tools.demo.corpus import Corpus, load_corpus
 from secateur.tools.demo.language import DIGITS
 from secateur.tools.demo.loop import Schedule, run_stage
 from secateur.tools.demo.tower import PatchHeads, measure_tower_loss, seed_local_attention
+from secateur.tools.threads import read_threads
 
 Measured = tuple[torch.Tensor, dict[str, float]]  # a loss and the figures that go into the curve
 MODEL_SEED = 0
@@ -141,7 +142,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--binding-steps", type=int, default=2000)
     parser.add_argument("--binding-scenes", type=int, default=16)
     parser.add_argument("--binding-questions", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     return parser.parse_args(arguments)
 
 

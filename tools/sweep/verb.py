@@ -95,6 +95,7 @@ def run_sweep(
     from typing import get_args
 
     from secateur.compiler.pipeline import Geometry
+    from secateur.runtime.backends.cores import bound_threads
     from secateur.tools.sweep import frontier, page
     from secateur.tools.sweep.bundles import Bundles
     from secateur.tools.sweep.cells import BudgetKind, Cell, choose_recipes, list_cells
@@ -102,6 +103,7 @@ def run_sweep(
     from secateur.tools.sweep.engine import Engine, add_agreement
     from secateur.tools.sweep.records import write_record
 
+    threads = None if threads is None else bound_threads(threads)
     if budget not in get_args(BudgetKind):
         raise UserError(f"no budget {budget!r}", where="--budget", available=get_args(BudgetKind))
     chosen = choose_recipes([text.strip() for text in recipes])

@@ -26,6 +26,7 @@ from secateur.tools.demo.omni.clips import Clip
 from secateur.tools.demo.omni.inputs import cut_patches, hear_mels, label_audio, label_video, write_prompt
 from secateur.tools.demo.omni.language import KINDS, build_tokenizer
 from secateur.tools.demo.omni.questions import Asked, held_out
+from secateur.tools.threads import read_threads
 
 MOST_NEW_TOKENS = 3
 
@@ -173,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", help="oracle:R or random:R, the share R of tokens kept before the decoder")
     parser.add_argument("--without", choices=("video", "audio"), help="take a modality away")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = evaluate(options.model, options.clips, options.keep, options.without)

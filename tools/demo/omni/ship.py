@@ -15,6 +15,7 @@ from secateur.tools.demo.omni.clips import make_clip
 from secateur.tools.demo.omni.evaluate import evaluate
 from secateur.tools.demo.omni.files import write_clip
 from secateur.tools.demo.omni.language import KINDS, answer_question, phrase_question
+from secateur.tools.threads import read_threads
 
 SAMPLE_SEEDS = range(2_000_000, 2_000_006)  # held out; neither test nor validation clips
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="the training's work folder")
     parser.add_argument("--to", type=Path, required=True, help="folder that gets model/, clips/, questions.json")
     parser.add_argument("--clips", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, curves = load_trained(options.work)

@@ -30,6 +30,7 @@ from secateur.tools.demo.omni.towers import (
     measure_labels,
     use_equal_parts,
 )
+from secateur.tools.threads import read_threads
 
 Measured = tuple[torch.Tensor, dict[str, float]]  # a loss and the figures that go into the curve
 MODEL_SEED = 0
@@ -206,7 +207,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--audio-batch", type=int, default=16)
     parser.add_argument("--answers-steps", type=int, default=300)
     parser.add_argument("--answers-clips", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=read_threads, default=2)
     return parser.parse_args(arguments)
 
 

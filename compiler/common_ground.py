@@ -25,6 +25,7 @@ from secateur.compiler.verify import check_comparable, check_model, recover_job
 from secateur.passes.recipe_file import load_recipe
 from secateur.runtime.backends.cores import bound_threads
 from secateur.runtime.errors import UserError
+from secateur.runtime.leftovers import held_directory
 from secateur.runtime.manifest import Manifest, read_manifest
 from secateur.runtime.processing import Processor
 from secateur.runtime.request import Request
@@ -155,7 +156,7 @@ class OpenRun:
             return CompiledRun(told, Request(backend, told))
         path = Path(name)
         if name in RUNS:
-            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-compare-"))
+            folder = self._stack.enter_context(held_directory(Path(tempfile.gettempdir()), "secateur-compare-"))
             path = ground.tools.compile(ground.pruned, name, Path(folder) / "bundle")
         session = self._stack.enter_context(Session(path, threads=ground.threads))
         request = session.request(ground.variants.get(name, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +12,10 @@ import numpy as np
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest
 from secateur.runtime.processing import Processor, RowMedia
+from secateur.runtime.sizes import size_text
+
+ROOM = 4 << 30
+"""Bytes of random rows that are held at once."""
 
 
 class Asked(Protocol):
@@ -36,7 +41,10 @@ class RowInput:
 
 
 def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> list[RowInput]:
-    """Seeded rows of different length: random text around the images' placeholders, noise for pixels."""
+    """Seeded rows of different length: random text around the images' placeholders, noise for pixels.
+
+    Raises UserError for more rows than :data:`ROOM` holds.
+    """
     sizes, model = manifest.geometry, manifest.model
     rng = np.random.default_rng(seed)
     special = {model.image_token_id, model.pad_token_id, *model.eos_token_ids}
@@ -47,6 +55,8 @@ def random_rows(manifest: Manifest, rows: int, new_tokens: int, seed: int) -> li
     if "vision" in manifest.programs:
         inputs = manifest.programs["vision"].inputs
         shapes = {port.name: (port.shape[0] // sizes.batch, *port.shape[1:]) for port in inputs}
+    if (taken := rows * sum(4 * math.prod(shape) for shape in shapes.values())) > ROOM:
+        raise UserError(f"{rows} random rows take {size_text(taken)} of memory", fix=f"ask for {ROOM * rows // taken}")
     words = np.array([t for t in range(model.vocab_size) if t not in special])
     items = []
     for _ in range(rows):

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.leftovers import (
+    clear_leftovers,
+    held_directory,
+    hold,
+    list_leftovers,
+    lock_leftover,
+    make_directory,
+)
 from secateur.runtime.manifest import MANIFEST
+
+WORK, ASIDE = ".partial", ".old"
+"""Ends of the names that a directory has while it is written, and an old one while it is replaced."""
+
+_log = logging.getLogger(__name__)
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -64,39 +77,53 @@ def whole_directory(out: Path, force: bool) -> Iterator[Path]:
 
     On any failure, an interrupt included, the temporary directory is removed and ``out`` stays as it was.
     """
+    recover_output(out)
     check_output(out, force)
     out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
-            raise UserError(
-                f"cannot be written ({error.strerror})", where=str(out), fix="choose another place"
-            ) from None
-        raise
-    try:
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(held_directory(out.parent, f".{out.name}.", WORK))
+        except OSError as error:
+            if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+                raise UserError(
+                    f"cannot be written ({error.strerror})", where=str(out), fix="choose another place"
+                ) from None
+            raise
         yield work
         os.chmod(work, 0o755)
-        _put_in_place(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        with hold(out):
+            _put_in_place(work, out)
+
+
+def recover_output(out: Path) -> None:
+    """Clear what processes that were killed left beside ``out``: half-written directories, and an old one that was
+    being replaced. Where the new one had not come into its place yet, the old one is put back there."""
+    out = out.absolute()
+    for aside in list_leftovers(out.parent, f".{out.name}.", ASIDE):
+        with lock_leftover(aside, f".{out.name}.", ASIDE) as left:
+            if left and not os.path.lexists(out) and (aside / MANIFEST).is_file():
+                os.replace(aside, out)
+                _log.warning("%s was being replaced when the process was killed: it is put back as it was", out)
+    for suffix in (WORK, ASIDE):
+        clear_leftovers(out.parent, f".{out.name}.", suffix)
 
 
 def _put_in_place(work: Path, out: Path) -> None:
     if not out.exists():
         os.replace(work, out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    aside = make_directory(out.parent, f".{out.name}.", ASIDE)
     try:
         os.replace(out, aside)
     except BaseException:
-        aside.rmdir()
+        shutil.rmtree(aside, ignore_errors=True)
         raise
     try:
         os.replace(work, out)
     except BaseException:
         os.replace(aside, out)
         raise
+    # The manifest first: what is left without one is not put back.
+    (aside / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(aside, ignore_errors=True)

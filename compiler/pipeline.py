@@ -34,7 +34,7 @@ from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.geometry_text import list_geometries, read_geometries, read_sizes
 from secateur.compiler.meta_model import DTYPES, build_meta_model
-from secateur.compiler.output import check_output
+from secateur.compiler.output import check_output, recover_output
 from secateur.compiler.passlist import PASSES, Pass, check_pass, count_unpruned, prune
 from secateur.compiler.plan_job import choose_keep, compare_flops, plan_for, plan_job
 from secateur.compiler.pruned import Job, Pruned
@@ -106,6 +106,7 @@ def compile(
         )  # fmt: skip
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     if stop_after is None:
+        recover_output(out)
         check_output(out, force)
     # What cannot work fails here, before the model is traced.
     source = read_source(Path(model_dir))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.runtime.errors import SecateurError
+from secateur.runtime.leftovers import held_directory
 
 SMALL = 1 << 16
 """Bytes below which a weight stays in the engine: norms and biases, a thousandth of a model in hundreds of tensors."""
@@ -30,7 +31,7 @@ def take_weights_out(onnx_path: Path, weights: str) -> Iterator[tuple[Path, tupl
 
     turn_into_inputs(model, names)
     _embed(model.graph, onnx_path.parent)
-    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+    with held_directory(Path(tempfile.gettempdir()), "secateur-engine-") as folder:
         variant = Path(folder) / onnx_path.name
         variant.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         yield variant, tuple(names)

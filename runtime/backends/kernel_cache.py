@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 from secateur.runtime.backends.preflight import Machine
+from secateur.runtime.leftovers import held_file
 
 _log = logging.getLogger(__name__)
 _DIGEST = 32
@@ -69,14 +69,10 @@ class KernelCache:
                 return
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                handle, name = tempfile.mkstemp(prefix=".kernels-", dir=self.path.parent)
-                try:
-                    with os.fdopen(handle, "wb") as file:
+                with held_file(self.path.parent, ".kernels-") as (made, handle):
+                    with os.fdopen(handle, "wb", closefd=False) as file:
                         file.write(digest + blob)
-                    os.replace(name, self.path)
-                except BaseException:
-                    Path(name).unlink(missing_ok=True)
-                    raise
+                    os.replace(made, self.path)
             except OSError as error:
                 self._not_kept(str(error))
             self._saved = digest

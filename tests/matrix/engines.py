@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from secateur.exporters.tensorrt_library import load_library
 from secateur.exporters.weights import WEIGHTS_FILE, write_weights
 from secateur.passes.recipes import RECIPES
 from secateur.runtime.errors import UserError
+from secateur.runtime.leftovers import held_directory
 from secateur.tools.sweep.records import digest
 
 from .cells import Cell
@@ -55,7 +55,7 @@ def build(cell: Cell, recipe: Recipe, shop: Workshop) -> dict[str, Any]:
     expected, unpruned = expect_fused(traced.source, traced.model), _without_recipe(cell, shop)
     exported = export(prune(traced, recipe, cell.keep), "tensorrt")
     programs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="engine-", dir=shop.work) as folder:
+    with held_directory(shop.work, "engine-") as folder:
         for name, path in _save(exported, traced, Path(folder)).items():
             made = _build_once(path, shop.work / "engines", f"{version} {cell.layout} {cell.dtype}")
             lint = [str(found) for found in lint_graph(exported.models[name], FLAVOUR, cell.dtype, DEFAULT_SM)]
@@ -71,7 +71,7 @@ def _without_recipe(cell: Cell, shop: Workshop) -> dict[str, Counts]:
     if key not in shop.unpruned:
         traced = shop.traced(cell)
         exported = export(prune(traced, RECIPES["none"], None), "tensorrt")
-        with tempfile.TemporaryDirectory(prefix="engine-", dir=shop.work) as folder:
+        with held_directory(shop.work, "engine-") as folder:
             paths = _save(exported, traced, Path(folder))
             shop.unpruned[key] = {name: count_fused(parsed_layers(path)) for name, path in paths.items()}
     return shop.unpruned[key]

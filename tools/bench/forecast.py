@@ -13,10 +13,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from secateur.runtime.leftovers import held_directory
 from secateur.tools.bench.compile_real import run_module
 from secateur.tools.bench.memory import resident
 from secateur.tools.bench.random_model import make_random_model
@@ -51,7 +51,7 @@ def measure(
     ways = ["--engine-weights", engine_weights] if target.startswith("tensorrt") else []
     for option, given in zip(("--recipe", "--keep"), recipe, strict=False):
         ways += [option, given]
-    with tempfile.TemporaryDirectory(dir=work) as folder:
+    with held_directory(work, "forecast-") as folder:
         bundle = Path(folder) / "bundle"
         used = run_module(
             "secateur", "compile", str(model), "-o", str(bundle), "--target", target, *_GEOMETRY, *ways,

@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from rich.table import Table
 
+from secateur.runtime.leftovers import held_directory
 from secateur.tools.console import notes, results
 
 DECODERS: dict[str, dict[str, int]] = {
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
         "turns": options.turns, "batches": [],
     }  # fmt: skip
     for batch in options.batches:
-        with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        with held_directory(options.work, "gpu-pair-") as folder:
             bundles = compile_pair(model, Path(folder), options.target, dtype, batch)
             whole, pruned = time_pair(bundles, options.turns, options.warmup)
         gc.collect()

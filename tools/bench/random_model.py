@@ -7,11 +7,11 @@ CLIP-L/14-336's token count (576) and a fraction of its width. The tokenizer is 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from secateur.runtime.leftovers import held_directory
 
 SEED = 0
 IMAGE_SIZE, PATCH_SIZE = 336, 14
@@ -68,17 +68,13 @@ def make_random_model(
 
     hf_logging.disable_progress_bar()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".random-", dir=directory.parent))
-    try:
+    with held_directory(directory.parent, ".random-") as work:
         torch.manual_seed(SEED)
         model: Any = LlavaForConditionalGeneration(random_config(image_size, tower, decoder))
         model = model.to(getattr(torch, dtype))
         model.save_pretrained(work)
         _save_processor(work, image_size)
         os.replace(work, directory)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return directory
 
 

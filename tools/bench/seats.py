@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from rich.table import Table
 from secateur.compiler.budget import PrefillCost, visual_lengths
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.pipeline import Budget, Geometry, choose_keep, compile, load_recipe, plan_for, read_source
+from secateur.runtime.leftovers import held_directory
 from secateur.runtime.session import Session
 from secateur.tools.bench.latency import QUIET, describe_machine, saved_share
 from secateur.tools.console import notes, results
@@ -101,14 +100,10 @@ def make_model(directory: Path) -> Path:
     from transformers import AutoModelForMultimodalLM
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".omni-", dir=directory.parent))
-    try:
+    with held_directory(directory.parent, ".omni-") as work:
         torch.manual_seed(0)
         save_directory(AutoModelForMultimodalLM.from_config(make_config(TEXT_SMALL, small=True)), work)
         os.replace(work, directory)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return directory
 
 

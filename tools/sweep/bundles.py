@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from secateur.compiler.pipeline import (
     read_source,
     trace_model,
 )
+from secateur.runtime.leftovers import held_directory
 from secateur.tools.console import quiet_compiler
 
 TARGET = "onnxruntime"
@@ -57,7 +57,7 @@ class Bundles:
         """A bundle that is deleted afterwards; ``expose`` adds the hidden rows at sites to its outputs. ``weights`` as
         for :func:`~secateur.compiler.pipeline.compile`."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="bundle-", dir=self.work) as folder:
+        with held_directory(self.work, "bundle-") as folder:
             yield self.compile(recipe, keep, Path(folder) / "bundle", expose, weights)
 
 

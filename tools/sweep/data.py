@@ -16,6 +16,8 @@ from secateur.runtime.manifest import hash_file
 from secateur.runtime.pictures import ImageLike
 
 DEMO = "demo"
+DRAWN = 100_000
+"""Questions of the demo set that are drawn at most: their pictures lie in memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def read_jsonl(path: Path, count: int | None) -> Questions:
 
 
 def read_demo(count: int) -> Questions:
-    """Held-out questions about scenes of digits; every sixth is of the same kind."""
+    """Held-out questions about scenes of digits; every sixth is of the same kind. At most :data:`DRAWN`."""
+    if count > DRAWN:
+        raise UserError(f"{count} questions are asked for", where=DEMO, fix=f"draw at most {DRAWN}")
     try:
         from secateur.tools.demo.language import KINDS
         from secateur.tools.demo.scenes import held_out

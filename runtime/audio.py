@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import read_part
+from secateur.runtime.sources import name_source
 from secateur.runtime.waveform import AudioLike, read_waveform, resample
 
 _log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class AudioPipeline:
     def fit(self, audio: AudioLike, rate: int | None = None, cut: bool = False) -> NDArray[np.float32]:
         """The clip as float32 [samples] at the extractor's rate. Raises :class:`UserError` for what does not fit."""
         clip, known = read_waveform(audio)
-        where = None if isinstance(audio, np.ndarray) else str(audio)
+        where = name_source(audio)
         if known is not None and rate not in (None, known):
             raise UserError(f"the file has {known} Hz, not {rate}", where=where, fix="leave the rate out")
         given = known or (self.rate if rate is None else rate)

@@ -1,22 +1,34 @@
-"""Sound as float32 samples: WAV files, arrays, and another sampling rate."""
+"""Sound as float32 samples: files, arrays, and another sampling rate."""
 
 from __future__ import annotations
 
+import io
 import math
-import wave
+import os
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.sources import name_source, read_source
+from secateur.runtime.wav import CONVERT, Wave, is_wav, read_wav
 
-AudioLike: TypeAlias = "str | PathLike[str] | NDArray[np.floating[Any]]"
+AudioLike: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | NDArray[np.floating[Any]]"
 
-ACCEPTED = "a WAV file's path, or a float array [samples] between -1 and 1"
+ACCEPTED = "a sound file's path, its bytes, a file object, a data: URL, or a float array [samples] between -1 and 1"
+_PIECE = 1 << 16
+"""Samples read at once."""
+_MOST_SAMPLES = 1 << 28
+"""Of all channels, of a compressed file: 1 GiB in float32, more than an hour of two channels at 32 kHz."""
+_MARKS = (
+    (0, b"fLaC", "FLAC"), (0, b"OggS", "Ogg (Vorbis, Opus)"), (0, b"ID3", "MP3"), (0, b"\xff\xfb", "MP3"),
+    (0, b"\xff\xf3", "MP3"), (0, b"\xff\xf2", "MP3"), (4, b"ftyp", "MP4 (M4A)"), (0, b"\x1a\x45\xdf\xa3", "WebM"),
+    (0, b"FORM", "AIFF"), (0, b".snd", "AU"), (0, b"caff", "CAF"), (0, b"riff", "Wave64"), (0, b"RIFF", "RIFF"),
+)  # fmt: skip
 _CROSSINGS = 32
 """Zero crossings of the resampling filter on either side: the transition band is about 3 % of the lower rate."""
 _BETA = 9.0
@@ -29,41 +41,92 @@ _LOUDEST = 4.0
 
 def is_audio(value: object) -> bool:
     """Whether the type is one that :func:`read_waveform` takes."""
-    return isinstance(value, (str, PathLike, np.ndarray))
+    return isinstance(value, (str, PathLike, bytes, bytearray, memoryview, np.ndarray)) or callable(
+        getattr(value, "read", None)
+    )
 
 
 def read_waveform(audio: AudioLike) -> tuple[NDArray[np.float32], int | None]:
     """Samples, float32 [n] with full scale at 1, and their rate in Hz; None where an array does not say it.
 
-    A file's channels are averaged. Raises :class:`UserError` for what is no sound, for other kinds of file than
-    PCM, and for a file that ends before its header says.
+    A file's channels are averaged. WAV files of integers and floats are read here, other files by soundfile (the extra
+    ``sound``); both give the samples of soundfile and of transformers' ``load_audio``, but for rounding. Raises
+    :class:`UserError` for what is no sound, for a file that ends before its header says, and for kinds of file
+    that nothing installed reads.
     """
     if isinstance(audio, np.ndarray):
         return _from_array(audio), None
     if not is_audio(audio):
         raise UserError(f"a {type(audio).__name__} is not audio", fix=f"give {ACCEPTED}")
-    path = Path(audio)
-    if not path.is_file():
-        raise UserError("no such audio file", where=str(path))
-    convert = f"convert it: ffmpeg -i {path.name} -c:a pcm_s16le out.wav"
+    where = name_source(audio) or ""
+    data = _read_bytes(read_source(audio, "audio", where), where)
+    if not data:
+        raise UserError("an empty file", where=where, fix="give a whole file")
+    found = read_wav(data, where) if is_wav(data) else None
+    if not isinstance(found, Wave):
+        found = _read_with_library(data, where, found)
+    samples, rate = found
+    if not samples.size or rate < 1:
+        raise UserError(f"{len(samples)} samples at {rate} Hz, there is nothing to hear", where=where)
+    mono = samples.mean(axis=1, dtype=np.float64).astype(np.float32)
+    _check_levels(mono, where)
+    return mono, rate
+
+
+def _read_bytes(source: object, where: str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, (str, PathLike)):
+        raise UserError(f"a {type(source).__name__} is not audio", fix=f"give {ACCEPTED}")
+    if not os.path.isfile(source):
+        raise UserError("no such audio file", where=where)
     try:
-        with wave.open(str(path), "rb") as opened:
-            channels, width, rate, count, *_ = opened.getparams()
-            data = opened.readframes(count)
-    except (wave.Error, EOFError) as error:
-        what = f"not a WAV file of PCM samples ({str(error) or 'it ends too early'})"
-        raise UserError(what, where=str(path), fix=convert) from None
+        return Path(source).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot be read ({error})", where=str(path)) from None
-    if len(data) < count * channels * width:
-        what = f"the file ends after {len(data) // (channels * width)} of {count} samples"
-        raise UserError(what, where=str(path), fix="give a whole file")
-    if not count or rate < 1:
-        raise UserError(f"{count} samples at {rate} Hz, there is nothing to hear", where=str(path))
-    if width > 4:
-        raise UserError(f"samples of {8 * width} bits", where=str(path), available=[8, 16, 24, 32], fix=convert)
-    scaled = _from_pcm(data, width).reshape(count, channels)
-    return scaled.mean(axis=1, dtype=np.float64).astype(np.float32), rate
+        raise UserError(f"cannot be read ({error.strerror or error})", where=where) from None
+
+
+def _read_with_library(data: bytes, where: str, tag: int | None) -> Wave:
+    """Everything but plain WAV files; ``tag`` is the format tag of one that is not plain."""
+    what = _recognise(data) if tag is None else f"a WAV file of format {tag}"
+    try:
+        import soundfile
+    except ImportError:
+        known = "WAV files of integers and floats are read without it"
+        raise UserError(
+            f"{what}; it is read by soundfile, which is not installed ({known})", where=where,
+            fix=f"pip install 'secateur[sound]', or {CONVERT}",
+        ) from None  # fmt: skip
+    except OSError as error:  # the library beside the package
+        raise UserError(f"soundfile cannot be loaded ({error})", where=where, fix=CONVERT) from None
+    pieces: list[NDArray[np.float32]] = []
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as opened:
+            rate, announced, count = int(opened.samplerate), int(opened.frames), 0
+            # Piece by piece: a header may announce more samples than memory holds.
+            while len(piece := opened.read(_PIECE, dtype="float32", always_2d=True)):
+                pieces.append(piece)
+                count += piece.size
+                if count > _MOST_SAMPLES:
+                    raise UserError(f"more than {_MOST_SAMPLES} samples", where=where, fix="cut it")
+            channels = int(opened.channels)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        said = " ".join(str(error).split()).rpartition(": ")[2].rstrip(".")
+        raise UserError(f"{what}, which soundfile does not read ({said})", where=where, fix=CONVERT) from None
+    samples = np.concatenate(pieces) if pieces else np.zeros((0, channels), np.float32)
+    if len(samples) < announced < _MOST_SAMPLES:
+        raise UserError(
+            f"the file ends after {len(samples)} of {announced} samples", where=where, fix="give a whole file"
+        )
+    return Wave(samples, rate)
+
+
+def _recognise(data: bytes) -> str:
+    """A file's kind in words, by its first bytes."""
+    for at, mark, name in _MARKS:
+        if data[at : at + len(mark)] == mark:
+            return f"a file of type {name}"
+    return "a file of no known type"
 
 
 def resample(samples: NDArray[np.float32], rate: int, to: int) -> NDArray[np.float32]:
@@ -101,22 +164,14 @@ def _from_array(samples: NDArray[Any]) -> NDArray[np.float32]:
     what = f"an array of shape {list(samples.shape)} and type {samples.dtype} is not a waveform"
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating) or not samples.size:
         raise UserError(what, fix="give float32 [samples] between -1 and 1, channels averaged")
-    if not np.isfinite(samples).all():
-        raise UserError("the waveform holds values that are not finite", fix="give samples between -1 and 1")
-    loudest = float(np.abs(samples).max())
-    if loudest > _LOUDEST:
-        raise UserError(f"the waveform reaches {loudest:g}", fix="scale its samples to lie between -1 and 1")
+    _check_levels(samples)
     return samples.astype(np.float32)
 
 
-def _from_pcm(data: bytes, width: int) -> NDArray[np.float32]:
-    """Little-endian integers of ``width`` bytes to float32, full scale at 1; those of one byte are unsigned."""
-    if width == 1:
-        return ((np.frombuffer(data, np.uint8) - 128.0) / 128).astype(np.float32)
-    if width == 3:
-        # Three bytes become the upper ones of four: the sign comes right, the scale is that of 32 bits.
-        wide = np.zeros((len(data) // 3, 4), dtype=np.uint8)
-        wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        data, width = wide.tobytes(), 4
-    whole = np.frombuffer(data, f"<i{width}")
-    return (whole / 2.0 ** (8 * width - 1)).astype(np.float32)
+def _check_levels(samples: NDArray[Any], where: str | None = None) -> None:
+    fix = "give samples between -1 and 1"
+    if not np.isfinite(samples).all():
+        raise UserError("the waveform holds values that are not finite", where=where, fix=fix)
+    loudest = float(np.abs(samples).max())
+    if loudest > _LOUDEST:
+        raise UserError(f"the waveform reaches {loudest:g}", where=where, fix=f"scale it: {fix}")

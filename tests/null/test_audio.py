@@ -156,17 +156,9 @@ def refusal(audio: object, rate: int | None = None) -> str:
 def test_files_that_are_no_sound(tmp_path: Path) -> None:
     assert "no such audio file" in refusal(tmp_path / "nothing.wav")
     assert "no such audio file" in refusal(tmp_path)
-    for name, data in {"text.wav": b"not a sound", "empty.wav": b"", "head.wav": b"RIFF\x24\x00\x00\x00WAVE"}.items():
-        (tmp_path / name).write_bytes(data)
-        said = refusal(tmp_path / name)
-        assert f"{name}: not a WAV file of PCM samples" in said
-        assert "convert it: ffmpeg -i" in said
     whole = write_wav(tmp_path / "whole.wav", bytes(2000)).read_bytes()
     (tmp_path / "cut.wav").write_bytes(whole[:-501])
     assert "cut.wav: the file ends after 749 of 1000 samples" in refusal(tmp_path / "cut.wav")
-    # Format 3: samples in floating point.
-    (tmp_path / "float.wav").write_bytes(whole[:20] + b"\x03" + whole[21:])
-    assert "float.wav: not a WAV file of PCM samples (unknown format: 3)" in refusal(tmp_path / "float.wav")
     assert "there is nothing to hear" in refusal(write_wav(tmp_path / "none.wav", b""))
     assert "the file has 16000 Hz, not 8000" in refusal(tmp_path / "whole.wav", 8000)
 
@@ -181,10 +173,10 @@ def test_arrays_that_are_no_sound(array: NDArray[Any]) -> None:
 
 def test_samples_and_rates_that_cannot_be() -> None:
     assert "values that are not finite" in refusal(np.array([0, np.nan], np.float32))
-    assert "the waveform reaches 32767; scale its samples" in refusal(np.array([0, 32767.0]))
+    assert "the waveform reaches 32767; scale it" in refusal(np.array([0, 32767.0]))
     assert "a sampling rate of 0 Hz" in refusal(tone(440), 0)
     assert "a sampling rate of 8000.5 Hz" in refusal(tone(440), 8000.5)  # type: ignore[arg-type]
-    assert refusal(5).startswith("a int is not audio; give a WAV file's path")
+    assert refusal(5).startswith("a int is not audio; give a sound file's path")
 
 
 def test_an_unknown_extractor_lists_the_known() -> None:

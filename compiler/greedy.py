@@ -73,24 +73,23 @@ def pick_by_determinant(table: Tensor, score: Tensor, k: int) -> Tensor:
     That is ``score_j ** 2`` times what of unit vector j lies outside the span of the chosen ones (fast greedy MAP: one
     new row of the Cholesky factor a step, state k times N). ``table [G,N,N]`` holds cosines; ``score [G,N]`` stands
     outside the factorisation, which leaves the choice as it is and keeps small scores from being lost in rounding.
-    Tokens inside the span come last, by score.
+    What is compared is the square root, since the square of a small score may be 0. Tokens inside the span come last,
+    by score: from the step on in which none is left outside.
     """
     groups, count = score.shape
     position = torch.arange(count, device=score.device)
     offset = torch.arange(groups, device=score.device) * count
     rows = table.reshape(groups * count, count)
-    weight = score * score
-    # What tokens inside the span are ranked by: below every variance, and above a chosen token.
-    last = score / (score.amax(dim=1, keepdim=True) + 1e-12) - 2.0
     steps = torch.arange(k, device=score.device, dtype=torch.float32).unsqueeze(1)
     rank = torch.arange(k, device=score.device, dtype=torch.float32).reshape(1, k, 1)
 
     def pick_freest(
         left: Tensor, taken: Tensor, factor: Tensor, step: Tensor,
-        table: Tensor, offset: Tensor, position: Tensor, weight: Tensor, last: Tensor, rank: Tensor,
+        table: Tensor, offset: Tensor, position: Tensor, score: Tensor, rank: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        free = left > SPENT
-        pick = (torch.where(free, weight * left, last) + taken).argmax(dim=1)
+        spread = torch.where(left + taken > SPENT, score * torch.sqrt(left.clamp_min(0.0)), -math.inf)
+        outside = spread.amax(dim=1, keepdim=True) > -math.inf
+        pick = torch.where(outside, spread, score + taken).argmax(dim=1)
         mine = pick.reshape(-1, 1)
         variance = left.gather(1, mine)
         known = (factor * factor.gather(2, mine.unsqueeze(1).expand(-1, factor.shape[1], 1))).sum(dim=1)
@@ -102,7 +101,7 @@ def pick_by_determinant(table: Tensor, score: Tensor, k: int) -> Tensor:
 
     left, taken = torch.ones_like(score), torch.zeros_like(score)
     state = [left, taken, torch.zeros(groups, k, count, dtype=table.dtype, device=score.device)]
-    captured = (rows, offset, position, weight, last, rank)
+    captured = (rows, offset, position, score, rank)
     picks: Tensor
     *_, picks = scan_op(pick_freest, state, [steps], additional_inputs=captured)
     return picks.transpose(0, 1).contiguous()

@@ -38,10 +38,11 @@ def is_tied(stage: StageFunction, kept: Tensor, score: Tensor | None, signals: M
     if score is not None and not select.signals:
         if all(_ranks_to(stage, row, own) for row, own in zip(score, groups, strict=True)):
             return True
-        # A score made of others may lift one of two tied tokens far above the other: quotas do. A selector that ranks
-        # kinds of token apart has cuts of its own in each.
+        # A score made of others, or one that knows k, may rank one of two tied tokens far above the other: quotas do. A
+        # selector that ranks kinds of token apart has cuts of its own in each.
         assert stage.bound.score is not None
-        apart = bool(stage.bound.score.of) or "layout" in select.reserved
+        chained = bool(stage.bound.score.of) or "k" in stage.bound.score.reserved
+        apart = chained or "layout" in select.reserved
         return apart and _wavers_to(stage, signals, groups)
     if score is None and select.signals == ("tokens",) and select.name == "max_min":
         return all(_walks_to(group, own) for group, own in zip(signals["tokens"], groups, strict=True))

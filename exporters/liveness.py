@@ -12,8 +12,8 @@ from secateur.exporters.builder import shape_of
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 """Operators whose result is what they are given, under another shape."""
 _IN_PLACE = {
-    "Abs", "Add", "And", "Cos", "Div", "Erf", "Exp", "Mul", "Neg", "Not", "Or", "Relu", "Sigmoid", "Sin", "Sqrt", "Sub",
-    "Tanh",
+    "Abs", "Add", "And", "Cos", "Div", "Erf", "Exp", "Log", "Mul", "Neg", "Not", "Or", "Relu", "Sigmoid", "Sin", "Sqrt",
+    "Sub", "Tanh",
 }  # fmt: skip
 """Operators that may write over an operand nobody reads any more."""
 

@@ -102,6 +102,7 @@ for _name, _targets in {
     "Exp": (aten.exp.default,),
     "Tanh": (aten.tanh.default,),
     "Neg": (aten.neg.default,),
+    "Log": (aten.log.default,),
     "Sqrt": (aten.sqrt.default,),
     "Abs": (aten.abs.default,),
     "Relu": (aten.relu.default,),

@@ -21,11 +21,9 @@ TOGETHER = 4
 
 
 @triton.jit
-def _gain(left, score, highest, SPENT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens inside the span come last, by score; a chosen one has minus infinity left."""
-    behind = score / (highest + 1e-12) - 2.0
-    gain = tl.where(left > SPENT, score * score * left, behind)
-    return tl.where(left == float("-inf"), float("-inf"), gain)
+def _spread(left, score, SPENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The square root of the variance left of tokens outside the span; minus infinity of the others."""
+    return tl.where(left > SPENT, score * tl.sqrt_rn(tl.maximum(left, 0.0)), float("-inf"))
 
 
 @triton.jit
@@ -43,10 +41,6 @@ def pick_by_determinant(  # type: ignore[no-untyped-def]
     left += group * COUNT
     lanes = tl.arange(0, TILE)
     some = tl.arange(0, TOGETHER)
-    highest = float("-inf")
-    for first in range(0, COUNT, TILE):
-        own = tl.load(score + first + lanes, mask=first + lanes < COUNT, other=float("-inf"))
-        highest = tl.maximum(highest, tl.max(own, 0))
     best = float("-inf")
     pick = 0
     for first in range(0, COUNT, TILE):
@@ -54,7 +48,7 @@ def pick_by_determinant(  # type: ignore[no-untyped-def]
         real = at < COUNT
         all_left = tl.where(real, 1.0, float("-inf"))
         tl.store(left + at, all_left, mask=real)
-        gain = _gain(all_left, tl.load(score + at, mask=real, other=0.0), highest, SPENT)
+        gain = _spread(all_left, tl.load(score + at, mask=real, other=0.0), SPENT)
         high = tl.max(gain, 0)
         pick = tl.where(high > best, first + tl.argmax(gain, 0), pick)
         best = tl.maximum(best, high)
@@ -66,6 +60,8 @@ def pick_by_determinant(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # every thread has read what is left of the pick before its place is marked
         best = float("-inf")
         following = pick
+        best_score = float("-inf")
+        best_scored = pick
         for first in range(0, COUNT, TILE):
             at = first + lanes
             real = at < COUNT
@@ -83,11 +79,17 @@ def pick_by_determinant(  # type: ignore[no-untyped-def]
             rest = tl.load(left + at, mask=real, other=float("-inf")) - new * new
             rest = tl.where(at == pick, float("-inf"), rest)
             tl.store(left + at, rest, mask=real)
-            gain = _gain(rest, tl.load(score + at, mask=real, other=0.0), highest, SPENT)
+            own = tl.load(score + at, mask=real, other=0.0)
+            gain = _spread(rest, own, SPENT)
             high = tl.max(gain, 0)
             following = tl.where(high > best, first + tl.argmax(gain, 0), following)
             best = tl.maximum(best, high)
-        pick = following
+            free = tl.where(rest == float("-inf"), float("-inf"), own)
+            high = tl.max(free, 0)
+            best_scored = tl.where(high > best_score, first + tl.argmax(free, 0), best_scored)
+            best_score = tl.maximum(best_score, high)
+        # Inside the span of the chosen ones score alone decides.
+        pick = tl.where(best > float("-inf"), following, best_scored)
         tl.debug_barrier()  # what a thread stored another may read
 
 

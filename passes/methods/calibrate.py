@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.compiler.layout import Grid
-from secateur.passes.methods.rows import Scored, ranks
+from secateur.passes.methods.rows import Scored, prefer, ranks
 from secateur.runtime.errors import UserError
 
 Numbers = list[float] | tuple[float, ...]
@@ -41,7 +41,8 @@ def weighted_sum(scores: tuple[Tensor, ...], weights: Numbers = ()) -> Tensor:
 def min_max(score: Tensor) -> Tensor:
     """``score [G,N]`` moved and scaled to run from 0 to 1 in each group. A constant score becomes 0."""
     low = score.amin(dim=1, keepdim=True)
-    return (score - low) / (score.amax(dim=1, keepdim=True) - low).clamp_min(1e-12)
+    span = score.amax(dim=1, keepdim=True) - low
+    return (score - low) / torch.where(span > 0, span, 1.0)
 
 
 def rank(score: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ def rank(score: Tensor) -> Tensor:
 
 def sum_to_one(score: Tensor) -> Tensor:
     """``score [G,N]``, at least 0, divided by its sum in each group."""
-    return score / score.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    total = score.sum(dim=1, keepdim=True)
+    return score / torch.where(total > 0, total, 1.0)
 
 
 def position_bias(score: Tensor, weights: Annotated[Numbers, Field(min_length=1)] = (1.0,)) -> Tensor:
@@ -99,7 +101,8 @@ def sink_mask(
 ) -> Tensor:
     """``score [G,N]`` without attention sinks: tokens with a huge entry in a sink dimension score 0 (VAR's test).
 
-    A row h of ``tokens [G,N,D]`` is a sink when ``|h| / rms(h)`` exceeds ``tau`` in one of the sink dimensions.
+    A row h of ``tokens [G,N,D]`` is a sink when ``|h| / rms(h)`` exceeds ``tau`` in one of the sink dimensions, where
+    ``rms(h) = sqrt(mean(h ** 2) + 1e-6)`` as in the authors' code: rows far below 1e-3 have none.
     These are ``dims``; where none are given, the ``found`` dimensions in which the prompt's first token, a sink in
     every decoder, is largest (the first row of ``text_tokens [G,T,D]``).
     """
@@ -127,7 +130,7 @@ def spare_carried(score: Tensor, carried: Tensor) -> Scored:
 
     The marks are carried on.
     """
-    return Scored(ranks(score) + carried * score.shape[1], carried)
+    return Scored(prefer(score, carried), carried)
 
 
 def _overlap(index: int, count: int, start: float, end: float) -> float:

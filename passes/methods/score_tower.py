@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.passes.methods.rows import unit_rows
+from secateur.passes.methods.rows import prefer, unit_rows
 from secateur.passes.methods.score import Heads
-from secateur.passes.methods.select_windows import prefer, top_mask
+from secateur.passes.methods.select_windows import top_mask
 
 Layers = Literal["sum", "first", "last"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -65,7 +66,7 @@ def carried_then_question(
     first, second = split_budget(k, visual, text)
     seen = top_mask(carried, first)
     similar = question_similarity(tokens, text_tokens, text_rows)
-    recovered = top_mask(similar - 4.0 * seen, second)  # a cosine lies between -1 and 1
+    recovered = top_mask(torch.where(seen > 0, -torch.inf, similar), second)
     return prefer(carried, 2.0 * seen + recovered)
 
 

@@ -59,6 +59,10 @@ def coverage(
     of what j would add to that. ``score [G,N]`` must not be negative. A step reads the whole [G,N,N] table.
     """
     alike = torch.relu(_cosines(tokens))  # coverage starts at 0, so what is below adds nothing
+    if power != 1.0 and combine == "product":
+        # A common factor changes no choice, and powers of what lies far from 1 leave float32.
+        highest = score.amax(dim=1, keepdim=True)
+        score = score / torch.where(highest > 0, highest, 1.0)
     weight = score if power == 1.0 else score**power
 
     gain = coverage_gain(alike.shape, combine == "product")

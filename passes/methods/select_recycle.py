@@ -34,8 +34,9 @@ def top_k_and_clusters(
 
     Centres are density peaks of ``tokens [G,N,D]``: distance is Euclidean over sqrt(D), density the exponential of
     minus the mean square distance to the c nearest (itself included), and a centre has a high product of density
-    and distance to the nearest denser token; the densest always is one. Of equally dense tokens the first counts as
-    denser; the authors break ties by random noise.
+    and distance to the nearest denser token; the densest always is one. Logarithms of both are compared: the densities
+    of tokens some ten apart would all be zero. Of equally dense tokens the first counts as denser; the authors break
+    ties by random noise.
     """
     groups, count = score.shape
     top, centres = _split(count, k, recycled, per_cluster)
@@ -99,9 +100,13 @@ def merge_windows(tokens: Tensor, k: int, grid: Grid, side: Annotated[int, Field
     uniform = torch.where(size > 1.0, ((added * added).sum(dim=2) - size) / pairs, -2.0)
 
     position = torch.arange(count, device=tokens.device)
-    # How late a token goes: windows by uniformity, tokens of a window in order, what stays for a window behind all.
-    turn = (windows - 1.0 - ranks(uniform)).index_select(1, cell) * count + position
-    turn = torch.where(position == anchor, float(windows * count) + position, turn)
+    # How late a token goes: windows by uniformity, tokens of a window in order, what stays for a window behind all. A
+    # window's numbers are as many as its places, so that they are exact in float32 for millions of tokens.
+    places = side * side
+    inside = torch.tensor([float(token % grid.columns % side + token // grid.columns % grid.rows % side * side)
+                           for token in range(count)], device=tokens.device)  # fmt: skip
+    turn = (windows - 1.0 - ranks(uniform)).index_select(1, cell) * places + inside
+    turn = torch.where(position == anchor, float(windows * places) + cell, turn)
     keep = turn.topk(k, dim=1).indices.sort(dim=1).values
     return _pair(keep, count, anchor.unsqueeze(0).expand(groups, count))
 
@@ -118,7 +123,7 @@ def merge_by_score(selection: Selection, score: Tensor) -> Tensor:
     survivor = torch.arange(selection.keep.shape[1], device=score.device).unsqueeze(1)
     weight = (selection.assigned.unsqueeze(1) == survivor).to(score.dtype) * score.unsqueeze(1)
     total = weight.sum(dim=2, keepdim=True)
-    return torch.where(total > 0, weight / total.clamp_min(1e-30), stays)
+    return torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), stays)
 
 
 def _split(count: int, k: int, recycled: float, per_cluster: int) -> tuple[int, int]:
@@ -142,13 +147,13 @@ def _find_peaks(rows: Tensor, centres: int) -> tuple[Tensor, Tensor]:
     apart = torch.where(position.unsqueeze(1) == position, 0.0, apart.clamp_min(0.0)) / width
     distance = torch.sqrt(apart)
     near = distance.topk(centres, dim=2, largest=False).values
-    density = torch.exp(-(near * near).mean(dim=2))
+    density = -(near * near).mean(dim=2)  # its logarithm
     mine, other = density.unsqueeze(2), density.unsqueeze(1)
     denser = (other > mine) | ((other == mine) & (position < position.unsqueeze(1)))
     # Larger than any distance, so that the densest row, which has no denser one, always is a peak.
     beyond = 2.0 * distance.amax(dim=2).amax(dim=1).unsqueeze(1).unsqueeze(1)
     to_denser = torch.where(denser, distance, beyond).amin(dim=2)
-    peaks = (density * to_denser).topk(centres, dim=1).indices
+    peaks = (density + torch.log(to_denser)).topk(centres, dim=1).indices
     cluster = (-take_rows(distance, peaks)).argmax(dim=1)
     own = torch.arange(centres, device=rows.device).unsqueeze(0).expand(groups, centres)
     return peaks, cluster.scatter(1, peaks, own)

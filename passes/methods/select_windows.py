@@ -17,17 +17,11 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 
 from secateur.compiler.layout import Grid
-from secateur.passes.methods.rows import take_rows, unit_rows
+from secateur.passes.methods.rows import prefer, take_rows, unit_rows
 from secateur.passes.methods.select import Selection
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
-
-
-def prefer(score: Tensor, weight: Tensor) -> Tensor:
-    """``score [G,N]`` with every token of ``weight [G,N]`` 1 above all of weight 0, of weight 2 above all of 1."""
-    span = score.amax(dim=1, keepdim=True) - score.amin(dim=1, keepdim=True)
-    return score + weight * (1.0 + span)
 
 
 def top_mask(score: Tensor, count: int) -> Tensor:
@@ -80,7 +74,8 @@ def tiles_first(
     quota = top_mask(spread, counted) @ members * (k - whole) / counted
     # Converting to integers rounds towards zero.
     quota = quota.to(torch.int64).to(content.dtype) @ members.transpose(0, 1)
-    fresh = (rank_within(prefer(content, -chosen), part) < quota).to(content.dtype) * (1.0 - chosen)
+    others = torch.where(chosen > 0, -torch.inf, content)
+    fresh = (rank_within(others, part) < quota).to(content.dtype) * (1.0 - chosen)
     return prefer(content, chosen + fresh)
 
 
@@ -126,6 +121,7 @@ def chunks_first(score: Tensor, tokens: Tensor, k: int, chunks: Count = 16, vari
     spread = ((deviation * deviation).sum(dim=3) / others).flatten(1).index_select(1, parts.back)
     attention = 1000.0 * score
 
+    # The two 1e-6 are the authors'.
     average = members / members.sum(dim=0)
     mean_spread = spread @ average
     scale = (attention.abs() @ average) / (mean_spread + 1e-6)
@@ -166,7 +162,7 @@ def distinct(score: Tensor, tokens: Tensor, k: int, important: Share = 0.5, step
     """
     groups, count = score.shape
     first = int(important * k)
-    order = score.argsort(dim=1, descending=True)
+    order = score.argsort(dim=1, descending=True, stable=True)
     rest, left = order[:, first:], k - first
     if left == 0 or left == count - first:
         kept = order[:, :first] if left == 0 else order
@@ -189,7 +185,7 @@ def distinct(score: Tensor, tokens: Tensor, k: int, important: Share = 0.5, step
         far = far.scatter(1, odd, torch.where(there[:, 1::2], 0.0, -torch.inf))
         alike = rows.index_select(0, (even + offset).reshape(groups * evens)).reshape(groups, evens, size)
         nearest = torch.where(there[:, ::2], (alike + far.unsqueeze(1)).amax(dim=2), -torch.inf)
-        ranked = even.gather(1, nearest.argsort(dim=1, descending=True))
+        ranked = even.gather(1, nearest.argsort(dim=1, descending=True, stable=True))
         after = torch.cat([ranked, odd], dim=1).gather(1, places.unsqueeze(0).expand(groups, size))
         return after, length.clone()
 

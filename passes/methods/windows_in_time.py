@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.compiler.layout import Layout, share_out
-from secateur.passes.methods.rows import unit_rows
+from secateur.passes.methods.rows import prefer, unit_rows
 from secateur.passes.methods.score_change import GOLDEN
 from secateur.passes.methods.select import Selection, pick_farthest_points
-from secateur.passes.methods.select_windows import Parts, prefer
+from secateur.passes.methods.select_windows import Parts
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]

@@ -143,15 +143,17 @@ def test_normalisations(count: int, seed: int) -> None:
     score = attention(2, count, seed=seed)
     torch.testing.assert_close(calibrate.sum_to_one(score).sum(dim=1), torch.ones(2))
     assert ranks(score).sort(dim=1).values.tolist() == [list(range(count))] * 2
-    assert (ranks(score).argsort(dim=1) == score.argsort(dim=1, stable=True)).all()
+    order = score.argsort(dim=1, descending=True, stable=True)
+    assert (ranks(score).argsort(dim=1, descending=True) == order).all()
     for normal_score in (calibrate.min_max(score), calibrate.rank(score)):
-        assert (normal_score.argsort(dim=1, stable=True) == score.argsort(dim=1, stable=True)).all()
+        assert (normal_score.argsort(dim=1, descending=True, stable=True) == order).all()
         assert (normal_score.amin(dim=1) == 0).all()
         assert (normal_score.amax(dim=1) == (1 if count > 1 else 0)).all()
 
 
 def test_equal_scores_rank_in_their_order() -> None:
-    assert ranks(torch.tensor([[1.0, 0.0, 1.0, 0.0]])).tolist() == [[2, 0, 3, 1]]
+    """As a top-k keeps them: the lower index first."""
+    assert ranks(torch.tensor([[1.0, 0.0, 1.0, 0.0]])).tolist() == [[3, 1, 2, 0]]
     assert calibrate.min_max(torch.full((1, 3), 7.0)).tolist() == [[0, 0, 0]]
 
 

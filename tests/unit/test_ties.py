@@ -117,3 +117,25 @@ def test_a_tie_at_the_edge_of_a_quota() -> None:
     for other, tied in ((goes[-1], True), (goes[0], False)):
         swapped = sorted({*kept, other} - {stays[0]})
         assert is_tied(stage, torch.tensor(swapped), stage.score(signals), signals) is tied
+
+
+def test_a_tie_at_the_edge_of_what_a_score_puts_first() -> None:
+    """Ranks stand an order of one apart, however near the scores were: the signals say that two tokens are tied."""
+    row = Stage(Site("decoder.layer", 1), Term("top_k"), Term("carried_then_question"), share=K / N, scope="whole")
+    planned = plan_recipe(
+        Recipe("r", "t", "l", (row,)), keep=None, images=1, tokens_per_image=N, vision_layers=2, decoder_layers=2
+    )
+    stage, source = stage_function(planned.stages[0]), torch.Generator().manual_seed(0)
+    carried = torch.arange(N, 0, -1).float()[None] * 1e-3
+    tokens = torch.eye(N)[None]
+    signals = {
+        "carried": carried,
+        "tokens": tokens,
+        "text_tokens": tokens[:, 5:6] + 0.01 * torch.randn(1, 1, N, generator=source),
+        "text_rows": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+    assert stage(signals).keep.tolist() == [[0, 1, 2, 5]]
+    carried[0, 3] = carried[0, 2]
+    assert is_tied(stage, torch.tensor([0, 1, 3, 5]), stage.score(signals), signals)
+    assert not is_tied(stage, torch.tensor([0, 1, 4, 5]), stage.score(signals), signals)

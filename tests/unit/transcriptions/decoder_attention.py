@@ -112,11 +112,13 @@ def _density_peaks(rows: Array, number: int) -> tuple[list[int], list[int]]:
         ]
         for a in rows
     ]
-    density = [math.exp(-_mean(d * d for d in sorted(apart[i])[:number])) for i in range(count)]
+    # Logarithms: of rows some thirty apart the densities are zero in float64 as well.
+    density = [-_mean(d * d for d in sorted(apart[i])[:number]) for i in range(count)]
     peak = []
     for i in range(count):
         above = [apart[i][j] for j in range(count) if (-density[j], j) < (-density[i], i)]
-        peak.append(density[i] * min(above) if above else math.inf)
+        nearest = min(above, default=math.inf)
+        peak.append(density[i] + math.log(nearest) if nearest > 0 else -math.inf)
     centres = _highest(peak, number)
     belongs = [min(range(number), key=lambda c: apart[i][centres[c]]) for i in range(count)]
     for place, centre in enumerate(centres):

@@ -13,10 +13,13 @@ EXTRAS := compile,cpu,tensorrt-rtx,dev
 # torch's own thread pool and pytest's workers would otherwise compete for the same cores. A file stays with one
 # worker, so that what its fixtures build is built once.
 WORKERS ?= 2
+# make fuzz: how long, and in how many processes.
+MINUTES ?= 10
+FUZZ_WORKERS ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not device"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-omni test test-matrix lint bench parity clean
+.PHONY: help setup demo demo-omni test test-matrix fuzz lint bench parity clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +44,9 @@ test: $(STAMP)  ## run every test that needs no GPU
 
 test-matrix: $(STAMP)  ## compile every row for every layout: equal to its oracle, engines build; writes docs/
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --jobs $(WORKERS)
+
+fuzz: $(STAMP)  ## property tests on new examples, for MINUTES (10); what fails becomes a case of make test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --workers $(FUZZ_WORKERS)
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -9,6 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from .fuzz.cases import add_cases, register_profiles
+
+# Property tests draw the same examples on every run; `make fuzz` draws others.
+register_profiles()
+settings.load_profile("fixed")
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -39,7 +46,9 @@ TOGETHER = ("test_export.py", "test_passes.py", "test_passes_golden.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For ``--dist loadgroup``: a file stays with one worker, so that what its fixtures make is made once."""
+    """Property tests get the cases that were found; and for ``--dist loadgroup`` a file stays with one worker, so that
+    what its fixtures make is made once."""
+    add_cases(items)
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:

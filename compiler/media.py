@@ -106,3 +106,12 @@ class MediaLayout:
 def grid_axes(times: Sequence[int], rows: int, columns: int) -> list[Axes]:
     """Offsets of the tokens of grids at ``times``, grid by grid and row by row."""
     return [(time, row, column) for time in times for row in range(rows) for column in range(columns)]
+
+
+def moments_beside(seen: Sequence[int], count: int) -> list[int]:
+    """Moments for ``count`` tokens of a sound that lies beside images, whose tokens have the moments ``seen``.
+
+    Images have no time of their own: the sound is spread over them in proportion to their tokens, so that a window of
+    any of them holds both kinds as the whole prompt does, and budgets of both kinds can be met.
+    """
+    return [seen[i * len(seen) // count] for i in range(count)]

@@ -105,6 +105,7 @@ for _name, _targets in {
     "Log": (aten.log.default,),
     "Sqrt": (aten.sqrt.default,),
     "Abs": (aten.abs.default,),
+    "Round": (aten.round.default,),  # both round halves to even
     "Relu": (aten.relu.default,),
     "Sigmoid": (aten.sigmoid.default,),
     "Not": (aten.bitwise_not.default, aten.logical_not.default),

@@ -16,7 +16,7 @@ from secateur.compiler.families.family import AudioTower, Tower, VisionFacts
 from secateur.compiler.families.qwen2_vl import QWEN2_VL
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.layout import Layout
-from secateur.compiler.media import Axes, Item, MediaLayout
+from secateur.compiler.media import Axes, Item, MediaLayout, moments_beside
 from secateur.runtime.errors import UserError
 
 MEL_FRAMES = 100
@@ -90,11 +90,11 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
         return MediaLayout(plain.items, plain.runs, plain.offsets, plain.layout, MARKS)
     items, offsets = qwen_vision.seen_items(config, geometry, seen, times, whole_span=True)
     sounds: list[Axes] = [(i, i, i) for i in range(heard.tokens_per_row)]
+    grids = list(qwen_vision.layout_seen(seen).frames)
     if geometry.frames:
         moments = [min(int(i / ticks / interval), seen.frames - 1) for i in range(len(sounds))]
     else:
-        moments = [len(seen.images) + i // heard.tokens_per_image for i in range(len(sounds))]
-    grids = list(qwen_vision.layout_seen(seen).frames)
+        moments = moments_beside(grids, len(sounds))
     if not geometry.interleaves:
         count = len(sounds)
         return MediaLayout(

@@ -16,7 +16,7 @@ from secateur.compiler.families.family import AudioTower, Tower, VisionFacts
 from secateur.compiler.families.qwen2_5_omni import MARKS, MEL_FRAMES, SOUND_MARKS, audio_reference, reference_positions
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.layout import Layout
-from secateur.compiler.media import Axes, Item, MediaLayout
+from secateur.compiler.media import Axes, Item, MediaLayout, moments_beside
 from secateur.runtime.errors import UserError
 
 TOKENS = 13
@@ -99,7 +99,7 @@ def _read_media(config: Any, geometry: Geometry, seen: VisionFacts, heard: Visio
     if geometry.frames:
         moments = [min(int(i / TOKENS / seconds), seen.frames - 1) for i in range(count)]
     else:
-        moments = [len(seen.images) + i // heard.tokens_per_image for i in range(count)]
+        moments = moments_beside(grids, count)
     if not geometry.interleaves:
         return MediaLayout(
             (*items, Item("audio", count, count, count)), ((0, len(offsets)), (1, count)), (*offsets, *sounds),

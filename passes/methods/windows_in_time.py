@@ -1,12 +1,12 @@
 """Budgets that flow from windows of time to kinds of token (SEATS, arXiv 2605.20035).
 
-A window is a few moments one after the other; what is seen in it and what is heard are its cells. The authors repair
-rounded budgets in loops until they fit; here one sharing-out with bounds and largest remainders gives the same kind of
-numbers at static shapes, and always exactly k tokens.
+A window is a few moments one after the other; what is seen in it and what is heard are its cells. The authors round
+budgets and repair them one token at a time; where such a loop ends is computed here at once, at static shapes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Annotated
@@ -27,18 +27,25 @@ _ABSENT = -1e30
 
 
 def windowed_max_min(
-    score: Tensor, tokens: Tensor, k: int, layout: Layout, frames: Count = 2, rates: tuple[Positive, ...] = (1.0, 1.0)
+    score: Tensor,
+    tokens: Tensor,
+    k: int,
+    layout: Layout,
+    frames: Count = 2,
+    rates: tuple[Positive, ...] = (1.0, 1.0),
+    sound: Count | None = None,
 ) -> Selection:
     """Greedy k-center weighted by ``score [G,N]`` as ``weighted_max_min``, in every window of ``frames`` moments and
     kind of token by itself (SEATS, stage I).
 
     Cells share k in proportion to their tokens times their kind's rate, the published keep ratios of what is seen and
-    heard; one token at least. Distances are cosines of ``tokens [G,N,D]``.
+    heard; one token at least. Distances are cosines of ``tokens [G,N,D]``. With ``sound`` the windows of what is heard
+    are so many of its tokens one after the other, whenever they are heard.
     """
     groups, count, _ = tokens.shape
     if k == count:
         return Selection(torch.arange(count, device=tokens.device).unsqueeze(0).expand(groups, count))
-    quotas, parts = _cell_quotas(layout, k, frames, rates)
+    quotas, parts = _cell_quotas(layout, k, frames, rates, sound)
     units, weight = parts.gather(unit_rows(tokens.detach())), parts.gather(score.detach().unsqueeze(-1)).squeeze(-1)
     cells, size = parts.there.shape
     distance = (1.0 - units @ units.transpose(2, 3)) * weight.unsqueeze(2)
@@ -69,11 +76,16 @@ def window_modality_quotas(
     """Puts first the tokens that every window's and kind's quota picks by ``score [G,N]`` (SEATS, stage II).
 
     A kind's weight p in a window of ``frames`` moments is a softmax over windows of its mean score there, divided by
-    ``temperature``. Of k, a window gets its part of the p averaged over kinds; within it a kind gets its part of
-    ``p * K``, K the kind's tokens that stay if kinds leave in proportion to ``rates``. Parts are shared out by largest
-    remainder (ties by place), none above what is there. Where k or the window suffices for one token of everything
-    that is there, nothing gets less. ``source [G,N]`` finds the tokens in the layout. Compares all pairs of tokens.
+    ``temperature``; a window without tokens of the kind has mean 0 and takes part. Of k, a window gets its part of the
+    p averaged over both kinds, rounded (halves to even), from 1 to the tokens it has; then the largest gives one away,
+    or the smallest with room takes one (the first of equals), until the budgets sum to k. In a window the seen get
+    their part by ``p * K``, rounded, the heard the rest, both at most what is there, and a kind that is there 1 at
+    least, even where the sum of all then exceeds k: there the largest quotas give one away again until it is k. K is the
+    kind's part of k in proportion to its tokens times its rate. Where all tokens left are of one kind ``score`` decides
+    alone. ``source [G,N]`` finds the tokens in the layout. Compares all pairs of tokens.
     """
+    if len(set(layout.modalities)) < 2:
+        return score
     table, kinds = layout.cells(frames)
     cells = max(table) + 1 + (-(max(table) + 1)) % kinds
     groups, windows = score.shape[0], cells // kinds
@@ -82,20 +94,21 @@ def window_modality_quotas(
     count = members.sum(dim=1)
     mean = (score.unsqueeze(1) @ members).squeeze(1) / count.clamp_min(1.0)
     count, mean = count.reshape(groups, windows, kinds), mean.reshape(groups, windows, kinds)
-    present = (count > 0).to(score.dtype)
-    weight = torch.softmax(torch.where(count > 0, mean / temperature, _ABSENT), dim=1) * present
+    size = count.sum(dim=2)
+    weight = torch.softmax(torch.where(size.unsqueeze(2) > 0, mean / temperature, _ABSENT), dim=1)
 
-    kept = torch.tensor([float(n) for n in modality_quotas(layout, k, rates)], device=score.device)
-    total = torch.full((groups, 1), float(k), device=score.device)
-    budget = _share_out(weight.mean(dim=2), total, present.sum(dim=2), count.sum(dim=2))
-    quota = _share_out(weight * kept, budget.unsqueeze(2), present, count)
-    quota = quota.reshape(groups, cells).gather(1, where)
+    part = torch.tensor([float(n) for n in modality_quotas(layout, k, rates)], device=score.device)
+    largest = max(Counter(cell // kinds for cell in table).values())
+    budget = _repair((weight.mean(dim=2) * k).round(), size, k, largest)
+    quota = _split_windows(budget, weight * part, count).reshape(groups, cells)
+    quota = _lower(quota, k, largest).gather(1, where)
 
     behind, ahead = score.unsqueeze(2), score.unsqueeze(1)
     place = torch.arange(score.shape[1], device=score.device)
     before = (ahead > behind) | ((ahead == behind) & (place < place.unsqueeze(1)))
     rank = (before & (where.unsqueeze(2) == where.unsqueeze(1))).to(score.dtype).sum(dim=2)
-    return prefer(score, (rank < quota).to(score.dtype))
+    several = (count.sum(dim=1).amin(dim=1, keepdim=True) > 0).to(score.dtype)
+    return prefer(score, (rank < quota).to(score.dtype) * several)
 
 
 def unlike_sound(tokens: Tensor, source: Tensor, layout: Layout, frames: Count = 2) -> Tensor:
@@ -130,49 +143,80 @@ def modality_quotas(layout: Layout, k: int, rates: tuple[float, ...]) -> list[in
     return share_out([size * rate for size, rate in zip(sizes, rates, strict=False)], k, sizes)
 
 
-def _cell_quotas(layout: Layout, k: int, frames: int, rates: tuple[float, ...]) -> tuple[list[int], Parts]:
+def _cell_quotas(
+    layout: Layout, k: int, frames: int, rates: tuple[float, ...], sound: int | None
+) -> tuple[list[int], Parts]:
     """Tokens that each cell keeps, and which token belongs to which cell that holds any."""
-    table, kinds = layout.cells(frames)
+    heard = accumulate(layout.modalities)
+    table = [
+        (kind, (number - 1) // sound if kind and sound else moment // frames)
+        for moment, kind, number in zip(layout.frames, layout.modalities, heard, strict=True)
+    ]
     held = sorted(set(table))
     quotas = [0] * len(held)
     for kind, kept in enumerate(modality_quotas(layout, k, rates)):
-        mine = [at for at, cell in enumerate(held) if cell % kinds == kind]
+        mine = [at for at, cell in enumerate(held) if cell[0] == kind]
         sizes = [table.count(held[at]) for at in mine]
         for at, part in zip(mine, share_out(sizes, kept, sizes), strict=True):
             quotas[at] = part
     return quotas, Parts([held.index(cell) for cell in table])
 
 
-def _share_out(weight: Tensor, total: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    """``total [..., 1]`` in whole parts in proportion to ``weight [..., C]``, from ``least`` to ``most``: ``[..., C]``.
+def _repair(budget: Tensor, size: Tensor, total: int, largest: int) -> Tensor:
+    """Rounded ``budget [G,W]`` between 1 and ``size [G,W]`` (0 where that is 0), repaired to sum to ``total``: ``[G,W]``.
 
-    With x the factor at which ``clamp(x * weight, least, most)`` sums to ``total``, parts are these numbers rounded
-    down, and one more for the largest remainders. The sum grows with x in straight pieces, so x lies on the piece
-    behind the last knee that is not above ``total``. Where ``least`` sums to more than ``total`` it is not heeded.
+    First :func:`_lower`; then adding one over and over to the smallest that has room raises all below some level to it,
+    and the first of those at the level to one above. ``largest`` is no less than any size.
     """
-    least = least * (least.sum(dim=-1, keepdim=True) <= total).to(weight.dtype)
-    weight = weight.clamp_min(1e-12)
-    starts, ends = least / weight, most / weight
-    knees = torch.cat([starts, ends], dim=-1)
-    bounds = least.unsqueeze(-2), most.unsqueeze(-2)
-    sums = _between(knees.unsqueeze(-1) * weight.unsqueeze(-2), *bounds).sum(dim=-1)
-    knee = torch.where(sums <= total, knees, 0.0).amax(dim=-1, keepdim=True)
-    begun = _between(knee * weight, least, most).sum(dim=-1, keepdim=True)
-    grows = ((starts <= knee) & (knee < ends)).to(weight.dtype)
-    slope = (weight * grows).sum(dim=-1, keepdim=True).clamp_min(1e-12)
-    exact = _between((knee + (total - begun) / slope) * weight, least, most)
-    whole = exact.to(torch.int64).to(weight.dtype)  # rounds towards zero
-    rest = exact - whole
-    place = torch.arange(weight.shape[-1], device=weight.device)
-    ahead = (rest.unsqueeze(-2) > rest.unsqueeze(-1)) | (
-        (rest.unsqueeze(-2) == rest.unsqueeze(-1)) & (place < place.unsqueeze(1))
-    )
-    rank = ahead.to(weight.dtype).sum(dim=-1)
-    return whole + (rank < total - whole.sum(dim=-1, keepdim=True)).to(weight.dtype)
+    budget = _lower(torch.minimum(budget.clamp_min(1.0), size), total, largest)
+    levels = _levels(largest, size)
+    raised = torch.maximum(budget.unsqueeze(1), torch.minimum(size.unsqueeze(1), levels)).sum(dim=2)
+    level = (raised <= total).to(size.dtype).sum(dim=1, keepdim=True)
+    filled = torch.maximum(budget, torch.minimum(size, level))
+    lacking = total - filled.sum(dim=1, keepdim=True)
+    return filled + _first(((filled <= level) & (size > level)).to(size.dtype), lacking)
 
 
-def _between(value: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(value, least), most)
+def _lower(budget: Tensor, total: int, largest: int) -> Tensor:
+    """``budget [G,W]`` after taking one from the largest, the first of equals, until the sum is ``total`` at most or all
+    are 1: ``[G,W]``.
+
+    That lowers all above some level to it, and the first of those at the level to one below.
+    """
+    level = torch.minimum(budget.unsqueeze(1), _levels(largest, budget)).sum(dim=2) < total
+    level = level.to(budget.dtype).sum(dim=1, keepdim=True) + 1.0
+    capped = torch.minimum(budget, level)
+    excess = capped.sum(dim=1, keepdim=True) - total
+    return capped - _first(((budget >= level) & (level > 1.0)).to(budget.dtype), excess)
+
+
+def _levels(largest: int, like: Tensor) -> Tensor:
+    """1 to ``largest + 1`` as a column."""
+    return torch.arange(1, largest + 2, device=like.device).to(like.dtype).unsqueeze(1)
+
+
+def _first(mask: Tensor, number: Tensor) -> Tensor:
+    """``mask [G,W]`` (1 or 0) where no more than ``number [G,1]`` ones come up to and with it."""
+    return mask * (mask.cumsum(dim=1) <= number).to(mask.dtype)
+
+
+def _split_windows(budget: Tensor, due: Tensor, count: Tensor) -> Tensor:
+    """What is seen and what is heard in windows of ``budget [G,W]`` tokens, in proportion to ``due [G,W,2]`` and at most
+    ``count [G,W,2]``: ``[G,W,2]``. A kind that is there and would get none takes one, of the other kind's where that
+    has more than one."""
+    there, sounds = count[:, :, 0], count[:, :, 1]
+    fraction = due[:, :, 0] / (due.sum(dim=2) + 1e-12)
+    seen = torch.minimum((budget * fraction).round(), there)
+    heard = torch.minimum(budget - seen, sounds)
+    seen = seen + torch.minimum(budget - seen - heard, there - seen)
+
+    none = (there > 0) & (seen < 1)
+    seen = torch.where(none, 1.0, seen)
+    heard = torch.where(none & (heard > 1), torch.minimum(sounds, budget - seen).clamp_min(1.0), heard)
+    none = (sounds > 0) & (heard < 1)
+    heard = torch.where(none, 1.0, heard)
+    seen = torch.where(none & (seen > 1), torch.minimum(there, budget - heard).clamp_min(1.0), seen)
+    return torch.stack([seen, heard], dim=2)
 
 
 SCORES: dict[str, Callable[..., Tensor]] = {

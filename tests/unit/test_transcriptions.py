@@ -51,13 +51,13 @@ def test_row_follows_its_paper_on_a_grid_with_an_inside(name: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.06, 0.2, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("name", [*omni.ROWS, "seats"])
+@pytest.mark.parametrize("name", [*omni.ROWS, *seats.ROWS])
 def test_row_follows_its_paper_with_sound(name: str, keep: float) -> None:
     """Two windows of two moments and a third of one, each ending with its sound."""
     frames = [*[0] * 6, *[1] * 6, *[0] * 4, *[1] * 5, *[2] * 6, *[3] * 6, *[2] * 4, *[3] * 5, *[4] * 6, *[4] * 4]
     kinds = [*[0] * 12, *[1] * 9, *[0] * 12, *[1] * 9, *[0] * 6, *[1] * 4]
     layout, row = Layout(tuple(frames), tuple(kinds)), ready(name)
-    rates = (1.0, 1.0) if name == "seats" else row.rates
+    rates = (1.0, 1.0) if name in seats.ROWS else row.rates
     plan = plan_recipe(
         row if rates is None else row.with_rates(rates), keep=keep, images=1, tokens_per_image=len(frames),
         vision_layers=9, decoder_layers=32,

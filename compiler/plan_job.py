@@ -86,6 +86,7 @@ def plan_for(source: Source, geometry: Geometry, recipe: Recipe, keep: float | N
         vision_running=source.vision.feature_layer + 1,
         sizes=source.vision.sizes,
         size_of=source.vision.size_of,
+        has_cls=source.vision.has_cls,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from secateur.compiler.layout import Grid, Layout
@@ -17,6 +17,10 @@ from secateur.runtime.errors import UserError
 Gridless = Literal["pruned", "sizes", "sound", "tiles"]
 """Tokens form no grid: an earlier stage removed some, images have several sizes, sound lies between them, or they are
 those of tiles."""
+
+
+_NOISE = 1e-9
+"""Shares are fractions in binary: one that means a whole number may lie so much beside it."""
 
 
 class Tokens(Protocol):
@@ -115,6 +119,7 @@ def plan_recipe(
     tiles: tuple[int, int] | None = None,
     sizes: Sequence[Tokens] = (),
     size_of: Sequence[int] = (),
+    has_cls: bool = True,
     before_decoder: bool = False,
 ) -> PlannedRecipe:
     """Fix layers and token counts.
@@ -129,7 +134,8 @@ def plan_recipe(
     what the stages before it leave of what is seen. ``tiles`` is (images, tokens of one) where the ``images`` of the
     tower are tiles, which nothing behind the tower's layers tells apart. Where images are of several ``sizes``,
     ``size_of`` every image, ``images`` is 1 and ``tokens_per_image`` counts the tokens of all; stages before the
-    decoder then are those planned for each size. ``before_decoder`` leaves the decoder's out.
+    decoder then are those planned for each size. ``has_cls`` says whether the tower's row opens with a CLS token.
+    ``before_decoder`` leaves the decoder's out.
     """
     keep = recipe.default_keep if keep is None else keep
     if audio is None:
@@ -144,7 +150,7 @@ def plan_recipe(
         plan_recipe(
             recipe, keep=keep, images=size.frames, tokens_per_image=size.tokens_per_image, vision_layers=vision_layers,
             decoder_layers=decoder_layers, grid=size.grid, vision_running=vision_running, audio=audio,
-            before_decoder=True,
+            has_cls=has_cls, before_decoder=True,
         )
         for size in sizes
     )  # fmt: skip
@@ -161,6 +167,7 @@ def plan_recipe(
     for number, part in enumerate(_scale_parts(recipe, keep)):
         entered = groups * length
         fractions = _fractions(part, sites[index : index + len(part.recipe.stages)], decoder_layers)
+        before = 1.0
         for stage, fraction in zip(part.recipe.stages, fractions, strict=True):
             site = sites[index]
             if site.kind == "audio.out":
@@ -177,6 +184,7 @@ def plan_recipe(
                 # From here on what is seen and what is heard is one row of tokens.
                 groups, length, images, gridless = 1, groups * length + heard, 1, "sound"
                 entered, heard = entered + heard, 0
+                before = length / entered
                 if stage.scope != "whole":
                     raise UserError(
                         f"stage {index} has scope {stage.scope!r}, but sound lies beside or between the images",
@@ -196,7 +204,8 @@ def plan_recipe(
                 groups, entered, reaching, tiles = images, images * length, length, None
                 tokens_per_image = length
             groups, length = _regroup(recipe, index, site, groups, length, images)
-            count = _count_left(recipe, index, fraction, entered // groups, length)
+            count = _count_left(recipe, index, (before, fraction), entered // groups, length)
+            before = fraction if stage.select is not None else before
             if sizes and not inside:
                 counts = [planned[size].stages[len(stages)].length_out for size in size_of]
                 count = sum(counts)
@@ -207,8 +216,8 @@ def plan_recipe(
             shape = Grid(images // groups, *grid) if grid is not None and gridless is None else None
             stages.append(
                 PlannedStage(
-                    index, site, stage.score, stage.select, stage.merge, stage.scope, part.recipe.positions,
-                    stage.signals, groups, length, count, shape, layout, number, gridless,
+                    index, site, stage.score, _settle_side(stage.select, has_cls), stage.merge, stage.scope,
+                    part.recipe.positions, stage.signals, groups, length, count, shape, layout, number, gridless,
                 )
             )  # fmt: skip
             if count < length or stage.merge is not None:
@@ -300,9 +309,17 @@ def _regroup(recipe: Recipe, index: int, site: Site, groups: int, length: int, i
     return wanted, length * groups // wanted
 
 
-def _count_left(recipe: Recipe, index: int, fraction: float, total: int, length: int) -> int:
-    """Tokens left per group by a stage that receives ``length``: a fraction of the ``total`` that entered its part."""
-    stage = recipe.stages[index]
+def _settle_side(select: Term | None, has_cls: bool) -> Term | None:
+    """A pairing selector that takes the side of the tower's row: tokens at odd places where CLS is in front of them."""
+    if select is None or select.options.get("sources") != "tower":
+        return select
+    return replace(select, options={**select.options, "sources": "odd" if has_cls else "even"})
+
+
+def _count_left(recipe: Recipe, index: int, fractions: tuple[float, float], total: int, length: int) -> int:
+    """Tokens left per group by a stage that receives ``length``. ``fractions`` of the ``total`` that entered its part
+    are what the stage before it and it itself leave."""
+    stage, (before, fraction) = recipe.stages[index], fractions
     if stage.select is None:
         return length
     if stage.count is not None:
@@ -315,10 +332,17 @@ def _count_left(recipe: Recipe, index: int, fraction: float, total: int, length:
         return stage.count
     if stage.share == 0.0:
         return 0
-    count = math.floor(fraction * total + 0.5)
+    exact = fraction * total
+    nearest = math.floor(exact + 0.5)
+    count = {
+        "nearest": nearest,
+        "down": max(math.floor(exact + _NOISE), min(nearest, 1)),
+        "up": math.ceil(exact - _NOISE),
+        "removed down": length - math.floor((before - fraction) * total + _NOISE),
+    }[stage.rounds]
     if count < 1:
         raise NothingLeftError(
-            f"stage {index} would leave {fraction * total:.2g} of {total} tokens",
+            f"stage {index} would leave {exact:.2g} of {total} tokens",
             where=f"recipe {recipe.name}",
             fix="keep more with --keep" if recipe.parts else f"the smallest --keep is {_least_keep(total):g}",
         )

@@ -19,6 +19,9 @@ Scope = Literal["image", "window", "whole"]
 Positions = Literal["original", "compact"]
 Cache = Literal["ragged", "shrink"]
 Evidence = Literal["authors' code", "paper", "reconstructed"]
+Rounds = Literal["nearest", "down", "up", "removed down"]
+"""What a share of the tokens is rounded to: the nearest whole number (halves up), the one below (1 rather than none
+where 1 is the nearest) or above it, or so that the number the stage removes is rounded down."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Stage:
 
     ``share`` is the fraction of the *original* prunable tokens left after this stage in the paper's
     setting; it fixes the proportions between stages, see :func:`plan_recipe`. 0 removes all of them.
+    ``rounds`` says which whole number of tokens that is: "removed down" is for authors who remove ``N // 2``.
     ``count`` instead is an exact number of tokens per group, whatever the keep ratio.
     A stage without ``select`` removes nothing: it scores, for later stages that ask for ``carried``.
     ``window`` is the number of images (frames) that share one budget when the scope is "window".
@@ -67,6 +71,7 @@ class Stage:
     window: int = 1
     count: int | None = None
     signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rounds: Rounds = "nearest"
 
     @property
     def prunes(self) -> bool:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from secateur.compiler.calibration import resolve_references, write_value
 from secateur.compiler.compose import compose
-from secateur.compiler.recipe import Cache, Evidence, Part, Positions, Recipe, Scope, Setting, Stage, Term
+from secateur.compiler.recipe import Cache, Evidence, Part, Positions, Recipe, Rounds, Scope, Setting, Stage, Term
 from secateur.compiler.schedule import Exponential
 from secateur.compiler.site import Site
 from secateur.compiler.yaml_text import parse_yaml
@@ -60,6 +60,7 @@ class _StageFields(BaseModel):
     scope: Scope = "image"
     window: int = Field(1, ge=1)
     signals: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    rounds: Rounds = "nearest"
 
 
 class _SettingFields(BaseModel):
@@ -97,7 +98,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "of": _TermFields, "settings": _SettingFields, "schedule": _ScheduleFields,
 }  # fmt: skip
 _CHOICES = {
-    "scope": get_args(Scope), "positions": get_args(Positions), "cache": get_args(Cache),
+    "scope": get_args(Scope), "rounds": get_args(Rounds), "positions": get_args(Positions), "cache": get_args(Cache),
     "evidence": get_args(Evidence), "name": ("exponential",),
 }  # fmt: skip
 _SHOWN = {dict: "a mapping", list: "a list", type(None): "empty"}
@@ -225,6 +226,7 @@ def _write_stage(stage: Stage) -> dict[str, Any]:
         "site": stage.site.written,
         **{role: _write_term(term) for role, term in terms.items() if term},
         **({"count": stage.count} if stage.count is not None else {"share": stage.share} if stage.select else {}),
+        **({"rounds": stage.rounds} if stage.rounds != "nearest" else {}),
         "scope": stage.scope,
         **({"window": stage.window} if stage.scope == "window" else {}),
         "signals": {name: dict(options) for name, options in stage.signals.items()},
@@ -251,6 +253,7 @@ def _read_stage(fields: _StageFields, where: str) -> Stage:
         scope=fields.scope,
         window=fields.window,
         signals=_freeze(fields.signals),
+        rounds=fields.rounds,
     )
     bind_stage(stage, where=where)
     return stage

@@ -16,7 +16,7 @@ from secateur.runtime.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from secateur.compiler.recipe import Recipe, Stage
+    from secateur.compiler.recipe import Recipe, Rounds, Stage
 
 WIDTH = 100
 """Columns the table is made to be read in."""
@@ -138,13 +138,20 @@ def _print_one(recipe: Recipe) -> None:
         results.print(table)
 
 
+_ROUNDED: dict[Rounds, str] = {
+    "nearest": "", "down": ", rounded down", "up": ", rounded up", "removed down": "; what it removes is rounded down",
+}  # fmt: skip
+
+
 def show_budget(stage: Stage) -> str:
     """How many tokens a stage leaves, in words."""
     if stage.select is None:
         return "every token: it only scores"
     if stage.count is not None:
         return f"{stage.count} tokens of each group"
-    return f"{100 * stage.share:.3g} % of the original tokens" if stage.share else "none: text goes on alone"
+    if not stage.share:
+        return "none: text goes on alone"
+    return f"{100 * stage.share:.3g} % of the original tokens{_ROUNDED[stage.rounds]}"
 
 
 def _show_vocabulary(as_json: bool) -> list[dict[str, Any]]:

@@ -17,7 +17,9 @@ from secateur.passes.methods.rows import unit_rows
 from secateur.passes.methods.select import Selection
 from secateur.runtime.errors import UserError
 
-Side = Literal["even", "odd"]
+Side = Literal["even", "odd", "tower"]
+"""Whose places the sources have. "tower" is settled when a recipe is planned: "odd" where the tower's row opens with
+CLS, "even" where it does not."""
 
 
 def bipartite_keys(keys: Tensor, k: int, sources: Side = "odd") -> Selection:
@@ -26,7 +28,7 @@ def bipartite_keys(keys: Tensor, k: int, sources: Side = "odd") -> Selection:
     Every other token is a source, the rest are destinations. Each source looks for its most similar destination (the
     first of equals); the N - k sources that found the most similar one join it. Destinations and the remaining
     sources survive. ``sources="odd"`` is ToMe's split of a sequence that opens with CLS, as the patches see it;
-    ``"even"`` is the split of a sequence of patches alone.
+    ``"even"`` is the split of a sequence of patches alone, ``"tower"`` the one of the tower at hand.
 
     At most half of the tokens can go in one round. A smaller k takes several rounds of at most half each, in which
     the survivors so far are split anew and a survivor's metric is the mean over the tokens it stands for.

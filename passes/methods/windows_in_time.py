@@ -80,9 +80,9 @@ def window_modality_quotas(
     p averaged over both kinds, rounded (halves to even), from 1 to the tokens it has; then the largest gives one away,
     or the smallest with room takes one (the first of equals), until the budgets sum to k. In a window the seen get
     their part by ``p * K``, rounded, the heard the rest, both at most what is there, and a kind that is there 1 at
-    least, even where the sum of all then exceeds k: there the largest quotas give one away again until it is k. K is the
-    kind's part of k in proportion to its tokens times its rate. Where all tokens left are of one kind ``score`` decides
-    alone. ``source [G,N]`` finds the tokens in the layout. Compares all pairs of tokens.
+    least, even where the sum of all then exceeds k: there the largest quotas give one away again until it is k. K is
+    the kind's part of k in proportion to its tokens times its rate. Where all tokens left are of one kind ``score``
+    decides alone. ``source [G,N]`` finds the tokens in the layout. Compares all pairs of tokens.
     """
     if len(set(layout.modalities)) < 2:
         return score
@@ -163,7 +163,7 @@ def _cell_quotas(
 
 
 def _repair(budget: Tensor, size: Tensor, total: int, largest: int) -> Tensor:
-    """Rounded ``budget [G,W]`` between 1 and ``size [G,W]`` (0 where that is 0), repaired to sum to ``total``: ``[G,W]``.
+    """Rounded ``budget [G,W]`` between 1 and ``size [G,W]`` (0 where that is 0), repaired to sum to ``total``.
 
     First :func:`_lower`; then adding one over and over to the smallest that has room raises all below some level to it,
     and the first of those at the level to one above. ``largest`` is no less than any size.
@@ -178,8 +178,8 @@ def _repair(budget: Tensor, size: Tensor, total: int, largest: int) -> Tensor:
 
 
 def _lower(budget: Tensor, total: int, largest: int) -> Tensor:
-    """``budget [G,W]`` after taking one from the largest, the first of equals, until the sum is ``total`` at most or all
-    are 1: ``[G,W]``.
+    """``budget [G,W]`` after taking one from the largest, the first of equals, until the sum is ``total`` at most or
+    all are 1.
 
     That lowers all above some level to it, and the first of those at the level to one below.
     """
@@ -201,9 +201,9 @@ def _first(mask: Tensor, number: Tensor) -> Tensor:
 
 
 def _split_windows(budget: Tensor, due: Tensor, count: Tensor) -> Tensor:
-    """What is seen and what is heard in windows of ``budget [G,W]`` tokens, in proportion to ``due [G,W,2]`` and at most
-    ``count [G,W,2]``: ``[G,W,2]``. A kind that is there and would get none takes one, of the other kind's where that
-    has more than one."""
+    """What is seen and what is heard in windows of ``budget [G,W]`` tokens, in proportion to ``due [G,W,2]`` and at
+    most ``count [G,W,2]``: ``[G,W,2]``. A kind that is there and would get none takes one, of the other kind's where
+    that has more than one."""
     there, sounds = count[:, :, 0], count[:, :, 1]
     fraction = due[:, :, 0] / (due.sum(dim=2) + 1e-12)
     seen = torch.minimum((budget * fraction).round(), there)

@@ -113,6 +113,7 @@ ROWS = (
         stages=(
             Stage(
                 _BEFORE_DECODER, score=Term("learned_perceptron"), select=Term("top_k"), share=0.2, scope="whole",
+                rounds="up",
             ),
         ),
         evidence="reconstructed",
@@ -121,8 +122,7 @@ ROWS = (
         "compressor.score_head.0.weight and .bias, and compressor.score_head.2.weight; W is D there). One pool of all "
         "that is seen and heard. It is their code with no refiner layers: the four layers of two-way attention before "
         "the head, whose states the survivors take on, and the rotary embedding with a fourth axis are a change of the "
-        "model, and a head trained behind them has to be trained anew without. Counts are rounded, theirs are rounded "
-        "up.",
+        "model, and a head trained behind them has to be trained anew without.",
         settings=(Setting("Qwen2.5-Omni-3B", 0.2, "compression ratio 0.2"),),
     ),
 )  # fmt: skip

@@ -119,12 +119,12 @@ ROWS = (
                 select=Term("farthest_by_score"),
                 share=1 / 3,
                 signals={"probe_slopes": {"directions": 64, "step": 0.01, "seed": 0}},
+                rounds="down",
             ),
         ),
         positions="compact",
         notes="The authors draw new directions for every image; here they are constants of the compiled graph, and "
-        "another seed is another bundle. The projector runs 128 times on every token besides the once. Counts are "
-        "rounded, where the authors cut them off.",
+        "another seed is another bundle. The projector runs 128 times on every token besides the once.",
         settings=_LLAVA,
     ),
     Recipe(
@@ -138,10 +138,11 @@ ROWS = (
                 score=Term("graph_flow", {"threshold": 0.5, "temperature": 0.03, "steps": 5}),
                 select=Term("top_k"),
                 share=0.5,
+                rounds="down",
             ),
         ),
         notes="The authors treat the base image as one graph and all tiles together as another; here every image and "
-        "every tile is a graph. Counts are rounded, where the authors cut them off.",
+        "every tile is a graph.",
         settings=(Setting("LLaVA-NeXT-8B", 0.5),),
     ),
     Recipe(
@@ -162,7 +163,7 @@ ROWS = (
         stages=tuple(
             Stage(
                 site,
-                select=Term("bipartite_keys", {"sources": "odd"}),
+                select=Term("bipartite_keys", {"sources": "tower"}),
                 merge=Term("merge_assigned", {"average": "size"}),
                 share=1 - 2 / 3 * layer / len(_AFTER_EACH_LAYER),
             )
@@ -175,7 +176,8 @@ ROWS = (
         "matching can remove half of the tokens; a smaller budget takes several in a row, the later ones on the mean "
         "keys of what was merged. Survivors stay in image order, the authors put unmerged sources first, so that "
         "later matchings split the tokens otherwise. The size of a token weighs in merges but not in attention (no "
-        "proportional attention). CLS is never merged. The budgets are those at which SparseVLM's authors ran ToMe.",
+        "proportional attention). CLS is never merged; counted with it in front the even places of the tower's row "
+        "merge away, and so do they in a tower without it. The budgets are those at which SparseVLM's authors ran ToMe.",
         settings=_LLAVA,
     ),
     Recipe(

@@ -28,7 +28,7 @@ from secateur.runtime.errors import UserError
 
 from .transcriptions import View
 from .transcriptions.draw import draw_signals
-from .transcriptions.tower import ROWS, cosine
+from .transcriptions.tower import ROWS, cosine, tome
 
 SETTINGS = settings(max_examples=40, deadline=None)
 PAIR: dict[str, Callable[[Tensor, Tensor, int], Selection]] = {
@@ -184,6 +184,55 @@ def test_forced_survivors_take_nothing_with_them(name: str) -> None:
     assert own.mix is not None
     assert again.mix is not None
     torch.testing.assert_close(again.mix, own.mix)
+
+
+@pytest.mark.parametrize("count", [16, 17, 25])
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_tome_counts_places_with_cls_where_the_tower_has_one(has_cls: bool, count: int) -> None:
+    plan = plan_recipe(
+        RECIPES["tome"], keep=0.5, images=1, tokens_per_image=count, vision_layers=3, decoder_layers=2,
+        grid=(1, count), has_cls=has_cls,
+    )  # fmt: skip
+    for planned in plan.stages:
+        stage = stage_function(planned)
+        signals = draw_signals(stage, 1, seed=count)
+        view = View(planned.index, planned.length_out, planned.grid, {n: v[0].numpy() for n, v in signals.items()})
+        found, expected = stage(signals), tome(view, has_cls)
+        assert found.keep[0].tolist() == list(expected.keep)
+        assert found.mix is not None
+        assert expected.rows is not None
+        np.testing.assert_allclose((found.mix @ signals["tokens"])[0].numpy(), expected.rows, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [*range(2, 40), 196, 729, 730, 731])
+def test_aim_removes_half_and_a_quarter_rounded_down(count: int) -> None:
+    """729 tokens become 365 and 183."""
+    plan = plan_recipe(
+        RECIPES["aim"], keep=None, images=max(1, 40 // count), tokens_per_image=count, vision_layers=2,
+        decoder_layers=28, grid=(1, count),
+    )  # fmt: skip
+    left = count - count // 2
+    assert [stage.length_out for stage in plan.stages[:2]] == [left, left - count // 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "entering", "left"),
+    [("gprune", 729, 364), ("zoo_prune", 100, 33), ("evs", 102, 25), ("echoingpixels", 101, 21), ("divprune", 576, 56)],
+)
+def test_counts_are_rounded_as_the_authors_do(name: str, entering: int, left: int) -> None:
+    """int(0.5 N), int(ratio N), int(N (1 - q)), ceil(0.2 N); round(ratio N) for DivPrune."""
+    plan = plan_recipe(
+        RECIPES[name], keep=None, images=1, tokens_per_image=entering, vision_layers=2, decoder_layers=28,
+        grid=(1, entering),
+    )  # fmt: skip
+    assert plan.stages[-1].length_out == left
+
+
+def test_a_share_that_is_nearest_to_one_token_is_not_rounded_to_none() -> None:
+    plan = plan_recipe(
+        RECIPES["zoo_prune"], keep=0.06, images=1, tokens_per_image=16, vision_layers=2, decoder_layers=2, grid=(4, 4)
+    )
+    assert plan.stages[0].length_out == 1
 
 
 @pytest.mark.parametrize("name", ["tome", "crossget"])

@@ -89,7 +89,9 @@ def test_stage_two_follows_the_loops(
 
 def test_a_window_without_sound_counts_as_much_as_one_with() -> None:
     """Of 56 tokens about 14 each for 4 windows of 24 seen tokens; the first two have 15 of sound besides."""
-    frames = [moment for first in (0, 2) for moment in (*[first] * 12, *[first + 1] * 12, *[first] * 8, *[first + 1] * 7)]
+    frames = [
+        moment for first in (0, 2) for moment in (*[first] * 12, *[first + 1] * 12, *[first] * 8, *[first + 1] * 7)
+    ]
     kinds = [kind for _ in range(2) for kind in (*[0] * 24, *[1] * 15)]
     layout = Layout((*frames, *(f for f in range(4, 8) for _ in range(12))), (*kinds, *[0] * 48))
     assert len(layout.frames) == 8 * 12 + 30

@@ -28,7 +28,7 @@ SCORES = f"(available: {', '.join(sorted(registry.SCORES))})"
 SELECTORS = f"(available: {', '.join(sorted(registry.SELECTORS))})"
 MERGES = f"(available: {', '.join(sorted(registry.MERGES))})"
 SITES = "(available: vision.layer[i], vision.out, projector.out, audio.out, decoder.layer[k])"
-STAGE_FIELDS = "site, select, score, merge, share, count, scope, window, signals"
+STAGE_FIELDS = "site, select, score, merge, share, count, scope, window, signals, rounds"
 RECIPE_FIELDS = (
     "name, title, link, positions, cache, evidence, notes, identity_at_one, collapses, settings, schedule, stages"
 )

@@ -153,8 +153,9 @@ def textmonkey(view: View) -> Expected:
     return Expected(highest([-r for r in redundancy], view.k))
 
 
-def tome(view: View) -> Expected:
-    """Odd tokens are sources, even ones destinations; the closest pairs merge, weighted by size.
+def tome(view: View, cls: bool = True) -> Expected:
+    """Of the tower's row, CLS in front where there is one, even places are sources and odd ones destinations. CLS is
+    protected: it takes part in no pair. The closest pairs merge, weighted by size.
 
     A round merges at most half of the tokens (rounded down); as many follow as the number to keep asks for, on the
     mean keys of what was merged.
@@ -164,8 +165,9 @@ def tome(view: View) -> Expected:
     while len(groups) > view.k:
         metric = [np.mean([keys[i] for i in group], axis=0) for group in groups]
         pairs = []
-        for source in range(1, len(groups), 2):
-            alike = [(cosine(metric[source], metric[to]), -to) for to in range(0, len(groups), 2)]
+        place = [i + cls for i in range(len(groups))]
+        for source in (i for i in range(len(groups)) if place[i] % 2 == 0):
+            alike = [(cosine(metric[source], metric[to]), -to) for to in range(len(groups)) if place[to] % 2]
             similarity, to = max(alike)
             pairs.append((similarity, source, -to))
         merging = sorted(pairs, reverse=True)[: min(len(groups) - view.k, len(groups) // 2)]

@@ -272,10 +272,11 @@ ROWS = (
         ),
         positions="compact",
         identity_at_one=False,
-        notes="The two rounds of merging are a stage each and remove N // 2 and N // 4 of a frame's N tokens (729, 365, "
-        "183); merged tokens stay in image order. The authors lower the tokens by an eighth in each of layers 14 to 21; here two cuts have the same mean over layers 15 to 17 and "
-        "over 18 to 21, and nothing visual is left from layer 22 on. They mask tokens, here they are dropped, and "
-        "survivors are numbered anew (the authors do so after merging only). PageRank needs the whole attention map.",
+        notes="The two rounds of merging are a stage each and remove N // 2 and N // 4 of a frame's N tokens (729, "
+        "365, 183); merged tokens stay in image order. The authors lower the tokens by an eighth in each of layers 14 "
+        "to 21; here two cuts have the same mean over layers 15 to 17 and over 18 to 21, and nothing visual is left "
+        "from layer 22 on. They mask tokens, here they are dropped, and survivors are numbered anew (the authors do "
+        "so after merging only). PageRank needs the whole attention map.",
         settings=(Setting("LLaVA-OneVision-7B", 0.25 * 0.3125, "merged to 25%"),),
     ),
     Recipe(

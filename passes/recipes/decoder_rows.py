@@ -51,12 +51,12 @@ ROWS: tuple[Recipe, ...] = (
         notes="The merging of tokens over time, before the decoder: of every four frames the first stays, the others "
         "keep what changed most. With the published 0.475 those keep 30 % each; any other budget changes that share, "
         "and one below the first frames' own number thins those out evenly. Tokens of a thinned frame stay in "
-        "ascending order, the authors' follow in the order of their change. At the end of a video their code leaves the third "
-        "frame of the last four whole where the frames are a multiple of four, and drops the last of an odd number; "
-        "here every third frame is thinned, and of nine frames the ninth, the first of its group, stays whole. The "
-        "second half of the method, which "
-        "picks the cache rows every decoding step may read anew, is left out: its reads depend on the data. A prompt "
-        "with a single image has no frames to compare, so the rows of its patches take their place.",
+        "ascending order, the authors' follow in the order of their change. At the end of a video their code leaves "
+        "the third frame of the last four whole where the frames are a multiple of four, and drops the last of an odd "
+        "number; here every third frame is thinned, and of nine frames the ninth, the first of its group, stays "
+        "whole. The second half of the method, which picks the cache rows every decoding step may read anew, is left "
+        "out: its reads depend on the data. A prompt with a single image has no frames to compare, so the rows of its "
+        "patches take their place.",
         settings=(Setting("LLaVA-OneVision-7B", 0.475, "merging ratio 0.7"),),
     ),
     Recipe(

@@ -177,7 +177,8 @@ ROWS = (
         "keys of what was merged. Survivors stay in image order, the authors put unmerged sources first, so that "
         "later matchings split the tokens otherwise. The size of a token weighs in merges but not in attention (no "
         "proportional attention). CLS is never merged; counted with it in front the even places of the tower's row "
-        "merge away, and so do they in a tower without it. The budgets are those at which SparseVLM's authors ran ToMe.",
+        "merge away, and so do they in a tower without it. The budgets are those at which SparseVLM's authors ran "
+        "ToMe.",
         settings=_LLAVA,
     ),
     Recipe(

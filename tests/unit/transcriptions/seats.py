@@ -23,8 +23,8 @@ def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
 
 def allot_some(weight: Mapping[Cell, float], total: int, most: Mapping[Cell, int]) -> dict[Cell, int]:
     """Whole numbers that sum to ``total``: what ``x * weight`` gives up to ``most``, for the one x at which these sum
-    to ``total``, rounded down; one more for the largest remainders, the first of equals. Then those without any take one
-    from the richest, while it has more than one."""
+    to ``total``, rounded down; one more for the largest remainders, the first of equals. Then those without any take
+    one from the richest, while it has more than one."""
     low, high = 0.0, 1e18
     for _ in range(400):
         x = (low + high) / 2

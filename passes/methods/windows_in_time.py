@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -72,6 +72,7 @@ def window_modality_quotas(
     temperature: Positive = 0.1,
     frames: Count = 2,
     rates: tuple[Positive, ...] = (1.0, 1.0),
+    alone: Literal["windows", "highest"] = "windows",
 ) -> Tensor:
     """Puts first the tokens that every window's and kind's quota picks by ``score [G,N]`` (SEATS, stage II).
 
@@ -81,10 +82,11 @@ def window_modality_quotas(
     or the smallest with room takes one (the first of equals), until the budgets sum to k. In a window the seen get
     their part by ``p * K``, rounded, the heard the rest, both at most what is there, and a kind that is there 1 at
     least, even where the sum of all then exceeds k: there the largest quotas give one away again until it is k. K is
-    the kind's part of k in proportion to its tokens times its rate. Where all tokens left are of one kind ``score``
-    decides alone. ``source [G,N]`` finds the tokens in the layout. Compares all pairs of tokens.
+    the kind's part of k in proportion to its tokens times its rate. Where an earlier stage left one kind only
+    ``score`` decides; where there was one from the start, ``alone`` says whether it has windows as well, or as in the
+    authors' code ``score`` decides. ``source [G,N]`` finds the tokens in the layout. Compares all pairs of tokens.
     """
-    if len(set(layout.modalities)) < 2:
+    if len(set(layout.modalities)) < 2 and alone == "highest":
         return score
     table, kinds = layout.cells(frames)
     cells = max(table) + 1 + (-(max(table) + 1)) % kinds
@@ -100,7 +102,7 @@ def window_modality_quotas(
     part = torch.tensor([float(n) for n in modality_quotas(layout, k, rates)], device=score.device)
     largest = max(Counter(cell // kinds for cell in table).values())
     budget = _repair((weight.mean(dim=2) * k).round(), size, k, largest)
-    quota = _split_windows(budget, weight * part, count).reshape(groups, cells)
+    quota = budget if kinds == 1 else _split_windows(budget, weight * part, count).reshape(groups, cells)
     quota = _lower(quota, k, largest).gather(1, where)
 
     behind, ahead = score.unsqueeze(2), score.unsqueeze(1)

@@ -60,7 +60,7 @@ def _row(
                     Site("decoder.layer", layer, depth),
                     score=Term(
                         "window_modality_quotas",
-                        {"temperature": temperature, "frames": grids, "rates": list(rates)},
+                        {"temperature": temperature, "frames": grids, "rates": list(rates), "alone": "highest"},
                         of=(attention,),
                     ),
                     select=Term("top_k"),

@@ -106,12 +106,22 @@ def test_a_window_without_sound_counts_as_much_as_one_with() -> None:
         assert 8 <= sum(layout.modalities[i] for i in row) <= 10
 
 
+def test_windows_of_one_kind_share_by_their_weight() -> None:
+    """Eight frames of six tokens, those of the second window the strongest by far: they stay, and one of each other."""
+    layout = Layout.of_images(8, 6)
+    score, _, source = draw(layout, 48, 9)
+    score = torch.where(torch.tensor(layout.frames) // 2 == 1, score + 1.0, score)
+    for row in top_k(window_modality_quotas(score, source, 15, layout), 15).keep.tolist():
+        assert Counter(layout.frames[i] // 2 for i in row) == {0: 1, 1: 12, 2: 1, 3: 1}
+
+
 @pytest.mark.parametrize("kind", [0, 1])
 def test_with_one_kind_of_token_the_highest_scores_stay(kind: int) -> None:
     """As in the authors' code: without sound (or without anything seen) there are no windows."""
     layout = Layout(tuple(range(20)), (kind,) * 20)
     score, _, source = draw(layout, 20, 6)
-    assert torch.equal(top_k(window_modality_quotas(score, source, 7, layout), 7).keep, top_k(score, 7).keep)
+    lifted = window_modality_quotas(score, source, 7, layout, alone="highest")
+    assert torch.equal(top_k(lifted, 7).keep, top_k(score, 7).keep)
     both = heard_and_seen(6, 4)
     mine = torch.tensor([i for i, other in enumerate(both.modalities) if other == kind])
     score = torch.rand(1, len(mine), generator=torch.Generator().manual_seed(7))

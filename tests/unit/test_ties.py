@@ -134,7 +134,6 @@ def test_a_tie_at_the_edge_of_what_a_score_puts_first() -> None:
         "text_tokens": tokens[:, 5:6] + 0.01 * torch.randn(1, 1, N, generator=source),
         "text_rows": torch.ones(1, 1, dtype=torch.bool),
     }
-
     assert stage(signals).keep.tolist() == [[0, 1, 2, 5]]
     carried[0, 3] = carried[0, 2]
     assert is_tied(stage, torch.tensor([0, 1, 3, 5]), stage.score(signals), signals)

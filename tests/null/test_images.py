@@ -222,7 +222,7 @@ def test_what_a_source_changes_is_said(tmp_path: Path, caplog: pytest.LogCapture
         ("data:image/png;base64," + "QUJD" * 1000, "not an image Pillow can read"),
         (b"", "0 bytes: not an image Pillow can read"),
         (StringIO("x"), "a file object of text; open the file with mode 'rb'"),
-        ("x" * 300 + "/", "xxx...: no such image file"),
+        ("x" * 300 + ".png", "xxx...: no such image file"),
         ("no\0name", "no such image file"),
         (Image.new("La", (4, 4)), "conversion from La"),
         (np.full((4, 4, 3), 300, np.int64), "holds 300 to 300; give levels 0 to 255"),

@@ -16,6 +16,7 @@ import secateur
 from secateur.compiler.calibration import digests_of, digests_of_weights
 from secateur.compiler.engine_facts import KINDS, describe_engines, list_outside
 from secateur.compiler.flops import count_flops
+from secateur.compiler.generation_defaults import check_generation_defaults
 from secateur.compiler.model_facts import describe_model, named_texts, token_text
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
@@ -91,6 +92,11 @@ def check_processor_files(job: Job, directory: Path | None = None) -> None:
             f"the texts and marks that stand between the media of a row take {least} text tokens already",
             where="--text-tokens", fix="give more, for the question and the chat template as well",
         )  # fmt: skip
+
+
+def list_generation_notes(job: Job) -> list[str]:
+    """What of the checkpoint's generation defaults a bundle does not apply."""
+    return check_generation_defaults(job.source.path, job.source.text.vocab_size)
 
 
 def copy_processor_files(job: Job, work: Path) -> None:
@@ -178,7 +184,7 @@ def _of_geometry(part: Part, engines: Mapping[str, EngineInfo], outside: Mapping
         "segments": [m.Segment(**vars(s)) for s in programs.segments],
         "media": _media(job),
         "position_offset": job.position_offset,
-        "notes": list(job.notes),
+        "notes": [*job.notes, *list_generation_notes(job)],
         "forecast": part.forecast,
     }
 

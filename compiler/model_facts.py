@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from secateur.compiler.generation_defaults import read_generation_defaults
 from secateur.compiler.pruned import Job
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
@@ -42,14 +43,8 @@ def describe_model(job: Job, weights_sha256: str) -> m.Model:
 
 def _stop_tokens(path: Path, config: Any) -> list[int]:
     """End-of-sequence ids: of the generation defaults, else of the configuration."""
-    defaults = path / "generation_config.json"
-    found = None
-    if defaults.is_file():
-        try:
-            found = json.loads(defaults.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError("not a JSON object", where=str(defaults), fix="download the file again") from None
-    where = path / "config.json" if found is None else defaults
+    found = read_generation_defaults(path).get("eos_token_id")
+    where = path / ("config.json" if found is None else "generation_config.json")
     for holder in (config, config.text_config):
         found = getattr(holder, "eos_token_id", None) if found is None else found
     if found is None or found == []:

@@ -23,6 +23,7 @@ from secateur.compiler.bundle import (
     Target,
     check_distinct,
     check_processor_files,
+    list_generation_notes,
 )
 from secateur.compiler.calibrate import calibrate_model, write_calibrated
 from secateur.compiler.calibration import Calibration
@@ -127,7 +128,8 @@ def compile(
         keep = choose_keep(source, geometries[0], row, budget)
         jobs = [plan_one(source, number, geometries, row, keep) for number in range(len(geometries))]
         check_distinct(jobs)
-        for note in dict.fromkeys(note for job in jobs for note in job.notes):
+        notes = [note for job in jobs for note in (*job.notes, *list_generation_notes(job))]
+        for note in dict.fromkeys(notes):
             _log.warning("%s", note)
         if stop_after is None:
             for job in jobs:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from secateur.runtime.chat import ChatTemplate, Message
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.row_media import KINDS, PARTS
+from secateur.runtime.token_bytes import TokenBytes
 
 
 class Prompts:
@@ -31,6 +32,7 @@ class Prompts:
             raise BundleError(f"cannot be read ({error})", where=f"{directory}: tokenizer.json") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.token_bytes = TokenBytes(self._tokenizer)
         if self._tokenizer.token_to_id(placeholder) != placeholder_id:
             raise BundleError(f"{placeholder} is not token {placeholder_id}", where=f"{directory}: tokenizer.json")
         self.kinds = {placeholder_id: "image"}

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
-"""An end-of-sequence token; a stop string; ``max_new_tokens``; cancelled by the caller."""
+FinishReason = Literal["eos", "stop", "length", "time", "cancelled"]
+"""An end-of-sequence token; a stop string; ``max_new_tokens`` or ``max_length``; ``max_time``; cancelled by the
+caller."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -12,18 +12,20 @@ from typing import Any, Literal, TypeAlias, overload
 
 from secateur.runtime.backends import Backend, Shared, open_backend
 from secateur.runtime.chat import Message
-from secateur.runtime.errors import BundleError, MisfitError, UserError
+from secateur.runtime.errors import MisfitError, UserError
 from secateur.runtime.generate import Limits, TextStream
+from secateur.runtime.generation_options import DEFAULTS_FILE, merge_given, resolve
 from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.pick import Asked, order_by_size, pick
 from secateur.runtime.pictures import ImageLike
 from secateur.runtime.processing import Inputs, Processor, Prompt
+from secateur.runtime.prompt_tokens import count_unpruned
 from secateur.runtime.prompts import read_json
 from secateur.runtime.request import Floats, Ints, Request
 from secateur.runtime.results import Generation
 from secateur.runtime.row_media import KINDS, list_rows
-from secateur.runtime.sampling import Sampling
 from secateur.runtime.schema import Manifest
+from secateur.runtime.text import AnswerText, encode_stop
 from secateur.runtime.video import VideoLike
 from secateur.runtime.waveform import AudioLike
 
@@ -62,14 +64,15 @@ class Session:
         self.geometries: list[Manifest] = self.manifest.each_variant()
         self.processor = Processor(self.path, self.geometries[0])
         self.processors = [self.processor, *(self.processor.at(one) for one in self.geometries[1:])]
-        self._defaults: dict[str, Any] = read_json(self.path / "generation_config.json")
+        self._defaults: dict[str, Any] = read_json(self.path / DEFAULTS_FILE)
         self._backend: Backend | None = (
             open_backend(backend, self.path, self.manifest, threads=threads, cuda_graphs=cuda_graphs)
             if backend is None or isinstance(backend, str)
             else backend
         )
         self._idle: list[Request] = []
-        self._lock = threading.Lock()
+        # A stream that is collected gives its request back, whatever this thread is doing at that moment.
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Session:
         return self
@@ -82,19 +85,20 @@ class Session:
     def close(self) -> None:
         """Let go of the backend. Streams that have started keep its programs until they end."""
         with self._lock:
+            backend, self._backend = self._backend, None
             self._idle.clear()
-            if self._backend is not None:
-                self._backend.close()
-            self._backend = None
+        if backend is not None:
+            backend.close()
 
     def request(self, variant: int = 0) -> Request:
         """State for :meth:`prefill` and :meth:`decode`: caches, inputs and outputs of one generation.
 
         ``variant`` is which of ``geometries`` it is for; both run the programs of that one.
         """
-        if self._backend is None:
+        backend = self._backend
+        if backend is None:
             raise UserError("the session is closed")
-        return Request(self._backend, self.manifest, variant)
+        return Request(backend, self.manifest, variant)
 
     def prefill(
         self,
@@ -169,13 +173,14 @@ class Session:
         video_fps: float | None = None,
         audio_rate: int | None = None,
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
+        generation: Mapping[str, Any] | None = None,
         cancel: threading.Event | None = None,
         variant: int | None = None,
     ) -> TextStream:
@@ -185,10 +190,12 @@ class Session:
         directory of frames, a list of them or an array; sound as a WAV file or an array of samples. A video that does
         not say its rate has ``video_fps`` frames a second, an array of sound ``audio_rate`` samples.
 
-        Input is processed and checked now, programs run on the first ``next``. None takes what the
-        checkpoint's generation_config.json says, else: all the capacity, no filter, no penalty. Greedy
-        unless ``temperature`` is above 0. Setting ``cancel`` ends the stream after the running step. ``variant`` is
-        which of ``geometries`` to run in; None takes the smallest that fits.
+        Input is processed and checked now, programs run on the first ``next``. Whatever is None is as the checkpoint's
+        generation_config.json says, else as transformers' defaults are, but that an answer may take all the capacity. A
+        ``temperature`` of 0 takes the likeliest token, one above 0 draws. ``stop`` are texts, special tokens among
+        them, that end an answer. ``generation`` holds other options by their names in transformers' GenerationConfig,
+        such as ``{"no_repeat_ngram_size": 3}``. Setting ``cancel`` ends the stream after the running step. ``variant``
+        is which of ``geometries`` to run in; None takes the smallest that fits.
         """
         start = perf_counter()
         single = _is_single(prompt)
@@ -198,67 +205,44 @@ class Session:
         def process(processor: Processor) -> Inputs:
             return processor(prompts, *rows, video_fps=video_fps, audio_rate=audio_rate)
 
-        chosen, inputs, count = self._fit(process, Asked(prompts, rows, max_new_tokens), variant)
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=int(self._default("top_k", top_k, 0)) if temperature else 0,
-            top_p=float(self._default("top_p", top_p, 1.0)) if temperature else 1.0,
-            repetition_penalty=float(self._default("repetition_penalty", repetition_penalty, 1.0)),
-            seed=seed,
-        )
+        named = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+            "repetition_penalty": repetition_penalty, "stop_strings": stop,
+        }  # fmt: skip
+        how = resolve(self._defaults, merge_given(named, generation), seed, f"{self.path}: {DEFAULTS_FILE}")
+        for text in how.stop:
+            encode_stop(text)
+        chosen, inputs = self._fit(process, Asked(prompts, rows, how.asked_tokens), variant)
+        manifest, words = self.geometries[chosen], self.processor.prompts
+        eos = self.manifest.model.eos_token_ids if how.eos is None else how.eos
         limits = Limits(
-            max_new_tokens=count,
-            eos=frozenset(() if ignore_eos else self.manifest.model.eos_token_ids),
-            stops=[stop] if isinstance(stop, str) else list(stop),
+            max_new_tokens=how.room(manifest.geometry.new_tokens, count_unpruned(manifest, inputs.lengths)),
+            eos=frozenset(() if ignore_eos else eos),
             cancel=cancel,
+            max_time=how.max_time,
         )
         return TextStream(
-            self.geometries[chosen],
+            manifest,
             inputs,
-            sampling,
+            how.sampling,
             limits,
-            decode=self.processor.prompts.decode,
+            new_answer=lambda: AnswerText(words.decode, how.stop, words.token_bytes),
             borrow=lambda: self._borrow(chosen),
             give_back=self._give_back,
             preprocess_s=perf_counter() - start,
             variant=chosen,
         )
 
-    def _fit(
-        self, process: Callable[[Processor], Inputs], asked: Asked, variant: int | None
-    ) -> tuple[int, Inputs, int]:
-        """The geometry to run in, its inputs, and how many tokens to generate at most."""
+    def _fit(self, process: Callable[[Processor], Inputs], asked: Asked, variant: int | None) -> tuple[int, Inputs]:
+        """The geometry to run in, and its inputs."""
 
-        def fit(index: int) -> tuple[int, Inputs, int]:
-            wanted = self._new_tokens(asked.new_tokens, self.manifest.variant(index))
-            return index, process(self.processors[index]), wanted
+        def fit(index: int) -> tuple[int, Inputs]:
+            _check_new_tokens(asked.new_tokens, self.manifest.variant(index))
+            return index, process(self.processors[index])
 
         if variant is not None or len(self.geometries) == 1:
             return fit(variant or 0)
         return pick(self.geometries, order_by_size(self.geometries, asked), fit, asked)
-
-    def _new_tokens(self, wanted: int | None, manifest: Manifest) -> int:
-        capacity = manifest.geometry.new_tokens
-        if wanted is None:
-            return min(int(self._default("max_new_tokens", None, capacity)), capacity)
-        if wanted < 1:
-            raise UserError(f"max_new_tokens is {wanted}", fix="give a number of at least 1")
-        if wanted > capacity:
-            raise MisfitError(
-                f"{wanted} new tokens, the bundle's caches hold {capacity}",
-                fix=f"ask for at most {capacity}, or compile with --new-tokens {wanted}",
-            )
-        return wanted
-
-    def _default(self, name: str, given: Any, otherwise: Any) -> Any:
-        if given is not None:
-            return given
-        value = self._defaults.get(name)
-        if value is None:
-            return otherwise
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise BundleError(f"{name} is {value!r}", where=f"{self.path}: generation_config.json")
-        return value
 
     def _borrow(self, variant: int) -> Request:
         with self._lock:
@@ -272,6 +256,15 @@ class Session:
             alike = sum(idle.variant == request.variant for idle in self._idle)
             if self._backend is not None and alike < _IDLE_REQUESTS:
                 self._idle.append(request)
+
+
+def _check_new_tokens(wanted: int | None, manifest: Manifest) -> None:
+    capacity = manifest.geometry.new_tokens
+    if wanted is not None and wanted > capacity:
+        raise MisfitError(
+            f"{wanted} new tokens, the bundle's caches hold {capacity}",
+            fix=f"ask for at most {capacity}, or compile with --new-tokens {wanted}",
+        )
 
 
 def _is_single(prompt: Any) -> bool:

@@ -129,6 +129,7 @@ def run_once(session: Session, workload: Workload) -> Metrics:
         audio=workload.audio,
         audio_rate=_RATE,
         max_new_tokens=workload.new_tokens,
+        temperature=0.0,
         ignore_eos=True,
         variant=workload.variant,
     )  # a list of prompts gives a list

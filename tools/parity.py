@@ -103,7 +103,7 @@ class Sweep:
         same, worst = 0, 0.0
         with self.bundles(1).borrow(recipe, 1.0) as path, Session(path, threads=self.threads) as session:
             for asked in self.asked:
-                answer = session.generate(asked.prompt, asked.image, max_new_tokens=NEW_TOKENS)
+                answer = session.generate(asked.prompt, asked.image, max_new_tokens=NEW_TOKENS, temperature=0.0)
                 same += answer.tokens == asked.tokens
                 inputs = session.processor([asked.prompt], [[asked.image]])
                 request = session.request()

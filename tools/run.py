@@ -31,12 +31,16 @@ def run(
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, tokens and metrics as JSON.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token, above 0 draws.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this mass.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; repeat for more.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text or special token; repeat for more.")] = None,
+    generation: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of transformers' GenerationConfig; repeat for more."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads per operator; all cores if not given.")] = None,
     full_check: Annotated[bool, typer.Option("--full-check", help="Also hash the weights before running.")] = False,
 ) -> list[Any]:
@@ -44,6 +48,7 @@ def run(
 
     `secateur inspect` says what a bundle takes. A prompt that does not name its media is put into the checkpoint's chat
     template behind them. Images and frames are resized to the compiled size, frames chosen evenly, sound resampled.
+    Options that are not given are as the checkpoint's generation_config.json says.
     With --stream and --json every piece is a line of JSON, and the last line is the result.
 
     \b
@@ -65,7 +70,8 @@ def run(
             top_p=top_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
-            stop=stop or (),
+            stop=stop or None,
+            generation=_parse_options(generation or []),
         )
         live = stream and len(prompt) == 1
         with pieces:
@@ -94,6 +100,22 @@ def describe(answer: Generation) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "metrics": answer.metrics.as_json(),
     }
+
+
+def _parse_options(written: list[str]) -> dict[str, Any]:
+    """``name=value``, the value in JSON; one that is not JSON is text."""
+    found: dict[str, Any] = {}
+    for one in written:
+        name, equals, value = one.partition("=")
+        if not equals or not name:
+            raise UserError(f"{one!r} is not NAME=VALUE", where="--generation", fix="such as no_repeat_ngram_size=3")
+        if name in found:
+            raise UserError(f"{name} is given twice", where="--generation", fix="leave one of them out")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
 
 
 def _per_row(kind: str, files: list[Path], prompts: list[str]) -> list[list[Path]]:

@@ -176,7 +176,7 @@ def test_what_is_no_matter_of_geometry_is_said_alone(session: Session, tmp_path:
         session.generate("what", missing)
     assert "no compiled geometry" not in str(caught.value)
     assert "missing.png" in str(caught.value)
-    with pytest.raises(UserError, match="max_new_tokens is 0; give a number of at least 1"):
+    with pytest.raises(UserError, match="max_new_tokens is 0; it must be a whole number of at least 1"):
         session.generate("what", pictures(1), max_new_tokens=0)
 
 

@@ -100,7 +100,7 @@ def test_softmax_of_masked_scores() -> None:
         ({"temperature": -1.0}, "temperature is -1.0; it must be 0 (greedy) or more"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must be in (0, 1]"),
+        ({"top_p": -0.1}, "top_p is -0.1; it must be in [0, 1]"),
         ({"top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),

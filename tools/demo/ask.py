@@ -84,7 +84,7 @@ def read_questions(path: Path) -> list[Question]:
 def ask_bundle(bundle: Bundle, questions: Sequence[Question], advance: Callable[[], None]) -> None:
     """Greedy answers to all questions."""
     for question in questions:
-        answer = bundle.session.generate(question.text, question.image)
+        answer = bundle.session.generate(question.text, question.image, temperature=0.0)
         text = answer.text.strip()
         kept = [indices[0] for indices in answer.metrics.kept.values()]
         bundle.asked.append(Asked(text, text == question.answer, kept))
@@ -100,7 +100,8 @@ def time_bundles(
     for turn in range(repeat + 1):
         for question in questions:
             for bundle, sample in zip(bundles, samples, strict=True):
-                metrics = bundle.session.generate(question.text, question.image, ignore_eos=True).metrics
+                told = bundle.session.generate(question.text, question.image, temperature=0.0, ignore_eos=True)
+                metrics = told.metrics
                 if turn:
                     sample.append(metrics)
             advance()

@@ -22,8 +22,9 @@ def ask_bundle(bundle: Bundle, questions: Sequence[Asked], advance: Callable[[],
     """Greedy answers to all questions; one that goes on behind the right word is wrong."""
     for asked in questions:
         told = bundle.session.generate(
-            asked.text, videos=asked.frames, audio=asked.wave, video_fps=FRAMES_PER_SECOND, audio_rate=SAMPLING_RATE
-        )
+            asked.text, videos=asked.frames, audio=asked.wave, video_fps=FRAMES_PER_SECOND, audio_rate=SAMPLING_RATE,
+            temperature=0.0,
+        )  # fmt: skip
         text = told.text.strip()
         # A stage that leaves nothing chooses nothing.
         kept = [places[0] for places in told.metrics.kept.values() if places.shape[1]]

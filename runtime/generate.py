@@ -142,7 +142,7 @@ class _Run:
             start = perf_counter()
             # Rows that have ended go on with padding; their logits are looked at no more.
             done = np.array([row.reason is not None for row in rows])
-            tokens = sampler.draw(request.decode(np.where(done, self.manifest.model.pad_token_id, tokens)))
+            tokens = sampler.draw(request.decode(np.where(done, self.manifest.model.pad_token_id, tokens)), done)
             metrics.step_s.append(perf_counter() - start)
 
     def _open_sampler(self, vocab_size: int) -> Sampler:

@@ -102,9 +102,11 @@ class Sampler:
         streams = SeedSequence(sampling.seed).spawn(len(prompts))
         self._random = [Generator(PCG64(stream)) for stream in streams]
 
-    def draw(self, logits: Floats) -> NDArray[np.int64]:
-        """Next token of every row: ``logits`` [B, vocab] float32 -> int64 [B]."""
-        tokens = [self._draw_row(row, logits[row]) for row in range(len(logits))]
+    def draw(self, logits: Floats, done: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """Next token of every row: ``logits`` [B, vocab] float32 -> int64 [B]. Rows that are ``done``, bool [B], get
+        0, whatever theirs are."""
+        ended = np.zeros(len(logits), dtype=bool) if done is None else done
+        tokens = [0 if ended[row] else self._draw_row(row, logits[row]) for row in range(len(logits))]
         for history, token in zip(self._histories, tokens, strict=True):
             history.append(token)
         return np.array(tokens, dtype=np.int64)

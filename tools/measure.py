@@ -131,6 +131,7 @@ def run_once(session: Session, workload: Workload) -> Metrics:
         max_new_tokens=workload.new_tokens,
         temperature=0.0,
         ignore_eos=True,
+        stop=(),
         variant=workload.variant,
     )  # a list of prompts gives a list
     return answers[0].metrics

@@ -43,6 +43,18 @@ def test_run_prints_the_answer(secateur: Any, built: Path, image_file: Path) -> 
     assert "".join(piece["piece"] for piece in pieces) == last[0]["text"] == answer["text"]
 
 
+def test_run_takes_options_by_their_names_in_transformers(secateur: Any, built: Path, image_file: Path) -> None:
+    def ask(*more: object) -> list[int]:
+        code, out, _ = secateur("run", built, "--image", image_file, "--prompt", "what", "--json", *more)
+        assert code == 0
+        return list(json.loads(out)[0]["tokens"])
+
+    plain = ask()
+    assert ask("--generation", f"suppress_tokens=[{plain[0]}]", "--generation", "min_new_tokens=3")[0] != plain[0]
+    drawn = ask("--generation", "temperature=2", "--generation", "top_k=9", "--seed", 1)
+    assert ask("--temperature", 2, "--top-k", 9, "--seed", 1) == drawn
+
+
 def test_run_deals_images_to_rows(secateur: Any, tiny: ModuleType, tmp_path: Path, image_file: Path) -> None:
     two = tiny.build(tmp_path / "two", tiny.Tiny(batch=2, images=2))
     ask = ["run", two, "--prompt", "a", "--prompt", "b", *["--image", image_file] * 4, "--max-new-tokens", 2]
@@ -61,6 +73,12 @@ def test_run_deals_images_to_rows(secateur: Any, tiny: ModuleType, tmp_path: Pat
         (["--prompt", "second"], "compile with --batch 2"),
         (["--temperature", -1], "temperature is -1.0"),
         (["--threads", 0], "threads is 0"),
+        (["--top-k", 5], "top_k says how to draw tokens, but the likeliest is taken; give a temperature above 0"),
+        (["--generation", "num_beams=4"], "generation: num_beams is not applied here"),
+        (["--generation", "num_beams"], "--generation: 'num_beams' is not NAME=VALUE"),
+        (["--generation", "max_time=soon"], "max_time is 'soon'; it must be a number of seconds"),
+        (["--generation", "top_k=1", "--generation", "top_k=2"], "--generation: top_k is given twice"),
+        (["--top-k", 1, "--generation", "top_k=2"], "generation: top_k is given twice"),
     ],
 )
 def test_run_refuses_in_one_line(secateur: Any, built: Path, image_file: Path, more: list[Any], says: str) -> None:

@@ -90,6 +90,14 @@ def test_a_seed_repeats_and_rows_do_not_share_a_stream() -> None:
     assert any(a != b for a, b in draw(1))
 
 
+def test_rows_that_are_done_cannot_fail() -> None:
+    sampler = Sampler(Sampling(temperature=1.0, suppress_tokens=[0, 1]), [[], []], 3)
+    logits = np.array([[0.0, 0.0, -np.inf], [0.0, 0.0, 1.0]], dtype=np.float32)
+    assert sampler.draw(logits, np.array([True, False])).tolist() == [0, 2]
+    with pytest.raises(UserError, match="every token is ruled out"):
+        sampler.draw(logits)
+
+
 def test_softmax_of_masked_scores() -> None:
     np.testing.assert_allclose(softmax(np.array([0.0, -np.inf, 0.0])), [0.5, 0.0, 0.5])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,15 @@ def test_every_field_has_an_answer() -> None:
     # Kept for files of earlier releases.
     assert set(known) - set(GenerationConfig().to_dict()) == {"return_legacy_cache", "_commit_hash"}
     assert {"quantized"} == set(ALL_CACHE_IMPLEMENTATIONS) - set(LEFT_OUT["cache_implementation"])
+
+
+def test_the_page_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    for name in (*APPLIED, *LEFT_OUT):
+        assert f"`{name}`" in page, name
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, why in WITHOUT_SAY.items():
+        assert [row for row in rows if f"`{name}`" in row and row.endswith(f"| {why} |")], name
 
 
 def test_every_class_of_transformers_has_a_field() -> None:

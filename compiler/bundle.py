@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from secateur.compiler.engine_facts import KINDS, describe_engines, list_outside
 from secateur.compiler.flops import count_flops
 from secateur.compiler.generation_defaults import check_generation_defaults
 from secateur.compiler.model_facts import describe_model, named_texts, token_text
+from secateur.compiler.processor_files import open_processor, take_processor_files
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.exporters.engine_options import EngineOptions
@@ -27,16 +27,6 @@ from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
 
-_PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
 _TOOLS = ("torch", "transformers", "onnx-ir")
 
 
@@ -66,27 +56,16 @@ class Target:
         return "CPUExecutionProvider"
 
 
-def check_processor_files(job: Job, directory: Path | None = None) -> None:
+def check_processor_files(job: Job) -> None:
     """Refuse processor files no bundle could be opened with, by opening them as the runtime will.
 
-    They lie in ``directory``: the model's own, or a bundle in the making. Errors name the model's file either way.
+    Errors name the model's files.
     """
-    from secateur.runtime.processing import Processor
-
-    source = job.source.path
-    if not (source / "tokenizer.json").is_file():
-        raise UserError(
-            "no tokenizer.json", where=str(source),
-            fix="save the processor with transformers (AutoProcessor.save_pretrained) into the model directory",
-        )  # fmt: skip
     # What a manifest says of processing is known before anything is traced.
     manifest = m.Manifest.model_construct(
         model=describe_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
     )
-    try:
-        processor = Processor(directory or source, manifest)
-    except UserError as error:
-        raise _blame_source(source, str(error)) from None
+    processor = open_processor(job.source.path, manifest)
     if (least := processor.media_words) >= job.geometry.text_tokens:
         raise UserError(
             f"the texts and marks that stand between the media of a row take {least} text tokens already",
@@ -101,11 +80,8 @@ def list_generation_notes(job: Job) -> list[str]:
 
 def copy_processor_files(job: Job, work: Path) -> None:
     """Tokenizer, chat template, image processor and generation defaults travel with the bundle."""
-    source = job.source.path
-    for name in _PROCESSOR_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, work / name)
-    check_processor_files(job, work)
+    check_processor_files(job)
+    take_processor_files(job.source.path).write(work)
 
 
 def graph_file(program: str, variant: int) -> str:
@@ -293,14 +269,11 @@ def _tile_marks(job: Job) -> list[list[int]]:
     split = job.source.vision.split
     if split is None or not split.texts:
         return []
-    from tokenizers import Tokenizer
-
     source, token = job.source, int(job.source.config.image_token_id)
-    named = {n: text["content"] if isinstance(text, dict) and "content" in text else text
-             for n, text in named_texts(job).items()}  # fmt: skip
-    text = token_text(source.path, token).join(split.texts).format_map(named)
+    text = token_text(source.path, token).join(split.texts).format_map(named_texts(job))
     marks: list[list[int]] = [[]]
-    for each in Tokenizer.from_file(str(source.path / "tokenizer.json")).encode(text, add_special_tokens=False).ids:
+    tokenizer = take_processor_files(source.path).tokenizer.backend
+    for each in tokenizer.encode(text, add_special_tokens=False).ids:
         if each == token:
             marks.append([])
         else:
@@ -330,16 +303,4 @@ def _media(job: Job) -> m.Media | None:
     return m.Media(
         items=items, around=around, sound_before=before, sound_behind=behind,
         sound_marks_count=media.sound_marks_count, sound_padding=media.sound_padding, timestamp=media.timestamp,
-    )  # fmt: skip
-
-
-def _blame_source(source: Path, text: str) -> UserError:
-    """The runtime's complaint about a processor file, under that file's name in the model directory."""
-    named = next((name for name in _PROCESSOR_FILES if f"{name}: " in text), None)
-    reason = text.partition(f"{named}: ")[2] if named else text
-    if named == "preprocessor_config.json" and not (source / named).is_file():
-        named = "processor_config.json"
-    return UserError(
-        reason.removesuffix("; compile the bundle again"), where=str(source / (named or "")),
-        fix="take the processor files that belong to this checkpoint",
     )  # fmt: skip

@@ -29,6 +29,7 @@ from secateur.compiler.geometry import Geometry, Sizes
 from secateur.compiler.inputs import Asked, question_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import run_oracle
+from secateur.compiler.processor_files import open_processor
 from secateur.compiler.pruned import Job
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe, Stage, Term
@@ -36,7 +37,6 @@ from secateur.compiler.trace import read_source
 from secateur.passes.recipe_file import load_recipe, recipe_to_yaml
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import hash_file
-from secateur.runtime.processing import Processor
 
 TAU = 20.0
 """How many times the root mean square of its row an entry of a sink dimension is at least."""
@@ -108,7 +108,7 @@ def calibrate_model(
             where="--image-size", fix="calibrate with images of one size",
         )  # fmt: skip
     manifest = outline(job)
-    items = question_rows(Processor(model_dir, manifest), geometry.images, asked)
+    items = question_rows(open_processor(model_dir, manifest), geometry.images, asked)
     oracle = Oracle(job)
     measured = {stage.planned.name: _Measured() for stage in scored}
     progress("questions", 0, len(items))

@@ -14,6 +14,7 @@ from secateur.compiler.geometry import Geometry
 from secateur.compiler.inputs import Asked, RowInput, question_rows, random_rows
 from secateur.compiler.oracle import Oracle
 from secateur.compiler.parity import Run
+from secateur.compiler.processor_files import open_processor
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
@@ -110,7 +111,8 @@ class CommonGround:
     def read_rows(self, data: Path | Sequence[Asked] | None, count: int | None, seed: int) -> list[RowInput]:
         if data is None:
             return random_rows(self.manifest, count or RANDOM_ROWS, 0, seed)
-        processor = Processor(self.directory, self.manifest)
+        opened = Processor if self.job is None else open_processor
+        processor = opened(self.directory, self.manifest)
         asked = read_questions(data, count) if isinstance(data, Path) else data[:count]
         return question_rows(processor, self.manifest.geometry.images, asked)
 

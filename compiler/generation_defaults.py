@@ -6,32 +6,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-from secateur.runtime.errors import UserError
+from secateur.compiler.generation_files import GENERATION
+from secateur.compiler.processor_files import take_processor_files
 from secateur.runtime.generation_fields import list_left_out
-from secateur.runtime.generation_options import DEFAULTS_FILE, resolve
+from secateur.runtime.generation_options import resolve
 from secateur.runtime.sampling import check_tokens
 
 
 def read_generation_defaults(path: Path) -> dict[str, Any]:
-    """The model directory's generation_config.json; empty where there is none."""
-    file = path / DEFAULTS_FILE
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError("not a JSON object", where=str(file), fix="download the file again")
-    return found
+    """The generation defaults that count of a model directory; empty where it says nothing."""
+    return dict(json.loads(take_processor_files(path).texts.get(GENERATION, "{}")))
+
+
+def find_generation_file(path: Path) -> Path:
+    """The file of a model directory that its generation defaults stand in."""
+    own = path / GENERATION
+    return own if own.is_file() else path / "config.json"
 
 
 def check_generation_defaults(path: Path, vocab_size: int) -> list[str]:
     """Refuse defaults that no prompt could be answered with; notes on those that are not applied, one at most."""
     defaults = read_generation_defaults(path)
-    where = str(path / DEFAULTS_FILE)
+    file = find_generation_file(path)
+    where = str(file)
     check_tokens(resolve(defaults, where=where).sampling, vocab_size, where)
     if left_out := list_left_out(defaults):
         return [
-            f"{DEFAULTS_FILE}: not applied: {', '.join(left_out)}; answers are greedy or drawn, and may differ from "
+            f"{file.name}: not applied: {', '.join(left_out)}; answers are greedy or drawn, and may differ from "
             f"transformers'"
         ]
     return []

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from secateur.compiler.generation_defaults import read_generation_defaults
+from secateur.compiler.generation_defaults import find_generation_file, read_generation_defaults
+from secateur.compiler.processor_files import take_processor_files
 from secateur.compiler.pruned import Job
+from secateur.compiler.tokenizer_files import TOKENIZER
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
+from secateur.runtime.processor_files import TOKENIZER_CONFIG
 
 
 def describe_model(job: Job, weights_sha256: str) -> m.Model:
@@ -44,7 +46,7 @@ def describe_model(job: Job, weights_sha256: str) -> m.Model:
 def _stop_tokens(path: Path, config: Any) -> list[int]:
     """End-of-sequence ids: of the generation defaults, else of the configuration."""
     found = read_generation_defaults(path).get("eos_token_id")
-    where = path / ("config.json" if found is None else "generation_config.json")
+    where = path / "config.json" if found is None else find_generation_file(path)
     for holder in (config, config.text_config):
         found = getattr(holder, "eos_token_id", None) if found is None else found
     if found is None or found == []:
@@ -60,16 +62,10 @@ def _stop_tokens(path: Path, config: Any) -> list[int]:
 
 def token_text(path: Path, token: int) -> str:
     """The text of a token of the tokenizer in ``path``."""
-    from tokenizers import Tokenizer
-
-    file = str(path / "tokenizer.json")
-    try:
-        text = Tokenizer.from_file(file).id_to_token(token)
-    except Exception as error:  # the library has no class of its own
-        raise UserError(f"not a tokenizer ({error})", where=file, fix="download the file again") from None
+    text = take_processor_files(path).tokenizer.backend.id_to_token(token)
     if text is None:
         raise UserError(
-            f"image token {token} is not in the tokenizer", where=file,
+            f"image token {token} is not in the tokenizer", where=str(path / TOKENIZER),
             fix="use the tokenizer that belongs to this checkpoint",
         )  # fmt: skip
     return str(text)
@@ -94,28 +90,18 @@ def _named_tokens(job: Job) -> dict[str, Any]:
 
 
 def named_texts(job: Job) -> dict[str, Any]:
-    """Special tokens by name, each as text or as an object with ``content``."""
-    file = job.source.path / "tokenizer_config.json"
-    try:
-        said = json.loads(file.read_text()) if file.is_file() else {}
-        named: dict[str, Any] = {**job.source.family.mark_texts, **said}
-    except (ValueError, TypeError, RecursionError):
-        raise UserError("not a JSON object", where=str(file), fix="download the file again") from None
-    for part in (said.get("extra_special_tokens"), said.get("model_specific_special_tokens")):
-        named |= part if isinstance(part, dict) else {}
-    return named
+    """The texts of special tokens by their names."""
+    return {**job.source.family.mark_texts, **take_processor_files(job.source.path).tokenizer.words}
 
 
-def _token_id(path: Path, token: Any, name: str) -> int:
-    """The id of a named special token, written as text or as an object with ``content``."""
-    from tokenizers import Tokenizer
-
-    text = token.get("content") if isinstance(token, dict) else token
-    found = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(text) if isinstance(text, str) else None
+def _token_id(path: Path, text: Any, name: str) -> int:
+    """The id of a named special token."""
+    backend = take_processor_files(path).tokenizer.backend
+    found = backend.token_to_id(text) if isinstance(text, str) else None
     if found is None:
-        what = f"names no {name}" if text is None else f"calls {name} {text!r}, which tokenizer.json does not have"
+        what = f"names no {name}" if text is None else f"calls {name} {text!r}, which {TOKENIZER} does not have"
         raise UserError(
-            what, where=str(path / "tokenizer_config.json"), fix="use the tokenizer that belongs to this checkpoint"
+            what, where=str(path / TOKENIZER_CONFIG), fix="use the tokenizer that belongs to this checkpoint"
         )
     return int(found)
 

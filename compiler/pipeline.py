@@ -38,6 +38,7 @@ from secateur.compiler.meta_model import DTYPES, build_meta_model
 from secateur.compiler.output import check_output, recover_output
 from secateur.compiler.passlist import PASSES, Pass, check_pass, count_unpruned, prune
 from secateur.compiler.plan_job import choose_keep, compare_flops, plan_for, plan_job
+from secateur.compiler.processor_files import take_processor_files
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
@@ -134,6 +135,8 @@ def compile(
         if stop_after is None:
             for job in jobs:
                 check_processor_files(job)
+            for note in take_processor_files(source.path).notes:
+                _log.warning("%s: %s", source.path, note)
             list_tensors(source.path)
         read_ahead()
         return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests,

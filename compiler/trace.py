@@ -26,6 +26,7 @@ from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
 from secateur.compiler.meta_model import DTYPES, build_meta_model, compute_buffers
 from secateur.compiler.order import order_entry
+from secateur.compiler.own_code import check_own_code
 from secateur.compiler.program import Program, ProgramSet
 from secateur.runtime.errors import UserError
 
@@ -99,7 +100,7 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     """Check a model directory and read its configuration; facts are those for ``geometry``, or the usual one.
 
     Raises UserError for a directory without ``config.json``, an unknown model type (lists the supported ones),
-    quantised checkpoints, adapters, and models that need ``trust_remote_code``.
+    quantised checkpoints, adapters, and models whose code comes with the checkpoint.
     """
     config_file = path / "config.json"
     if not path.is_dir():
@@ -116,6 +117,7 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
         raise UserError(f"not valid JSON ({error})", where=str(config_file), fix="download the file again") from None
     if not isinstance(raw, dict):
         raise UserError("not a JSON object", where=str(config_file), fix="download the file again")
+    check_own_code(path, raw)
     family = find_family(raw.get("model_type"), str(config_file))
     _warn_untested(family.name, family.tested_transformers)
     if quantised := raw.get("quantization_config"):
@@ -123,14 +125,10 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
         raise UserError(
             f"checkpoint is quantised ({method})", where=str(config_file), fix="use the unquantised checkpoint"
         )
-    if raw.get("auto_map"):
-        raise UserError(
-            "model needs trust_remote_code", where=str(config_file), fix="use the version that transformers ships"
-        )
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Its validators raise exceptions of no common class; the cause's first line says what they found.
         reason = first_line(error.__cause__ or error)
@@ -138,6 +136,8 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     if hasattr(config, family.inner_config):
         config = getattr(config, family.inner_config)
         config.name_or_path = str(path)
+    for each in (config, config.text_config, config.vision_config):
+        vars(each).pop("auto_map", None)  # So that nothing which is made of it later looks for that code.
     for part, known in (("text_config", family.decoder_types), ("vision_config", family.vision_types)):
         kind = getattr(config, part).model_type
         if kind not in known:

@@ -47,6 +47,7 @@ _SMOLVLM = {
 }
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
+    "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SIGLIP,
     "LlavaOnevisionImageProcessor": _ONE_VIEW,
     "LlavaOnevisionVideoProcessor": _ONE_VIEW,
@@ -64,6 +65,9 @@ _CONVERTS = ("Gemma3ImageProcessor",)
 _SQUARE = ("LlavaOnevisionImageProcessor",)
 """Types that pad an image to a square of the mean colour, first of all. (This one does so where a prompt has several
 images; of one alone it makes tiles, see ``runtime/tiles.py``.)"""
+
+_SQUARE_IF_ASKED = ("LlavaImageProcessor",)
+"""Types that do so where ``do_pad`` says so."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class ImagePipeline:
             side = _read_edge(values["max_image_size"], "max_image_size")
             values = {**values, "size": {"height": side, "width": side}, "do_resize": True}
         mean, std = read_mean_std(values)
+        square = kind in _SQUARE or (kind in _SQUARE_IF_ASKED and bool(values.get("do_pad")))
         return cls(
             size=_read_size(values["size"], "size") if values.get("do_resize", True) else None,
             resample=Image.Resampling(int(values.get("resample", Image.Resampling.BICUBIC))),
@@ -126,7 +131,7 @@ class ImagePipeline:
             mean=mean,
             std=std,
             longest=longest,
-            square=_mean_colour(values["image_mean"]) if kind in _SQUARE else None,
+            square=_mean_colour(values["image_mean"]) if square else None,
             # transformers' processor of Gemma 3 converts whatever its file says.
             reader=PictureReader(bool(values.get("do_convert_rgb", True)) or kind in _CONVERTS, max_pixels),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 
 from secateur.runtime.chat import ChatTemplate, Message
 from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.processor_files import TOKENIZER_CONFIG, list_templates, read_json
 from secateur.runtime.row_media import KINDS, PARTS
 from secateur.runtime.token_bytes import TokenBytes
 
@@ -38,15 +38,15 @@ class Prompts:
         self.kinds = {placeholder_id: "image"}
         """Placeholder -> kind of what it stands for."""
         self.kinds |= {token: kind for kind, token in (others or {}).items() if token is not None}
-        config = read_json(directory / "tokenizer_config.json")
+        config = read_json(directory / TOKENIZER_CONFIG)
         special = _special_tokens(config)
         self._bos = special.get("bos_token")
         # WordPiece-era clean-up; transformers leaves it out for BPE, where it would eat real spaces.
         self._clean_up = bool(config.get("clean_up_tokenization_spaces")) and (
             type(self._tokenizer.model).__name__ != "BPE"
         )
-        source = _template_source(directory, config)
-        self.template = ChatTemplate(source, special) if source else None
+        template = next(iter(list_templates(directory)), None)
+        self.template = ChatTemplate(template.text, special) if template is not None and template.text else None
 
     def render(self, prompt: str | Sequence[Message], items: Sequence[str]) -> tuple[str, bool]:
         """The text to encode and whether the tokenizer adds its special tokens (BOS) to it.
@@ -128,19 +128,6 @@ def _check_message(message: Message, taken: set[str]) -> Message:
     return message
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a bundle's file; an absent file is an empty object."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"not JSON ({error})", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise BundleError("not a JSON object", where=str(path))
-    return value
-
-
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """``bos_token`` and the like, whether written as text or as an object with ``content``."""
     found = {}
@@ -149,21 +136,6 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
     return found
-
-
-def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
-    """The template's own file, in either of its forms, or else the tokenizer configuration's field."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BundleError(f"the chat template is not UTF-8 ({error.reason})", where=str(path)) from None
-    source = read_json(directory / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    return source if isinstance(source, str) else None
 
 
 def _clean_up_spaces(text: str) -> str:

@@ -19,8 +19,8 @@ from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.pick import Asked, order_by_size, pick
 from secateur.runtime.pictures import ImageLike
 from secateur.runtime.processing import Inputs, Processor, Prompt
+from secateur.runtime.processor_files import read_json
 from secateur.runtime.prompt_tokens import count_unpruned
-from secateur.runtime.prompts import read_json
 from secateur.runtime.request import Floats, Ints, Request
 from secateur.runtime.results import Generation
 from secateur.runtime.row_media import KINDS, list_rows

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImagePipeline
 from secateur.runtime.patches import Grid, PatchPipeline
 from secateur.runtime.pictures import ImageLike
-from secateur.runtime.prompts import read_json
+from secateur.runtime.processor_files import blame_file, find_settings
 from secateur.runtime.row_media import RowMedia
 from secateur.runtime.schema import Manifest
 from secateur.runtime.tiles import TilePipeline
@@ -57,17 +56,18 @@ class TileInputs:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
-        config = read_json(directory / "preprocessor_config.json") or read_json(directory / "processor_config.json")
+        config, _, where = find_settings(directory, "image")
         size = (sizes.image_height, sizes.image_width)
         self.pipeline: TilePipeline | CropPipeline
-        if manifest.model.family in ("internvl", "smolvlm"):
-            self.pipeline = CropPipeline.from_config(config, size)
-        else:
-            self.pipeline = TilePipeline.from_config(config, size, sizes.tokens_per_tile)
+        with blame_file(where):
+            if manifest.model.family in ("internvl", "smolvlm"):
+                self.pipeline = CropPipeline.from_config(config, size)
+            else:
+                self.pipeline = TilePipeline.from_config(config, size, sizes.tokens_per_tile)
         if self.pipeline.tiles != sizes.tiles:
             raise BundleError(
                 f"the image processor makes {self.pipeline.tiles} tiles, the bundle was compiled for {sizes.tiles}",
-                where=f"{directory}: preprocessor_config.json",
+                where=f"{directory}: {where}",
                 fix="compile the bundle again",
             )
 
@@ -82,14 +82,14 @@ class PixelInputs:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
         self.size = (sizes.image_height, sizes.image_width)
-        kind = "video" if sizes.frames else "image"
-        config = _read_config(directory, kind)
-        self.images = ImagePipeline.from_config(config, video=bool(sizes.frames))
+        config, _, where = find_settings(directory, "video" if sizes.frames else "image")
+        with blame_file(where):
+            self.images = ImagePipeline.from_config(config, video=bool(sizes.frames))
         self.frames = FrameSampler.from_config(config, sizes.frames, sizes.fps)
         if self.images.output_size not in (None, self.size):
             raise BundleError(
                 f"the image processor makes {self.images.output_size}, the bundle was compiled for {self.size}",
-                where=f"{directory}: preprocessor_config.json",
+                where=f"{directory}: {where}",
                 fix="compile the bundle again",
             )
 
@@ -105,7 +105,7 @@ class PixelInputs:
             raise UserError(
                 f"the image is {pixels.shape[1]}x{pixels.shape[2]} after processing, "
                 f"the bundle was compiled for {self.size[0]}x{self.size[1]}",
-                fix="check size and crop_size in preprocessor_config.json",
+                fix="check size and crop_size of the image processor",
             )
         return pixels
 
@@ -119,9 +119,10 @@ class PatchInputs:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         sizes = manifest.geometry
-        config = _read_config(directory, "video" if sizes.frames else "image")
-        self.patches = PatchPipeline.from_config(config, video=bool(sizes.frames))
-        videos = _read_config(directory, "video")
+        config, _, where = find_settings(directory, "video" if sizes.frames else "image")
+        with blame_file(where):
+            self.patches = PatchPipeline.from_config(config, video=bool(sizes.frames))
+        videos = find_settings(directory, "video").values
         self.frames = FrameSampler.from_config(videos, sizes.frames, sizes.fps, self.patches.temporal)
         edge, grids = self.patches.patch, sizes.frames // self.patches.temporal or 1
         seen = [(grids, height // edge, width // edge) for height, width in sizes.sizes_seen]
@@ -131,7 +132,7 @@ class PatchInputs:
                 raise BundleError(
                     f"the image processor cuts patches of {edge} pixels and merges {self.patches.merge}x"
                     f"{self.patches.merge} of them, the bundle was compiled for {expected} tokens",
-                    where=f"{directory}: preprocessor_config.json",
+                    where=f"{directory}: {where}",
                     fix="compile the bundle again",
                 )
         self.grids: list[Grid] = seen if sizes.sizes else seen * sizes.images
@@ -139,9 +140,9 @@ class PatchInputs:
         self.sound: AudioPipeline | None = None
         if sizes.audio_seconds:
             assert manifest.media is not None
-            self.sound = AudioPipeline.from_config(
-                _read_config(directory, "audio"), sizes.audio_seconds, manifest.media.sound_padding
-            )
+            heard = find_settings(directory, "audio")
+            with blame_file(heard.where):
+                self.sound = AudioPipeline.from_config(heard.values, sizes.audio_seconds, manifest.media.sound_padding)
         self._told = False
 
     def __call__(self, media: RowMedia) -> TowerInput:
@@ -176,17 +177,3 @@ class PatchInputs:
             "compiled for",
             kind, rows * edge, columns * edge, height, width,
         )  # fmt: skip
-
-
-def _read_config(directory: Path, kind: str) -> dict[str, Any]:
-    """The file that says how media of a kind are processed: its own, or one for several kinds."""
-    whole = read_json(directory / "processor_config.json")
-    part = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}[kind]
-    named: Sequence[str] = ("preprocessor_config.json",)
-    if kind == "video":
-        named = ("video_preprocessor_config.json",) if part in whole else ("video_preprocessor_config.json", *named)
-    for name in named:
-        found = read_json(directory / name)
-        if found and (kind != "audio" or "feature_extractor_type" in found):
-            return found
-    return whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.media import MediaLayout
 from secateur.compiler.pooled import Picture, Pooled
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.processor_files import find_settings
 
 
 @dataclass(frozen=True)
@@ -278,16 +278,10 @@ def fixed_size(config: Any, geometry: Geometry, videos: bool = False, tiles: boo
 
 def read_image_processor(config: Any) -> dict[str, Any]:
     """What the checkpoint's files say of processing images; empty where there are none."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = Path(config.name_or_path) / name
-        if not path.is_file():
-            continue
-        try:
-            found = json.loads(path.read_text())
-            return dict(found.get("image_processor") or found)
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise UserError("not a JSON object", where=str(path), fix="download the file again") from None
-    return {}
+    try:
+        return find_settings(Path(config.name_or_path), "image").values
+    except BundleError as error:
+        raise UserError(str(error), fix="download the file again") from None
 
 
 def read_feature_layer(config: Any, where: str, usual: str) -> int:

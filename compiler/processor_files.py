@@ -33,6 +33,17 @@ from secateur.runtime.processor_files import (
     read_json,
 )
 
+VIDEO_TYPES: Mapping[str, str] = {
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_omni": "Qwen2VLVideoProcessor",
+    "qwen3_omni_moe": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_vl_moe": "Qwen3VLVideoProcessor",
+}
+"""``model_type`` -> its processor of videos. transformers has the same table, and empties it without torchvision."""
+
 
 @dataclass(frozen=True)
 class ProcessorFiles:
@@ -126,9 +137,9 @@ def _name_type(kind: str, taken: Settings, model_type: str) -> tuple[dict[str, A
     if said is None and kind == "image" and (older := values.get("feature_extractor_type")):
         said = str(older).replace("FeatureExtractor", "ImageProcessor")
     if said is None and kind == "video" and (image := values.get("image_processor_type")):
-        said = str(image).removesuffix("Fast").replace("ImageProcessor", "VideoProcessor")
-        if said not in {**images.DEFAULTS, **patches.DEFAULTS}:
-            return None, []
+        # With "Fast" in its name it names no processor of videos: the model type decides.
+        inferred = str(image).replace("ImageProcessor", "VideoProcessor")
+        said = inferred if inferred in {**images.DEFAULTS, **patches.DEFAULTS} else None
     if kind == "audio" and taken.file != NESTED and model_type not in usual:
         return None, []
     own = usual.get(model_type)
@@ -147,7 +158,7 @@ def _usual_types(kind: str) -> dict[str, str]:
     if kind == "audio":
         return dict(feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES)
     if kind == "video":
-        return {}  # Where torchvision is not installed transformers lists none.
+        return dict(VIDEO_TYPES)
     listed = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.items()
     return {of: _strip(name) for of, names in listed if (name := next(filter(None, names.values()), None))}
 

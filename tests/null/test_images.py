@@ -46,8 +46,8 @@ def test_a_nested_processor_config_and_its_aliases() -> None:
 def test_an_unknown_processor_lists_the_known() -> None:
     with pytest.raises(UserError) as caught:
         ImagePipeline.from_config({"image_processor_type": "Qwen2VLImageProcessor"})
-    kinds = ("CLIPImage", "SiglipImage", "LlavaOnevisionImage", "LlavaOnevisionVideo", "LlavaNextImage", "GotOcr2Image")
-    known = ", ".join(f"{kind}Processor" for kind in (*kinds, "SmolVLMImage", "Gemma3Image"))
+    kinds = ("CLIPImage", "LlavaImage", "SiglipImage", "LlavaOnevisionImage", "LlavaOnevisionVideo", "LlavaNextImage")
+    known = ", ".join(f"{kind}Processor" for kind in (*kinds, "GotOcr2Image", "SmolVLMImage", "Gemma3Image"))
     assert f"'Qwen2VLImageProcessor' (available: {known})" in str(caught.value)
 
 

@@ -342,4 +342,6 @@ def test_files_of_their_own_for_each_kind(tmp_path: Path) -> None:
     assert seen.input_features is not None
     assert open_processor(tmp_path, ["video"])(["hi"], videos=[[white]]).pixel_values.max() == 2
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(videos | {"image_std": [0.25] * 3}))
+    assert open_processor(tmp_path, ["video"])(["hi"], videos=[[white]]).pixel_values.max() == 2  # as transformers 5
+    (tmp_path / "processor_config.json").write_text(json.dumps({**whole, "video_processor": None}))
     assert open_processor(tmp_path, ["video"])(["hi"], videos=[[white]]).pixel_values.max() == 4

@@ -137,7 +137,7 @@ def square(edge: int) -> dict[str, Any]:
 def move_image_processor(model: Path) -> None:
     found = json.loads((model / "preprocessor_config.json").read_text())
     (model / "preprocessor_config.json").unlink()
-    change(model / "processor_config.json", **{**found, **square(40)})
+    change(model / "processor_config.json", image_processor={**found, **square(40)})
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -163,10 +163,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "{m}/preprocessor_config.json: the image processor makes (40, 40), the bundle was compiled for (32, 32); "
         "take the processor files that belong to this checkpoint",
     ),
-    "other image size elsewhere": (move_image_processor, "{m}/processor_config.json: the image processor makes (40,"),
+    "other image size elsewhere": (
+        move_image_processor, "{m}/processor_config.json, image_processor: the image processor makes (40,"
+    ),
     "unknown image processor": (
-        lambda m: change(m / "preprocessor_config.json", image_processor_type="OtherImageProcessor"),
-        "{m}/preprocessor_config.json: no image processor 'OtherImageProcessor'",
+        lambda m: change(m / "preprocessor_config.json", image_processor_type="ViTImageProcessor"),
+        "{m}/preprocessor_config.json: no image processor 'ViTImageProcessor'",
     ),
     "no weights": (lambda m: (m / SINGLE).unlink(), "{m}: no model.safetensors; "),
 }  # fmt: skip

@@ -242,8 +242,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "{config}: checkpoint is quantised (bitsandbytes); use the unquantised checkpoint",
     ),
     "own code": (
-        {"auto_map": {"AutoConfig": "modeling.Config"}},
-        "{config}: model needs trust_remote_code; use the version that transformers ships",
+        {"model_type": "llava_of_my_own", "auto_map": {"AutoConfig": "modeling.Config"}},
+        "{config}: model type 'llava_of_my_own' is code of the checkpoint's own (auto_map), which is never run "
+        "(available: {types}); use a version of this model that transformers has classes for (often called …-hf)",
     ),
     "all tower layers": (
         {"vision_feature_layer": [-2, -5]},

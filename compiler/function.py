@@ -89,20 +89,20 @@ def trace_function(
     owned: Mapping[str, nn.Module] | None = None,
     dynamic: Mapping[str, Any] | None = None,
     constants: Mapping[str, Tensor] | None = None,
+    fix: str = "scores, selectors and merges must have shapes that do not depend on data",
 ) -> Program:
     """Export ``function(**feed)`` to a Program.
 
     ``owned`` holds the modules whose parameters it may use, by their path in the model, ``constants`` the values
-    of computed buffers by name, ``dynamic`` the symbolic dimensions per input.
+    of computed buffers by name, ``dynamic`` the symbolic dimensions per input; ``fix`` goes into the error.
 
     The function may be anything ``torch.export`` can trace with static shapes. Raises SecateurError with
     the exporter's first line and the function's own line (:mod:`secateur.compiler.blame`) when it cannot, for
     instance for a shape that depends on data.
     """
     shapes = (tuple(dynamic.get(k) for k in feed),) if dynamic else None
-    fix = "scores, selectors and merges must have shapes that do not depend on data"
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet_export(), _lean_export():
+        with torch.no_grad(), warnings.catch_warnings(), quiet_torch(), _lean_export():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 _Call(function, owned or {}), tuple(feed.values()), dynamic_shapes=shapes, strict=False
@@ -216,8 +216,8 @@ def _module_path(node: fx.Node, names: _Names) -> str:
 
 
 @contextmanager
-def _quiet_export() -> Iterator[None]:
-    """torch.export reports through loggers what the raised error already says."""
+def quiet_torch() -> Iterator[None]:
+    """torch reports through loggers what the error it raises already says."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

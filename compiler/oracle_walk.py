@@ -189,6 +189,8 @@ class Walk:
 
 
 def _turn_back(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo a rotary embedding: rotation by the opposite angle. ``heads [B,H,S,d]``, tables ``[B,S,d]``."""
+    """Undo a rotary embedding: rotation by the opposite angle. ``heads [B,H,S,d]``, tables ``[B,S,d]``, which some
+    kinds of rope scale."""
     first, second = heads.chunk(2, -1)
-    return heads * cos[:, None] - torch.cat((-second, first), -1) * sin[:, None]
+    turned = heads * cos[:, None] - torch.cat((-second, first), -1) * sin[:, None]
+    return turned / (cos * cos + sin * sin)[:, None]

@@ -14,6 +14,7 @@ from secateur.compiler.plan_job import plan_job
 from secateur.compiler.program import Program, ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.recipe import Recipe
+from secateur.compiler.rope import follow_length
 from secateur.compiler.trace import Traced, vision_programs
 from secateur.passes.append_rows import append_rows
 from secateur.passes.attach_caches import attach_caches, renumber_decode
@@ -128,6 +129,7 @@ def _decoder_stages(programs: ProgramSet, job: Job) -> ProgramSet:
     prefill = insert_decoder_stages(
         programs["prefill_decoder"], job.decoder_stages, layers, job.geometry.batch, job.sequence, job.carries,
         job.source.vision.extra_rows, job.source.vision.tiles is not None,
+        by_length=bool(follow_length(job.source, job.geometry)),
     )  # fmt: skip
     decode = programs["decode_decoder"]
     if job.plan.recipe.positions == "compact":
@@ -155,6 +157,7 @@ def _join(programs: ProgramSet, job: Job) -> ProgramSet:
         kept_per_item=job.kept_per_item, original_positions=job.original_positions,
         extra_rows=job.source.vision.extra_rows, tiles=job.source.vision.tiles, axes=_axes(job),
         blocks=job.source.family.image_masks is not None, chosen=job.removes_before_decoder,
+        by_length=bool(follow_length(job.source, job.geometry)),
     )  # fmt: skip
     decode = join_decode(programs["decode_decoder"], programs["embedding"], programs["head"], batch)
     return programs.update(prefill, decode, drop=["prefill_decoder", "decode_decoder", "embedding", "head"])

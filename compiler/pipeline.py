@@ -42,6 +42,7 @@ from secateur.compiler.processor_files import take_processor_files
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
+from secateur.compiler.rope import follow_length
 from secateur.compiler.trace import Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters import tensorrt
@@ -334,7 +335,8 @@ def _register_plugins(sms: Sequence[int], options: EngineOptions) -> None:
 def _trace_again(traced: Sequence[Traced], geometry: Geometry) -> Traced | None:
     """A trace that serves this geometry as well: lengths of text are symbols in it."""
     for one in traced:
-        if replace(one.geometry, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens) == geometry:
+        same = replace(one.geometry, text_tokens=geometry.text_tokens, new_tokens=geometry.new_tokens) == geometry
+        if same and follow_length(one.source, one.geometry) == follow_length(one.source, geometry):
             return replace(one, source=one.source.at(geometry), geometry=geometry)
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.compiler.rope import forget_lengths
 from secateur.compiler.trace import Source
 
 RECORDING = "secateur_recording"
@@ -26,7 +27,8 @@ class Record:
 
 
 def load_recording_model(source: Source) -> nn.Module:
-    """The checkpoint in fp32, with transformers' sdpa attention wrapped so that queries and keys can be seen."""
+    """The checkpoint in fp32, with transformers' sdpa attention wrapped so that queries and keys can be seen.
+    What it makes of a row does not depend on rows before it (:func:`secateur.compiler.rope.forget_lengths`)."""
     import transformers
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -44,6 +46,7 @@ def load_recording_model(source: Source) -> nn.Module:
     finally:
         if bar:
             hf_logging.enable_progress_bar()
+    forget_lengths(model.get_submodule(source.family.decoder))
     return model.eval()
 
 

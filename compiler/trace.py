@@ -28,9 +28,11 @@ from secateur.compiler.meta_model import DTYPES, build_meta_model, compute_buffe
 from secateur.compiler.order import order_entry
 from secateur.compiler.own_code import check_own_code
 from secateur.compiler.program import Program, ProgramSet
+from secateur.compiler.rope import check_rope, follow_length, steady_rope
 from secateur.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
+_MODEL_FIX = "this is transformers' own code: check that transformers runs a model with this config.json"
 _TRACE_LENGTH = 19  # any length works: the dimension is symbolic; an odd one meets no other size by chance
 
 
@@ -142,6 +144,7 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
         kind = getattr(config, part).model_type
         if kind not in known:
             raise UserError(f"{part}.model_type {kind!r} is unknown", where=str(config_file), available=known)
+    check_rope(config.text_config, str(config_file))
     geometry = geometry or Geometry()
     return Source(path, config, family, family.read_vision(config, geometry)).at(geometry)
 
@@ -180,6 +183,7 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
     ids = torch.zeros(batch, _TRACE_LENGTH, dtype=torch.int64, device=meta)
     family = source.family
     decoder, head = model.get_submodule(family.decoder), model.get_submodule(family.head)
+    steady_rope(decoder, follow_length(source, geometry))
     embedding = model.get_submodule(family.embedding)
 
     # The exporter reads the length off the last input: not off those that decode goes without.
@@ -209,7 +213,7 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
         held = TowerIndices(name, indices)
         return trace_function(
             name, lambda rows: forward(model, rows, facts, held.read()), {facts.input_name: entering},
-            outputs, {**own(*modules), held.path: held}, None, constants | held.values,
+            outputs, {**own(*modules), held.path: held}, None, constants | held.values, _MODEL_FIX,
         )  # fmt: skip
 
     def trace_vision(name: str, facts: VisionFacts) -> Program:
@@ -221,11 +225,11 @@ def trace_model(source: Source, geometry: Geometry, dtype: str = "fp32") -> Trac
         trace_function(
             "decoder", run_decoder, entering, ("hidden",), own(family.decoder),
             {name: {value.dim() - 1 if name == "position_ids" else 1: length} for name, value in entering.items()},
-            constants,
+            constants, _MODEL_FIX,
         ),
         trace_function(
             "embedding", lambda ids: embedding(ids), {"ids": ids}, ("hidden",), own(family.embedding),
-            {"ids": {1: length}}, constants,
+            {"ids": {1: length}}, constants, _MODEL_FIX,
         ),
         trace_function(
             "head", lambda row: head(row).float(), {"row": hidden[:, 0].contiguous()}, ("logits",), own(family.head)

@@ -152,6 +152,12 @@ def _pow(b: Builder, node: fx.Node) -> ir.Value:
     )
 
 
+@lowers(aten.pow.Tensor_Tensor)
+def _power(b: Builder, node: fx.Node) -> ir.Value:
+    base, exponent = (read(b, a, output(node)[0]) for a in args_of(node))
+    return emit(b, node, "Pow", base, exponent)
+
+
 @lowers(aten.silu.default)
 def _silu(b: Builder, node: fx.Node) -> ir.Value:
     dtype, shape = output(node)

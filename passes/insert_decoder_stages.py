@@ -63,6 +63,7 @@ def insert_decoder_stages(
     carries: bool = False,
     extra_rows: int = 0,
     between: bool = False,
+    by_length: bool = False,
 ) -> Program:
     """The decoder with its stages, for prefill.
 
@@ -70,7 +71,8 @@ def insert_decoder_stages(
     ``carried [B,V]`` float32 from the vision program; with ``between`` ``question [B]`` int64, the real rows behind the
     last image, where a stage asks for those. New outputs: ``last`` as seen by the last segment, and
     ``kept.stage<i> [B,K]`` of every stage that chooses. ``extra_rows`` stand behind every image, and with ``between``
-    others between its tokens. The rows a stage takes are marked ``survivors`` with its layer.
+    others between its tokens. With ``by_length`` rotary frequencies follow the largest number of a row: pads have
+    that of its last token. The rows a stage takes are marked ``survivors`` with its layer.
     """
     module = program.edit()
     graph = module.graph
@@ -141,7 +143,11 @@ def insert_decoder_stages(
                     carried[table] = _take(graph, table, rows, length)
                     carried[table].meta["table"] = table.meta.get("table", table)
             else:
-                carried |= _renumber(graph, crossing.tables, batch, length)
+                numbers = _count(graph, batch, length)
+                if by_length:
+                    end = graph.call_function(aten.unsqueeze.default, (last, 1))
+                    numbers = graph.call_function(aten.minimum.default, (numbers, end))
+                carried |= recompute_tables(graph, crossing.tables, numbers, length)
             # A merge changes the rows the keys follow from; a later stage that applies this layer's projections
             # again needs them to follow from the layer's input.
             if reusable is not None and planned.merge is None and not _applies_again(stages, planned):
@@ -170,11 +176,6 @@ def _take(graph: fx.Graph, node: Node, rows: Node, length: int) -> Node:
 def _take_value(node: Node, length: int) -> torch.Tensor:
     value = node.meta["val"]
     return torch.empty((value.shape[0], length, *value.shape[2:]), dtype=value.dtype, device="meta")
-
-
-def _renumber(graph: fx.Graph, tables: Sequence[Node], batch: int, length: int) -> dict[Node, Node]:
-    """The tables for positions 0..length-1: survivors are numbered afresh."""
-    return recompute_tables(graph, tables, _count(graph, batch, length), length)
 
 
 def _count(graph: fx.Graph, batch: int, length: int) -> Node:

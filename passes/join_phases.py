@@ -46,6 +46,7 @@ def join_prefill(
     axes: Axes | None = None,
     blocks: bool = False,
     chosen: bool = False,
+    by_length: bool = False,
 ) -> Program:
     """``input_ids [B,N]``, ``lengths [B]``, ``features [B,F,D]`` (and ``kept [B,V]``) -> ``logits`` and more.
 
@@ -59,6 +60,7 @@ def join_prefill(
     With ``axes`` that have offsets ``positions [B,N]`` becomes one as well: ids of text, and of media the first of
     their item.
     With ``blocks`` it reads ``block_ids [B,N]``: image tokens that follow each other without a gap are one block.
+    With ``by_length`` rotary frequencies follow the largest position id of a row: those of pads are 0.
     Planes of DeepStack, ``deepstack_<i> [B,F,D]``, are laid out to ``[B,N,D]``, zero at text.
     """
     batch, count = features.shape[0], features.shape[1]
@@ -94,6 +96,9 @@ def join_prefill(
         # A slot before the first image has rank 0 and has completed none.
         done = torch.where(torch.cumsum(image.to(torch.int64), 1) > 0, done, 0)
         return torch.where(image, text + 1 + number_features(kept).gather(1, rank), text + done)
+
+    def clear_pads(positions: Tensor, last: Tensor) -> Tensor:
+        return torch.where(torch.arange(sequence) <= last[:, None], positions, 0)
 
     def number_features(kept: Tensor) -> Tensor:
         """Each feature's place among all the image tokens of an unpruned row: ``[B,V]`` -> ``[B,F]``."""
@@ -183,6 +188,10 @@ def join_prefill(
     else:
         numbering = trace_function("count_slots", count_slots, {"input_ids": ids}, ("positions",))
         (positions,) = splice(module, numbering, port)
+    if by_length:
+        entering = {"positions": torch.zeros(positions.meta["val"].shape, dtype=torch.int64), "last": ids[:, 0].clone()}
+        clearing = trace_function("clear_pads", clear_pads, entering, ("positions",))
+        (positions,) = splice(module, clearing, {"positions": positions, "last": last})
     prunable = patches[0] if patches else image
     feed = {**port, "hidden": hidden, "position_ids": positions, "prunable": prunable, "last": last}
     if any(n.op == "placeholder" and n.name == "question" for n in decoder.graph.nodes):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from secateur.compiler.function import quiet_torch
 from secateur.compiler.program import Program, args_of
 from secateur.passes.edit import erase_dead
 from secateur.runtime.errors import SecateurError
@@ -26,7 +27,7 @@ def refresh_shapes(program: Program) -> Program:
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:
         form = _form_of((target, args, kwargs))
         if form not in known:
-            with mode:
+            with mode, quiet_torch():
                 known[form] = target(*args, **kwargs)
         return known[form]
 

@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(1 if found or FAULTS else 0)
 
 
+FAILED: set[str] = set()
+"""Tests that have failed in this run: further seeds would find the same fault."""
 FAULTS: list[str] = []
 """Processes that ended otherwise than by their tests' failing or passing."""
 
@@ -122,6 +124,7 @@ def _start(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.fuzz.record",
         "--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", f"--fuzz-record={record.resolve()}",
         f"--fuzz-until={until}", f"--fuzz-cases={options.cases.resolve()}", *(str(path.resolve()) for path in files),
+        *(f"--deselect={test}" for test in sorted(FAILED)),
     ]  # fmt: skip
     limit = int(options.memory * 2**30)
     with record.with_suffix(".log").open("wb") as log:
@@ -134,6 +137,7 @@ def _start(
 def _report(seed: int, record: Path, code: int) -> None:
     lines = [line for line in read_record(record) if "test" in line]
     failed = [line["test"] for line in lines if line["outcome"] == "failed"]
+    FAILED.update(failed)
     text = f"seed {seed}: {len(lines)} tests, {len(failed)} failed"
     if code not in (0, 1, 5):
         FAULTS.append(f"seed {seed}")

@@ -54,7 +54,7 @@ def add_cases(items: Iterable[pytest.Item], folder: Path = FOLDER) -> None:
 
 def write_case(test: str, arguments: Mapping[str, Any], error: BaseException, folder: Path = FOLDER) -> Path:
     """Write what failed; the same arguments of the same test are the same file."""
-    written = {name: encode(value) for name, value in arguments.items()}
+    written = {name: encode(value) for name, value in sorted(arguments.items())}
     digest = hashlib.sha256(json.dumps([test, written], sort_keys=True).encode()).hexdigest()[:8]
     path = folder / f"{test.rpartition('::')[2]}-{digest}.json"
     first = (str(error).splitlines() or [""])[0]

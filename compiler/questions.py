@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.unicode_text import check_text
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def _read_line(line: str, folder: Path, where: str) -> Question:
         raise UserError("image must be a path or a list of paths", where=where)
     if not isinstance(text, str) or not isinstance(answer, (str, type(None))):
         raise UserError("question and answer must be text", where=where)
+    for name in ("question", "answer"):
+        check_text(fields.get(name) or "", f"{where}, {name}")
     paths = tuple(folder / image for image in images)
     for image in paths:
         if not image.is_file():

@@ -8,29 +8,26 @@ from typing import Any, NamedTuple, TypeVar
 
 from secateur.runtime.errors import MisfitError, UserError
 from secateur.runtime.pictures import measure_picture
-from secateur.runtime.row_media import KINDS, Prompt, count_kinds, media_in_messages
+from secateur.runtime.row_media import KINDS, Prompt, count_kinds
 from secateur.runtime.schema import Manifest
 
 T = TypeVar("T")
 
 
 class Asked(NamedTuple):
-    """What a call wants. ``given`` holds, for each of ``KINDS``, every row's; None if messages carry them."""
+    """What a call wants. ``given`` holds, for each of ``KINDS``, every row's."""
 
     prompts: Sequence[Prompt]
-    given: Sequence[Sequence[Sequence[Any]] | None]
+    given: Sequence[Sequence[Sequence[Any]]]
     new_tokens: int | None
 
-    def media(self, kind: str) -> list[list[Any]]:
+    def media(self, kind: str) -> Sequence[Sequence[Any]]:
         """Every row's of a kind."""
-        given = self.given[KINDS.index(kind)]
-        if given is not None:
-            return [list(row) for row in given]
-        return [media_in_messages(p, kind) if isinstance(p, (list, tuple)) else [] for p in self.prompts]
+        return self.given[KINDS.index(kind)]
 
     def __str__(self) -> str:
         rows = [[kind for kind, each in zip(KINDS, row, strict=True) for _ in each]
-                for row in zip(*(self.media(kind) for kind in KINDS), strict=False)]  # fmt: skip
+                for row in zip(*self.given, strict=True)]  # fmt: skip
         held = " or ".join(dict.fromkeys(count_kinds(row) for row in rows))
         text = f"{len(self.prompts)} prompt(s) with {held or 'nothing'}"
         return text if self.new_tokens is None else f"{text} and {self.new_tokens} new tokens"

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from secateur.runtime.errors import MisfitError, UserError
 from secateur.runtime.pictures import ImageLike
 from secateur.runtime.prompts import Prompts
-from secateur.runtime.row_media import KINDS, PARTS, Prompt, RowMedia, count_kinds, media_in_messages
+from secateur.runtime.row_media import PARTS, Prompt, RowMedia, count_kinds, gather
 from secateur.runtime.schema import Manifest
 from secateur.runtime.tower_inputs import TowerInput, open_tower_inputs
 from secateur.runtime.video import VideoLike
@@ -45,7 +44,8 @@ class Processor:
         self._manifest, self._directory, model = manifest, directory, manifest.model
         others = {"video": model.video_token_id, "audio": model.audio_token_id}
         stands_for = model.image_token_id if model.prompt_token_id is None else model.prompt_token_id
-        self.prompts = Prompts(directory, model.image_token, stands_for, others)
+        inner = {model.image_token_id} - {stands_for}
+        self.prompts = Prompts(directory, model.image_token, stands_for, others, inner)
         self.tower_inputs = open_tower_inputs(directory, manifest)
 
     def at(self, manifest: Manifest) -> Processor:
@@ -72,32 +72,15 @@ class Processor:
                 f"{len(prompts)} prompt(s) for a bundle of batch {geometry.batch}",
                 fix=f"give exactly {geometry.batch}" + (f", or compile with --batch {len(prompts)}" if prompts else ""),
             )
-        for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, (str, list, tuple)):
-                raise UserError(
-                    f"a {type(prompt).__name__} is not a prompt",
-                    where=f"row {row}",
-                    fix="give text, or a list of messages",
-                )
-        given: dict[str, Sequence[Sequence[Any]]] = {}
-        for kind, rows in zip(KINDS, (images, videos, audio), strict=True):
-            given[kind] = [media_in_messages(prompt, kind) for prompt in prompts] if rows is None else rows
-            if len(given[kind]) != geometry.batch:
-                what = {"image": "images", "video": "videos", "audio": "audio"}[kind]
-                raise UserError(
-                    f"{what} for {len(given[kind])} row(s), prompts for {geometry.batch}", fix="give both per row"
-                )
-        media = [
-            RowMedia(list(i), list(v), list(a), video_fps, audio_rate)
-            for i, v, a in zip(*(given[kind] for kind in KINDS), strict=True)
-        ]
+        read_prompts, given = gather(prompts, (images, videos, audio))
+        media = [RowMedia(list(i), list(v), list(a), video_fps, audio_rate) for i, v, a in zip(*given, strict=True)]
         for row, each in enumerate(media):
             self.expect(each.kinds, f"row {row}")
         # Where the prompt says when frames are seen, the video has to be looked at first.
         timed = self._manifest.media is not None and bool(self._manifest.media.timestamp)
         read = [self.tower_inputs(each) for each in media] if timed else []
         times = [one.times for one in read] or [()] * len(prompts)
-        ids = [self.encode(prompt, f"row {row}", times[row]) for row, prompt in enumerate(prompts)]
+        ids = [self.encode(prompt, f"row {row}", times[row]) for row, prompt in enumerate(read_prompts)]
         input_ids = np.full((geometry.batch, geometry.sequence), self._manifest.model.pad_token_id, dtype=np.int64)
         for row, tokens in enumerate(ids):
             input_ids[row, : len(tokens)] = tokens
@@ -118,7 +101,7 @@ class Processor:
         bundle was compiled for are taken where there are none.
         """
         manifest, items = self._manifest, self._manifest.items
-        text, add_special_tokens = self.prompts.render(prompt, items)
+        text, add_special_tokens = self.prompts.render(prompt, items, where)
         space = manifest.model.image_space
         if any(space):
             text = text.replace(self.prompts.placeholder, self.prompts.placeholder.join(space))
@@ -206,11 +189,11 @@ class Processor:
         if found == wanted:
             return
         where = f"{where}, placeholders in the prompt"
-        if {*found, *wanted} <= {"image"}:
-            self.expect(found, where)
         fix = f"name {count_kinds(wanted)}" + (", in this order" if len({*wanted}) > 1 else "")
         if "video with sound" in items and "audio" in found:
             fix += "; the sound lies between the frames of the video, not beside it"
+        else:
+            fix += ", or leave placeholders out of the words"
         raise MisfitError(
             f"{count_kinds(found)}, the bundle was compiled for {self._manifest.shown}", where=where, fix=fix
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,28 @@ from tokenizers import Tokenizer
 
 from secateur.runtime.chat import ChatTemplate, Message
 from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.messages import Conversation, read_messages
 from secateur.runtime.processor_files import TOKENIZER_CONFIG, list_templates, read_json
-from secateur.runtime.row_media import KINDS, PARTS
+from secateur.runtime.row_media import PARTS
 from secateur.runtime.token_bytes import TokenBytes
+from secateur.runtime.unicode_text import check_text
 
 
 class Prompts:
     """Renders, encodes and decodes.
 
     ``placeholder`` is the text that stands for one image (``<image>``), ``placeholder_id`` its token; ``others`` are
-    the tokens that stand for media of other kinds (``video``, ``audio``), where the checkpoint has them.
+    the tokens that stand for media of other kinds (``video``, ``audio``), where the checkpoint has them; ``inner``
+    those that placeholders become and no prompt may write.
     """
 
     def __init__(
-        self, directory: Path, placeholder: str, placeholder_id: int, others: Mapping[str, int | None] | None = None
+        self,
+        directory: Path,
+        placeholder: str,
+        placeholder_id: int,
+        others: Mapping[str, int | None] | None = None,
+        inner: Iterable[int] = (),
     ) -> None:
         self.placeholder, self.placeholder_id = placeholder, placeholder_id
         try:
@@ -39,6 +48,7 @@ class Prompts:
         """Placeholder -> kind of what it stands for."""
         self.kinds |= {token: kind for kind, token in (others or {}).items() if token is not None}
         config = read_json(directory / TOKENIZER_CONFIG)
+        self._inner = tuple(filter(None, (self.spell([token]) for token in inner)))
         special = _special_tokens(config)
         self._bos = special.get("bos_token")
         # WordPiece-era clean-up; transformers leaves it out for BPE, where it would eat real spaces.
@@ -46,15 +56,23 @@ class Prompts:
             type(self._tokenizer.model).__name__ != "BPE"
         )
         template = next(iter(list_templates(directory)), None)
+        if template is not None and template.text:
+            check_text(template.text, template.file, BundleError)
         self.template = ChatTemplate(template.text, special) if template is not None and template.text else None
 
-    def render(self, prompt: str | Sequence[Message], items: Sequence[str]) -> tuple[str, bool]:
+    def render(
+        self, prompt: str | Sequence[Message] | Conversation, items: Sequence[str], where: str = "prompt"
+    ) -> tuple[str, bool]:
         """The text to encode and whether the tokenizer adds its special tokens (BOS) to it.
 
         ``items`` are the kinds of the row's media in their order. A plain prompt that names its media itself is taken
         as it is; otherwise it becomes one user message behind them, or, without a template, text behind placeholders.
+        Messages name their media by parts, or in their words as a plain prompt does, every one of them.
         """
+        before = "" if where == "prompt" else f"{where}, "
         if isinstance(prompt, str):
+            check_text(prompt, where)
+            self._refuse_inner(prompt, where)
             spelled = {kind: self.spell([token]) for token, kind in self.kinds.items()}
             named = any(text and text in prompt for text in spelled.values())
             if named or self.template is None or not items:
@@ -63,9 +81,44 @@ class Prompts:
             prompt = [{"role": "user", "content": prompt}]
         if self.template is None:
             raise UserError("the bundle has no chat template for messages", fix="give a plain prompt")
-        text = self.template.render(put_media(prompt, items))
+        read = prompt if isinstance(prompt, Conversation) else read_messages(prompt, before)
+        messages = read.messages if self._spelled(read, items, before) else put_media(read.messages, items)
+        text = check_text(self.template.render(messages), "chat_template.jinja", BundleError)
         # A template that writes BOS itself must not get a second one; transformers' processors do the same.
         return text, not (self._bos and text.startswith(self._bos))
+
+    def _spelled(self, read: Conversation, items: Sequence[str], before: str) -> bool:
+        """Whether the words of messages without parts for media spell the placeholder of each item, in its order.
+
+        transformers takes every such spelling for a place. Where that cannot be meant, it is refused: the model would
+        see a place without a picture in it, or the wrong one.
+        """
+        kinds = {text: kind for token, kind in self.kinds.items() if (text := self.spell([token]))}
+        any_of = re.compile("|".join(re.escape(text) for text in sorted(kinds, key=len, reverse=True)))
+        found: list[tuple[str, str]] = []
+        for index, message in enumerate(read.messages):
+            for place, text in _texts(message, f"{before}messages[{index}].content"):
+                self._refuse_inner(text, place)
+                found += [(place, match) for match in any_of.findall(text)]
+        if not found:
+            return False
+        by_parts = any(read.places.values())
+        if not by_parts and [kinds[text] for _, text in found] == [PARTS[item][0] for item in items]:
+            return True
+        place, text = found[0]
+        spell = "spell it otherwise" if by_parts else "spell the placeholder of every one, in their order"
+        raise UserError(
+            f"the words hold {text!r}, which is the place of an item of kind {kinds[text]}", where=place,
+            fix=f"give media as parts, such as {{'type': '{kinds[text]}'}}; in words {spell}",
+        )  # fmt: skip
+
+    def _refuse_inner(self, text: str, where: str) -> None:
+        for inner in self._inner:
+            if inner in text:
+                raise UserError(
+                    f"the words hold {inner!r}, which the model takes for a piece of an image", where=where,
+                    fix=f"spell it otherwise; the place of an image is {self.placeholder}",
+                )  # fmt: skip
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -86,17 +139,16 @@ def put_media(messages: Sequence[Message], items: Sequence[str]) -> list[Message
     The sound of a video that brings it along has no place of its own: a part for it is left out.
     """
     taken = {part for item in items for part in PARTS[item]}
-    checked = [_check_message(message, taken) for message in messages]
-    if "video with sound" in items:
-        checked = [_without_audio(message) for message in checked]
-    named = any(
-        part.get("type") in taken for m in checked if not isinstance(m["content"], str) for part in m["content"]
-    )
+    for message in messages:
+        if other := next((part["type"] for part in _parts(message) if part["type"] not in {*taken, "text"}), None):
+            raise UserError(f"a message holds {other}", where="messages", available=[*sorted(taken), "text"])
+    checked = [_without_audio(message) for message in messages] if "video with sound" in items else [*messages]
+    named = any(part["type"] in taken for message in checked for part in _parts(message))
     if named or not items:
         return checked
     for index, message in enumerate(checked):
         if message["role"] == "user":
-            content = message["content"]
+            content = message.get("content", "")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
             media = [{"type": PARTS[item][0]} for item in items]
             checked[index] = {**message, "content": [*media, *parts]}
@@ -105,27 +157,25 @@ def put_media(messages: Sequence[Message], items: Sequence[str]) -> list[Message
 
 
 def _without_audio(message: Message) -> Message:
-    content = message["content"]
-    if isinstance(content, str):
+    content = message.get("content")
+    if not isinstance(content, list):
         return message
-    return {**message, "content": [part for part in content if part.get("type") != "audio"]}
+    return {**message, "content": [part for part in content if part["type"] != "audio"]}
 
 
-def _check_message(message: Message, taken: set[str]) -> Message:
-    content = message.get("content") if isinstance(message, dict) else None
-    good = isinstance(content, str) or (
-        isinstance(content, (list, tuple)) and all(isinstance(part, dict) for part in content)
-    )
-    if not good or not isinstance(message.get("role"), str):
-        raise UserError(
-            "a message must be {'role': …, 'content': …}",
-            where="messages",
-            fix="content is text, or a list of {'type': 'image'} and {'type': 'text', 'text': …}",
-        )
-    kinds = [part.get("type") for part in content] if isinstance(content, (list, tuple)) else []
-    if other := next((kind for kind in kinds if kind in KINDS and kind not in taken), None):
-        raise UserError(f"a message holds {other}", where="messages", available=[*sorted(taken), "text"])
-    return message
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _texts(message: Message, where: str) -> Iterator[tuple[str, str]]:
+    """The words of a message, and where they stand."""
+    content = message.get("content")
+    if isinstance(content, str):
+        yield where, content
+    for number, part in enumerate(_parts(message)):
+        if part["type"] == "text":
+            yield f"{where}[{number}]", part["text"]
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -134,7 +184,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
+            found[name] = check_text(text, f"tokenizer_config.json: {name}", BundleError)
     return found
 
 

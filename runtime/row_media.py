@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import UserError
-from secateur.runtime.pictures import ACCEPTED as IMAGES
+from secateur.runtime.messages import PART_TYPES, TAKERS, Conversation, read_held, read_messages
 from secateur.runtime.pictures import ImageLike, is_image
-from secateur.runtime.video import ACCEPTED as VIDEOS
+from secateur.runtime.unicode_text import check_text
 from secateur.runtime.video import VideoLike, is_video
-from secateur.runtime.waveform import ACCEPTED as SOUNDS
-from secateur.runtime.waveform import AudioLike, is_audio
+from secateur.runtime.waveform import AudioLike
 
-Prompt: TypeAlias = "str | Sequence[Message]"
+Prompt: TypeAlias = "str | Sequence[Message] | Conversation"
 """A plain prompt, or a conversation."""
 KINDS = ("image", "video", "audio")
 """Types of the parts of a message that are no text."""
+_ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
+"""Kind -> the argument it is given by beside a prompt."""
 PARTS = {"image": ["image"], "video": ["video"], "audio": ["audio"], "video with sound": ["video", "audio"]}
 """Kind of an item of the media -> the parts of a message it is given by; the first has the placeholder."""
 
@@ -42,9 +43,8 @@ class RowMedia:
 
 def list_media(kind: str, given: Any) -> list[Any]:
     """One row's of a kind: one alone, or a list. Frames in a list are one video."""
-    kinds = {"image": (is_image, IMAGES), "video": (_is_video, VIDEOS), "audio": (is_audio, SOUNDS)}
-    known, accepted = kinds[kind]
-    if known(given):
+    known, accepted = TAKERS[kind]
+    if _is_video(given) if kind == "video" else known(given):
         return [given]
     if not isinstance(given, (list, tuple)):
         raise UserError(
@@ -66,20 +66,72 @@ def list_rows(kind: str, given: Any, single: bool) -> list[list[Any]] | None:
     return [list_media(kind, row) for row in given]
 
 
-def media_in_messages(prompt: Prompt, kind: str) -> list[Any]:
-    """What a conversation carries in its parts of a kind, under the kind's name, ``path`` or ``url`` (a local file)."""
-    found: list[Any] = []
-    for message in [] if isinstance(prompt, str) else prompt:
-        content: Any = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, (list, tuple)) else []:
-            if not isinstance(part, dict) or part.get("type") != kind:
-                continue
-            value = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-            if isinstance(value, str) and value.startswith(("http://", "https://", "data:")):
-                raise UserError(f"{value[:40]} is not a local file", fix=f"download the {kind} and give its path")
-            if value is not None:
-                found.append(value)
-    return found
+def gather(
+    prompts: Sequence[Prompt], given: Sequence[Sequence[Sequence[Any]] | None], allow_network: bool = False
+) -> tuple[list[str | Conversation], list[list[list[Any]]]]:
+    """Prompts in one form, and every row's media by kind (as in ``KINDS``), from ``given`` or from the messages.
+
+    ``given`` holds for each kind every row's, or None. Media of a kind are either in the messages or beside them; what
+    is beside them may be named by empty parts, as many as there are. Raises :class:`UserError` for all else. What comes
+    back may be gathered again.
+    """
+    for kind, rows in zip(KINDS, given, strict=True):
+        if rows is not None and len(rows) != len(prompts):
+            raise UserError(
+                f"{_ARGUMENTS[kind]} for {len(rows)} row(s), prompts for {len(prompts)}", fix="give both per row"
+            )
+    read: list[str | Conversation] = []
+    found: list[list[list[Any]]] = [[] for _ in KINDS]
+    for row, prompt in enumerate(prompts):
+        before = f"row {row}, " if len(prompts) > 1 else ""
+        one = _read_prompt(prompt, row, before, allow_network)
+        for kind, rows, into in zip(KINDS, given, found, strict=True):
+            beside = [
+                read_held(each, kind, f"{before}{_ARGUMENTS[kind]}[{place}]", allow_network)
+                for place, each in enumerate(rows[row] if rows is not None else ())
+            ]
+            into.append(_media_of(kind, beside, one, before))
+        read.append(one if isinstance(one, str) else replace(one, media={}))
+    return read, found
+
+
+def _read_prompt(prompt: Any, row: int, before: str, allow_network: bool) -> str | Conversation:
+    if isinstance(prompt, Conversation):
+        return prompt
+    if isinstance(prompt, str):
+        return check_text(prompt, f"{before}prompt")
+    if isinstance(prompt, (list, tuple)):
+        return read_messages(prompt, before, allow_network)
+    raise UserError(
+        f"a {type(prompt).__name__} is not a prompt", where=f"row {row}", fix="give text, or a list of messages"
+    )
+
+
+def _media_of(kind: str, beside: list[Any], prompt: str | Conversation, before: str) -> list[Any]:
+    """One row's media of a kind."""
+    if isinstance(prompt, str):
+        return beside
+    held, places, argument = prompt.media.get(kind, []), prompt.places.get(kind, []), _ARGUMENTS[kind]
+    if held and beside:
+        raise UserError(
+            f"{count_kinds([kind] * len(held))} in the messages ({places[0]}) and {len(beside)} beside them",
+            where=before + argument,
+            fix=f"give them in the messages, or by {argument} with parts {{'type': '{kind}'}} for their places",
+        )
+    media = held or beside
+    if places and not media:
+        fields = ", ".join(PART_TYPES[kind].fields)
+        raise UserError(
+            f"the {kind} part holds nothing",
+            where=places[0],
+            fix=f"give it in one of its fields {fields}, or by {argument}",
+        )
+    if places and len(places) != len(media):
+        raise UserError(
+            f"{count_kinds([kind] * len(media))}, and {len(places)} part(s) for them (the first is {places[0]})",
+            where=before + argument, fix="give as many as there are parts, or leave the parts out",
+        )  # fmt: skip
+    return media
 
 
 def name_kind(kind: str) -> str:

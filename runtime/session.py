@@ -23,9 +23,10 @@ from secateur.runtime.processor_files import read_json
 from secateur.runtime.prompt_tokens import count_unpruned
 from secateur.runtime.request import Floats, Ints, Request
 from secateur.runtime.results import Generation
-from secateur.runtime.row_media import KINDS, list_rows
+from secateur.runtime.row_media import KINDS, gather, list_rows
 from secateur.runtime.schema import Manifest
 from secateur.runtime.text import AnswerText, encode_stop
+from secateur.runtime.unicode_text import check_text
 from secateur.runtime.video import VideoLike
 from secateur.runtime.waveform import AudioLike
 
@@ -183,12 +184,15 @@ class Session:
         generation: Mapping[str, Any] | None = None,
         cancel: threading.Event | None = None,
         variant: int | None = None,
+        allow_network: bool = False,
     ) -> TextStream:
         """An iterator of text pieces, each with the ``row`` it belongs to.
 
         ``videos`` and ``audio`` are given as ``images`` are (:meth:`generate`), one a row: a video as a file, a
         directory of frames, a list of them or an array; sound as a WAV file or an array of samples. A video that does
-        not say its rate has ``video_fps`` frames a second, an array of sound ``audio_rate`` samples.
+        not say its rate has ``video_fps`` frames a second, an array of sound ``audio_rate`` samples. Media may also lie
+        in the parts of messages (docs/messages.md). Addresses (http, https, ftp) are refused unless ``allow_network``:
+        they are then fetched from this machine, whoever wrote them.
 
         Input is processed and checked now, programs run on the first ``next``. Whatever is None is as the checkpoint's
         generation_config.json says, else as transformers' defaults are, but that an answer may take all the capacity. A
@@ -200,7 +204,10 @@ class Session:
         start = perf_counter()
         single = _is_single(prompt)
         prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item, assignment]  # by `single`
-        rows = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
+        listed = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
+        prompts, rows = gather(prompts, listed, allow_network)
+        for place, text in enumerate([stop] if isinstance(stop, str) else stop or ()):
+            check_text(text, f"stop[{place}]")
 
         def process(processor: Processor) -> Inputs:
             return processor(prompts, *rows, video_fps=video_fps, audio_rate=audio_rate)

@@ -3,16 +3,15 @@ where a caller asked for it, an address."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from secateur.runtime.data_url import is_data_url, read_data_url, shorten
 from secateur.runtime.errors import UserError
 from secateur.runtime.fetch import SCHEMES, fetch, show_address
 
@@ -21,8 +20,6 @@ KNOWN = ("a path", "file:", "data:", *(f"{scheme}: with allow_network" for schem
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 """Two letters or more: one is a drive of Windows."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
-_SHOWN = 240
-"""Characters of a path that a message repeats."""
 _LEAST_BASE64 = 64
 """Characters: shorter text is taken for a path that is not there."""
 _FOREIGN = {"image": ("audio", "video", "text"), "video": ("audio", "text"), "audio": ("image", "text")}
@@ -58,25 +55,14 @@ def name_source(source: object) -> str | None:
         text = os.fspath(source)
         if (match := _SCHEME.match(text)) and match[1].lower() in SCHEMES:
             return show_address(text)
-        return text if len(text) <= _SHOWN and text[:5].lower() != "data:" else f"{text[:40]}..."
+        return shorten(text)
     return str(getattr(source, "name", "a file object")) if callable(getattr(source, "read", None)) else None
 
 
-def decode_base64(text: str, where: str | None = None) -> bytes:
-    """Base64 in either alphabet, with or without padding and line breaks; a ``data:`` URL's head is left out."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    packed = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
-    try:
-        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"not base64 ({error})", where=where, fix="give the whole file in base64") from None
-
-
 def _read_text(source: str, kind: str, where: str | None, allow_network: bool) -> str | bytes:
-    scheme = match[1].lower() if (match := _SCHEME.match(source)) else ""
-    if scheme == "data":
+    if is_data_url(source):
         return _read_data(source, kind, where)
+    scheme = match[1].lower() if (match := _SCHEME.match(source)) else ""
     if scheme == "file":
         return _local_path(source, where)
     if scheme in SCHEMES:
@@ -91,22 +77,17 @@ def _read_text(source: str, kind: str, where: str | None, allow_network: bool) -
     if scheme and source[len(scheme) + 1 :].startswith("//"):
         raise UserError(f"addresses of {scheme}: are not read", where=where, available=KNOWN)
     if len(source) >= _LEAST_BASE64 and _BASE64.fullmatch("".join(source.split())):
-        return decode_base64(source, where)
+        return read_data_url(f"data:;base64,{source}", where)
     if len(source) > 4096:
         raise UserError(f"text of {len(source)} characters is no path", where=where, available=KNOWN)
     return source
 
 
 def _read_data(source: str, kind: str, where: str | None) -> bytes:
-    head, comma, body = source[len("data:") :].partition(",")
-    if not comma:
-        raise UserError("a data: URL without a comma", where=where, fix="write data:<type>;base64,<data>")
-    media = head.split(";")[0].strip().lower()
+    media = source[len("data:") :].partition(",")[0].split(";")[0].strip().lower()
     if media.split("/")[0] in _FOREIGN[kind]:
-        raise UserError(f"a data: URL of {media[:40]}", where=where, fix=f"give one of {kind}/…")
-    if head.lower().replace(" ", "").endswith(";base64"):
-        return decode_base64(unquote(body), where)
-    return unquote_to_bytes(body)
+        raise UserError(f"a data: URL of {media:.40}", where=where, fix=f"give one of {kind}/…")
+    return read_data_url(source, where)
 
 
 def _local_path(source: str, where: str | None) -> str:

@@ -8,20 +8,20 @@ from typing import Any
 from secateur.runtime.errors import UserError
 
 
-def check_text(text: str, where: str | None) -> str:
-    """``text`` as it is; raises :class:`UserError` for a character that UTF-8 has no bytes for (U+D800 to U+DFFF).
+def check_text(text: str, where: str | None, error: type[UserError] = UserError) -> str:
+    """``text`` as it is; raises ``error`` for a character that UTF-8 has no bytes for (U+D800 to U+DFFF).
 
     JSON writes such characters as ``\\ud83d``; Python puts U+DC80 to U+DCFF where bytes of an argument or of a file's
     name are not UTF-8.
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        what = f"character {error.start} of the text is U+{code:04X}, half of a surrogate pair"
+    except UnicodeEncodeError as broken:
+        code = ord(text[broken.start])
+        what = f"character {broken.start} of the text is U+{code:04X}, half of a surrogate pair"
         if 0xDC80 <= code <= 0xDCFF:
-            what = f"character {error.start} of the text stands for the byte 0x{code - 0xDC00:02X}, which is not UTF-8"
-        raise UserError(what, where=where, fix="give whole Unicode text") from None
+            what = f"character {broken.start} of the text stands for the byte 0x{code - 0xDC00:02X}, which is not UTF-8"
+        raise error(what, where=where, fix="give whole Unicode text") from None
     return text
 
 

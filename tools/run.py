@@ -18,16 +18,21 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="A directory that `secateur compile` made.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="The question; once per row of the batch.")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="An image file; repeat for more, row by row.")
+        list[str] | None, typer.Option("--image", "-i", help="An image file; repeat for more, row by row.")
     ] = None,
     video: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="A directory of frames, a GIF, .npy [frames, height, width, 3], or, with PyAV, any file."),
     ] = None,
     video_fps: Annotated[
         float | None, typer.Option(help="Frames a second of videos that do not say it, such as directories.")
     ] = None,
-    audio: Annotated[list[Path] | None, typer.Option(help="A WAV file; of a video, its sound.")] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option(help="A WAV file, or, with soundfile, any file; of a video, its sound.")
+    ] = None,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Fetch images, videos and sound given as addresses.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, tokens and metrics as JSON.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
@@ -72,6 +77,7 @@ def run(
             seed=seed,
             stop=stop or None,
             generation=_parse_options(generation or []),
+            allow_network=allow_network,
         )
         live = stream and len(prompt) == 1
         with pieces:
@@ -118,7 +124,7 @@ def _parse_options(written: list[str]) -> dict[str, Any]:
     return found
 
 
-def _per_row(kind: str, files: list[Path], prompts: list[str]) -> list[list[Path]]:
+def _per_row(kind: str, files: list[str], prompts: list[str]) -> list[list[str]]:
     """Deal files out in order; images of a number that does not divide are left to the session's own message."""
     if kind != "image" and len(files) > len(prompts):
         raise UserError(

@@ -19,7 +19,7 @@ from secateur.runtime import Session, UserError
 from secateur.runtime.errors import BundleError, MisfitError
 from secateur.runtime.manifest import check_files, read_manifest
 from secateur.runtime.pick import Asked, order_by_size, pick
-from secateur.runtime.row_media import count_kinds
+from secateur.runtime.row_media import count_kinds, gather
 from secateur.runtime.schema import PROGRAMS, Variant
 
 SMALL = {"images": 1, "text_tokens": 24, "new_tokens": 8}
@@ -190,7 +190,7 @@ def test_a_single_geometry_is_complained_of_as_ever(alone: Callable[..., Path]) 
 
 
 def images(*shown: Any) -> Asked:
-    return Asked(["what"], ([shown], None, None), None)
+    return Asked(["what"], ([shown], [[]], [[]]), None)
 
 
 def sized(two: Path, *sizes: tuple[int, int, int]) -> list[Any]:
@@ -247,8 +247,8 @@ def test_what_was_asked_counts_the_images_of_messages() -> None:
     image = {"type": "image", "image": Image.new("RGB", (8, 8))}
     message = [{"role": "user", "content": [image, image, {"type": "text", "text": "what"}]}]
     nothing = (None, None, None)
-    assert str(Asked([message], nothing, None)) == f"1 prompt(s) with {count_kinds(['image'] * 2)}"
-    rows = ([[], [1]], [[], []], None)
+    assert str(Asked(*gather([message], nothing), None)) == f"1 prompt(s) with {count_kinds(['image'] * 2)}"
+    rows = ([[], [1]], [[], []], [[], []])
     held = f"{count_kinds([])} or {count_kinds(['image'])}"
     assert str(Asked(["a", "b"], rows, 3)) == f"2 prompt(s) with {held} and 3 new tokens"
 

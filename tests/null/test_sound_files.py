@@ -179,7 +179,6 @@ def test_every_source(tmp_path: Path) -> None:
         for source in (
             path, str(path), path.as_uri(), data, bytearray(data), memoryview(data), opened, io.BytesIO(data),
             _Stream(data), f"data:audio/wav;base64,{packed}", f"data:;base64,{packed}", packed,
-            f"data:audio/wav;base64,{packed.replace('+', '-').replace('/', '_').rstrip('=')}",
         ):  # fmt: skip
             found, rate = read_waveform(source)  # type: ignore[arg-type]
             assert rate == RATE
@@ -194,9 +193,10 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         "http://127.0.0.1/a.wav?key=secret"
     )
     assert "secret" not in refusal("http://me:secret@127.0.0.1/a.wav?key=secret")
+    assert "a data: URL that holds nothing" in refusal("data:audio/wav;base64,")
     assert "addresses of s3: are not read (available: a path, file:, data:, http: with" in refusal("s3://bucket/a.wav")
     assert "a data: URL of image/png" in refusal("data:image/png;base64,AAAA")
-    assert "not base64" in refusal("data:audio/wav;base64,A")
+    assert "a data: URL whose base64 is broken" in refusal("data:audio/wav;base64,A")
     assert "without a comma" in refusal("data:audio/wav")
     assert "a file: URL of another machine (host)" in refusal("file://host/a.wav")
     assert "the open file gives str" in refusal(io.StringIO("x"))

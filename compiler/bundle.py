@@ -65,11 +65,28 @@ def check_processor_files(job: Job) -> None:
     manifest = m.Manifest.model_construct(
         model=describe_model(job, weights_sha256="0" * 64), geometry=_geometry(job), media=_media(job)
     )
+    _check_marks(job, manifest)
     processor = open_processor(job.source.path, manifest)
     if (least := processor.media_words) >= job.geometry.text_tokens:
         raise UserError(
             f"the texts and marks that stand between the media of a row take {least} text tokens already",
             where="--text-tokens", fix="give more, for the question and the chat template as well",
+        )  # fmt: skip
+
+
+def _check_marks(job: Job, manifest: m.Manifest) -> None:
+    """Refuse tokens around media that no prompt could have: they are embedded, unlike the placeholders between them."""
+    model, size = manifest.model, manifest.model.vocab_size
+    rows = [manifest.geometry.place(model.image_token_id, model.image_before, model.image_behind)]
+    if (media := manifest.media) is not None:
+        rows = [list(side) for sides in media.around.values() for side in sides]
+        rows += [list(media.sound_before), list(media.sound_behind)]
+    if beyond := sorted({token for row in rows for token in row if token >= size and token != model.image_token_id}):
+        raise UserError(
+            f"token {beyond[0]}, which stands beside media in every prompt, has no row among the {size} of the "
+            "embedding",
+            where=f"{job.source.path / 'config.json'}: text_config.vocab_size",
+            fix="use the tokenizer and the config.json of these weights; transformers cannot run them either",
         )  # fmt: skip
 
 

@@ -105,7 +105,8 @@ class Oracle:
                 row.features = self._hear(input_features, row, record)
             ids = torch.tensor([list(input_ids)])
             image = ids == self.job.source.config.image_token_id
-            hidden = self.embedding(ids)
+            # A placeholder may lie behind the embedding's last row, which transformers' own models mask as well.
+            hidden = self.embedding(ids.masked_fill(image, self.job.source.pad_token))
             hidden[image] = row.features
             positions, behind = self._positions(ids[0], image[0], row)
             prunable = mark_prunable(self.job, image, row.kept)

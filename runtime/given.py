@@ -39,9 +39,13 @@ def check_array(name: str, values: Any, shape: Sequence[int], where: str) -> Wri
 
 
 def check_ids(manifest: Manifest, ids: Ints, where: str) -> None:
-    """Raise UserError for token ids without a row in the embedding table: on a GPU any memory would be read."""
+    """Raise UserError for token ids without a row in the embedding table: on a GPU any memory would be read.
+
+    In prefill placeholders need none: another token is embedded in their place, and features replace its row.
+    """
     last = manifest.model.vocab_size - 1
-    if ids.size and not (ids.min() >= 0 and ids.max() <= last):  # so that NaN is refused too
+    known = (ids >= 0) & (ids <= last)  # so that NaN is refused too
+    if not (known | (ids == manifest.model.image_token_id) if where == "prefill" else known).all():
         raise UserError(
             f"token ids go from {ids.min()} to {ids.max()}", where=where, fix=f"the vocabulary's are 0 to {last}"
         )

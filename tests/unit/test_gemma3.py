@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from secateur.compiler import ops, pipeline
 from secateur.compiler.oracle import Oracle
@@ -25,7 +26,7 @@ from secateur.runtime.manifest import read_manifest
 from secateur.runtime.session import Session
 
 from . import tiny_model
-from .layout_checks import bundle_maker, check_answers, check_parity, load_model, pictures
+from .layout_checks import NEW, bundle_maker, check_answers, check_parity, load_model, pictures
 from .tiny_gemma3 import END, SOFT, START, UNITS, load_processor, make_config, write_model
 
 PROMPTS = {1: "what is <start_of_image>?", 2: "<start_of_image>a<start_of_image>what?"}
@@ -110,6 +111,47 @@ def test_an_unpruned_bundle_answers_as_transformers_does(
     assert int(feed["token_type_ids"].sum()) == images * UNITS
     path = compile_for(recipe, images, None if recipe == "none" else 1.0)
     check_answers(path, model, [PROMPTS[images]], [given], lambda row, inputs: feed)
+
+
+@pytest.mark.parametrize("behind", [0, 3])
+def test_an_image_token_behind_the_vocabulary(tmp_path: Path, behind: int) -> None:
+    """At its end, or some ids further: transformers embeds another token in its place and replaces the row."""
+    path = write_model(tmp_path / "model", layers=3, text={"vocab_size": SOFT}, image_token_index=SOFT + behind)
+    for name in ("tokenizer.json", "tokenizer_config.json") if behind else ():
+        text = (path / name).read_text().replace("<image_soft_token>", "<seen>")
+        (path / name).write_text(text)
+    if behind:
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<one>", "<two>", "<image_soft_token>"])
+        assert tokenizer.token_to_id("<image_soft_token>") == SOFT + behind
+        tokenizer.save(str(path / "tokenizer.json"))
+        words = (path / "tokenizer_config.json").read_text().replace("<seen>", "<image_soft_token>")
+        (path / "tokenizer_config.json").write_text(words)
+    out, given = tmp_path / "out", pictures(0, 1)
+    pipeline.compile(path, out, geometry=Geometry(text_tokens=40, new_tokens=NEW))
+    feed = load_processor(path)(text=PROMPTS[1], images=given, return_tensors="pt")
+    assert int(feed["input_ids"].max()) == SOFT + behind
+    check_answers(out, load_model(path), [PROMPTS[1]], [given], lambda row, inputs: feed)
+    pipeline.compile(path, tmp_path / "pruned", recipe="fastv", keep=0.5, geometry=Geometry(text_tokens=40))
+    check_parity(tmp_path / "pruned", path)
+    with Session(out, threads=1) as session:
+        inputs = session.processor([PROMPTS[1]], [given])
+        request = session.request()
+        session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)
+        with pytest.raises(UserError, match=f"decode: token ids go from {SOFT} to {SOFT}; the vocabulary's are 0 to"):
+            session.decode(request, np.array([SOFT]))
+
+
+def test_marks_behind_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", layers=3, text={"vocab_size": END})
+    with pytest.raises(UserError) as error:
+        pipeline.compile(path, tmp_path / "out")
+    assert str(error.value) == (
+        f"{path / 'config.json'}: text_config.vocab_size: token {END}, which stands beside media in every prompt, has "
+        f"no row among the {END} of the embedding; use the tokenizer and the config.json of these weights; "
+        "transformers cannot run them either"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from secateur.runtime.chat_bounds import BoundedEnvironment, TooMuchError
 from secateur.runtime.errors import BundleError, UserError
 
 Message: TypeAlias = Mapping[str, Any]
@@ -29,12 +29,18 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
         try:
-            self._template = _environment().from_string(source)
+            self._environment = _environment()
+            self._template = self._environment.from_string(source)
         except TemplateError as error:
             raise BundleError(f"the chat template is malformed ({error})", where=_WHERE) from None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for ``messages``, ending where the assistant's answer starts."""
+        """The prompt for ``messages``, ending where the assistant's answer starts.
+
+        Raises BundleError for a template that does what it may not, or does not end, UserError for one that refuses or
+        fails on the messages.
+        """
+        self._environment.budget.start()
         try:
             return self._template.render(
                 messages=[_plain(message) for message in messages],
@@ -49,6 +55,12 @@ class ChatTemplate:
                 where=_WHERE,
                 fix="do not use this bundle unless you trust where it came from",
             ) from None
+        except (TooMuchError, RecursionError, MemoryError) as error:
+            reason = str(error) if isinstance(error, TooMuchError) else f"it ends in a {type(error).__name__}"
+            raise BundleError(
+                f"the chat template was stopped: {reason}", where=_WHERE,
+                fix="give shorter messages, or take the template of the original checkpoint",
+            ) from None  # fmt: skip
         except TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}", where=_WHERE) from None
         except Exception as error:  # a template can raise whatever the expressions in it raise
@@ -85,11 +97,11 @@ def _namespace(*args: Any, **kwargs: Any) -> _Namespace:
     return values
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.bound_filter("tojson", _to_json)
     environment.globals.update(
         raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form), namespace=_namespace
     )

@@ -94,7 +94,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum")  # random text, of any length
         filters: Mapping[str, Any] = self.filters
         self.filters = {name: self._bound(name, function) for name, function in filters.items()}
-        self.tests = {name: self._bound(name, function) for name, function in self.tests.items()}
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: self._bound(name, function) for name, function in tests.items()}
 
     def bound_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Add a filter that is counted as Jinja's own are."""

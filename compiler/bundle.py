@@ -26,6 +26,7 @@ from secateur.exporters.tensorrt import EngineInfo, load_library
 from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
+from secateur.runtime.probe import probe_pixels
 
 _TOOLS = ("torch", "transformers", "onnx-ir")
 
@@ -160,14 +161,16 @@ def make_manifest(
         versions=versions,
         weights=sorted(weights),
         files=files,
-        variants=[m.Variant(**_of_geometry(part, engines, outside)) for part in others],
+        variants=[m.Variant(**_of_geometry(part, work, engines, outside)) for part in others],
         engines=describe_engines(target.engines or EngineOptions(), target.sms) if engines else None,
         tensors=list_outside(exported.layout, {name for names in outside.values() for name in names}),
-        **_of_geometry(first, engines, outside),
+        **_of_geometry(first, work, engines, outside),
     )
 
 
-def _of_geometry(part: Part, engines: Mapping[str, EngineInfo], outside: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _of_geometry(
+    part: Part, work: Path, engines: Mapping[str, EngineInfo], outside: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """What a geometry has of its own, as the manifest says it."""
     job, programs = part.pruned.job, part.pruned.programs
     return {
@@ -179,6 +182,7 @@ def _of_geometry(part: Part, engines: Mapping[str, EngineInfo], outside: Mapping
         "position_offset": job.position_offset,
         "notes": [*job.notes, *list_generation_notes(job)],
         "forecast": part.forecast,
+        "pixels": probe_pixels(work, outline(job)),
     }
 
 

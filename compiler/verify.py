@@ -19,6 +19,7 @@ from secateur.passes.check_function import digest_plan
 from secateur.passes.recipe_file import load_recipe
 from secateur.runtime.errors import UserError
 from secateur.runtime.manifest import Manifest, check_files, hash_file, read_manifest
+from secateur.runtime.probe import PixelDifference, find_difference
 from secateur.runtime.session import Session
 
 
@@ -30,6 +31,8 @@ class Verification:
     files: int
     bytes: int
     parity: Parity | None
+    pixels: PixelDifference | None = None
+    """How pictures come out differently here; None if they do not."""
 
     @property
     def passed(self) -> bool:
@@ -39,6 +42,7 @@ class Verification:
         return {
             "bundle": str(self.bundle), "files": self.files, "bytes": self.bytes, "passed": self.passed,
             "parity": self.parity.as_json() if self.parity else None,
+            "pixels": self.pixels.as_json() if self.pixels else None,
         }  # fmt: skip
 
 
@@ -64,8 +68,9 @@ def verify_bundle(
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, "full")
     size = sum(f.bytes for f in manifest.files.values())
+    pixels = find_difference(bundle, manifest)
     if model_dir is None:
-        return Verification(bundle, len(manifest.files), size, None)
+        return Verification(bundle, len(manifest.files), size, None, pixels)
     check_comparable(manifest, str(bundle))
     source, geometries = read_source(model_dir), manifest.each_variant()
     jobs = [recover_job(one, source, plan, recipe) for one in geometries]
@@ -78,7 +83,7 @@ def verify_bundle(
                 one.geometry.batch, parity, referee=oracle,
                 watch=lambda item, ours, theirs: progress(min(parity.rows, total), total),
             )  # fmt: skip
-    return Verification(bundle, len(manifest.files), size, parity)
+    return Verification(bundle, len(manifest.files), size, parity, pixels)
 
 
 def check_comparable(manifest: Manifest, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,10 @@ class ImagePipeline:
             # transformers' processor of Gemma 3 converts whatever its file says.
             reader=PictureReader(bool(values.get("do_convert_rgb", True)) or kind in _CONVERTS, max_pixels),
         )
+
+    def unnormalized(self) -> ImagePipeline:
+        """The same with levels 0 to 255."""
+        return replace(self, rescale=None, mean=None, std=None)
 
     @property
     def output_size(self) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -146,6 +146,10 @@ class PatchPipeline:
             max_video_tokens=int(values["max_video_tokens"]) if values.get("cap_pixels_per_frame") else None,
             reader=PictureReader(bool(values.get("do_convert_rgb", True)), max_pixels),
         )
+
+    def unnormalized(self) -> PatchPipeline:
+        """The same with levels 0 to 255."""
+        return replace(self, rescale=None, mean=None, std=None)
 
     @property
     def values_per_patch(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from os import PathLike, fspath
@@ -18,9 +19,10 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-from secateur.runtime.data_url import is_data_url, read_data_url, shorten
 from secateur.runtime.errors import UserError
+from secateur.runtime.sources import name_source, read_source
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,11 @@ class PictureReader:
             return self.read_array(source, where)
         file, where = open_source(source, where)
         try:
-            with Image.open(file) as opened:
+            # Of a path Pillow would map the file into memory, and then shows some turned TIFFs askew.
+            with (
+                open(file, "rb") if isinstance(file, str) else nullcontext(file) as stream,
+                Image.open(stream) as opened,
+            ):
                 return self.read_encoded(opened, where)
         except UserError:
             raise
@@ -87,7 +93,11 @@ class PictureReader:
                 "a file's levels of transparency are dropped, as transformers does; on white as a Pillow picture"
             )
         rgb = _to_rgb(opened, where)
-        return _on_white(rgb) if self.convert and _has_alpha(rgb) else rgb
+        if self.convert and _has_alpha(rgb):
+            # Nobody else has the picture: it becomes its own background.
+            _on_white(rgb, rgb)
+            del rgb.info["transparency"]
+        return rgb
 
     def read_array(
         self, array: NDArray[Any], where: str | None = None, channels_first: bool | None = None
@@ -148,9 +158,9 @@ class PictureReader:
                     "a Pillow picture is not turned by its EXIF tag, as in transformers; ImageOps.exif_transpose"
                 )
             if not self.convert and picture.mode in ("YCbCr", "LAB", "HSV"):
-                return Image.merge("RGB", picture.split())
-            if _has_alpha(picture):
-                return _on_white(picture)
+                return Image.fromarray(np.asarray(picture))
+            if _has_alpha(picture) and (self.convert or picture.mode != "RGB"):
+                return _on_white(picture, Image.new("RGB", picture.size))
             return _to_rgb(picture, where)
         except UserError:
             raise
@@ -197,7 +207,11 @@ def measure_picture(source: ImageLike) -> tuple[int, int] | None:
             shape = source.shape[1:] if source.ndim == 3 and source.shape[0] in _CHANNELS else source.shape
             return int(shape[0]), int(shape[1])
         with Image.open(open_source(source)[0]) as opened:
-            return opened.size if _orientation(opened) in (5, 6, 7, 8) else opened.size[::-1]
+            width, height = opened.size
+            if isinstance(opened, TiffImageFile):
+                # Some releases of Pillow have turned it already.
+                width, height = (opened.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+            return (width, height) if _orientation(opened) in (5, 6, 7, 8) else (height, width)
     except Exception:
         return None
 
@@ -206,25 +220,22 @@ def open_source(
     source: object, where: str | None = None, kind: str = "image", accepted: str = ACCEPTED
 ) -> tuple[str | IO[bytes], str]:
     """A path or a file object, and how errors name it; raises :class:`UserError` for what holds no file."""
-    if isinstance(source, str) and is_data_url(source):
-        return BytesIO(read_data_url(source, where)), where or shorten(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return BytesIO(source), where or f"{len(source)} bytes"
-    if isinstance(source, (str, PathLike)):
-        path = fspath(source)
+    where = where or name_source(source)
+    found = read_source(source, kind, where)
+    name = where or "a file object"
+    if isinstance(found, bytes):
+        return BytesIO(found), name
+    if isinstance(found, (str, PathLike)):
+        path = fspath(found)
         if not isfile(path):
-            what = "no such video file or directory" if kind == "video" else "no such image file"
-            raise UserError(what, where=where or shorten(path))
-        return path, where or path
-    if not callable(read := getattr(source, "read", None)):
-        name = "a video" if kind == "video" else "an image"
-        raise UserError(f"a {type(source).__name__} is not {name}", where=where, fix=f"give {accepted}")
-    seekable = getattr(source, "seekable", None)
-    if not callable(seekable) or not seekable():
-        raise UserError("a file object that cannot be read twice", where=where, fix="give its bytes: file.read()")
-    if isinstance(read(0), str):
-        raise UserError("a file object of text", where=where, fix="open the file with mode 'rb'")
-    return source, where or str(getattr(source, "name", "a file object"))  # type: ignore[return-value]
+            raise UserError(f"no such {kind} file" + " or directory" * (kind == "video"), where=name)
+        return path, name
+    if not callable(getattr(found, "read", None)):
+        what = "a video" if kind == "video" else "an image"
+        raise UserError(f"a {type(found).__name__} is not {what}", where=where, fix=f"give {accepted}")
+    if isinstance(found.read(0), str):
+        raise UserError("a file object of text", where=name, fix="open the file with mode 'rb'")
+    return found, name
 
 
 def blame_decoder(error: Exception, where: str | None, what: str = "image") -> UserError:
@@ -260,8 +271,8 @@ def _has_alpha(picture: Image.Image) -> bool:
     return "A" in picture.getbands() or picture.info.get("transparency") is not None
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    rgb = Image.new("RGB", picture.size)
+def _on_white(picture: Image.Image, rgb: Image.Image) -> Image.Image:
+    """``rgb`` with the picture laid on white in it."""
     for box in _strips(*picture.size):
         above = picture.crop(box).convert("RGBA")
         white = Image.new("RGBA", above.size, (255, 255, 255, 255))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.runtime.errors import MisfitError, UserError
-from secateur.runtime.pictures import ImageLike
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike
 from secateur.runtime.prompts import Prompts
 from secateur.runtime.row_media import PARTS, Prompt, RowMedia, count_kinds, gather
 from secateur.runtime.schema import Manifest
@@ -40,18 +40,19 @@ class Inputs:
 class Processor:
     """Tokenizer, chat template and processors of images, videos and sound of a bundle, held to its geometry."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._manifest, self._directory, model = manifest, directory, manifest.model
+    def __init__(self, directory: Path, manifest: Manifest, max_pixels: int = MAX_PIXELS) -> None:
+        self._manifest, self._directory, self._max_pixels, model = manifest, directory, max_pixels, manifest.model
         others = {"video": model.video_token_id, "audio": model.audio_token_id}
         stands_for = model.image_token_id if model.prompt_token_id is None else model.prompt_token_id
         inner = {model.image_token_id} - {stands_for}
         self.prompts = Prompts(directory, model.image_token, stands_for, others, inner)
-        self.tower_inputs = open_tower_inputs(directory, manifest)
+        self.tower_inputs = open_tower_inputs(directory, manifest, max_pixels)
 
     def at(self, manifest: Manifest) -> Processor:
         """The same for another geometry of the bundle; the tokenizer is shared."""
         other = copy.copy(self)
-        other._manifest, other.tower_inputs = manifest, open_tower_inputs(self._directory, manifest)
+        other._manifest = manifest
+        other.tower_inputs = open_tower_inputs(self._directory, manifest, self._max_pixels)
         return other
 
     def __call__(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from secateur.runtime.errors import UserError
-from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Size
+from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, ProbeLevels, Size
 from secateur.runtime.schema_model import (
     GeometrySizes,
     ImageSize,
@@ -21,8 +21,8 @@ from secateur.runtime.schema_model import (
 
 __all__ = [
     "DTYPE_BYTES", "PROGRAMS", "SCHEMA_VERSION", "Dtype", "Engines", "FileEntry", "Forecast", "GeometrySizes",
-    "ImageSize", "Manifest", "Media", "MediaItem", "Model", "Port", "PortDtype", "Program", "Recipe", "Segment",
-    "Stage", "StoredTensor", "Target", "Variant", "describe_media",
+    "ImageSize", "Manifest", "Media", "MediaItem", "Model", "PixelProbe", "Port", "PortDtype", "Program", "Recipe",
+    "Segment", "Stage", "StoredTensor", "Target", "Variant", "describe_media",
 ]  # fmt: skip
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -141,6 +141,18 @@ class Forecast(Frozen):
         return self.weights + self.caches + self.buffers
 
 
+class PixelProbe(Frozen):
+    """What pictures of noise became where the bundle was made (``runtime/probe.py``).
+
+    ``pillow`` is the release that resized them, ``sha256`` the digest of all levels of a row, uint8, in the order of
+    ``pixel_values``; ``levels`` are some of them, in base64.
+    """
+
+    pillow: str
+    sha256: Digest
+    levels: ProbeLevels
+
+
 class Variant(Frozen):
     """What a further geometry of a bundle has of its own; everything else, the weights above all, it shares."""
 
@@ -152,6 +164,7 @@ class Variant(Frozen):
     position_offset: int
     notes: list[str] = []
     forecast: Forecast | None = None
+    pixels: PixelProbe | None = None
 
 
 class Manifest(Frozen):
@@ -189,6 +202,8 @@ class Manifest(Frozen):
     tensors: dict[str, StoredTensor] = {}
     """What engines without weights of their own, and sessions on a GPU, take from the weights files."""
     forecast: Forecast | None = None
+    pixels: PixelProbe | None = None
+    """None in bundles of schema 1, and where images are not resized."""
     manifest_sha256: Digest | None = None
 
     @model_validator(mode="after")

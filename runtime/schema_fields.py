@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from pathlib import PurePosixPath
 from typing import Annotated
 
@@ -18,6 +20,21 @@ def _bundle_path(path: str) -> str:
     return path
 
 
+PROBE_LEVELS = 1024
+"""Levels of the pictures that tell whether a machine makes a bundle's pixels: 1.4 kB in base64."""
+
+
+def _probe_levels(text: str) -> str:
+    try:
+        count = len(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        raise ValueError("not base64") from None
+    if count != PROBE_LEVELS:
+        raise ValueError(f"{count} levels instead of {PROBE_LEVELS}")
+    return text
+
+
+ProbeLevels = Annotated[str, AfterValidator(_probe_levels)]
 BundlePath = Annotated[str, AfterValidator(_bundle_path)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]

@@ -17,7 +17,8 @@ from secateur.runtime.generate import Limits, TextStream
 from secateur.runtime.generation_options import DEFAULTS_FILE, merge_given, resolve
 from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.pick import Asked, order_by_size, pick
-from secateur.runtime.pictures import ImageLike
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike
+from secateur.runtime.probe import warn_of_pixels
 from secateur.runtime.processing import Inputs, Processor, Prompt
 from secateur.runtime.processor_files import read_json
 from secateur.runtime.prompt_tokens import count_unpruned
@@ -45,7 +46,8 @@ class Session:
 
     ``backend`` None takes the one the bundle was compiled for; a :class:`Backend` of your own is used as it
     is. ``threads`` are an operator's on the CPU, ``cuda_graphs`` whether TensorRT's programs are replayed as CUDA
-    graphs. ``verify="full"`` also hashes the weights.
+    graphs. ``verify="full"`` also hashes the weights. A picture or frame may have ``max_image_pixels``, looked at
+    before it is decoded; one takes 4 to 8 bytes.
     Of a bundle of several geometries ``manifest`` and ``processor`` are the first's, ``geometries`` and
     ``processors`` those of all; every prompt runs in the smallest that fits.
     """
@@ -58,13 +60,17 @@ class Session:
         threads: int | None = None,
         cuda_graphs: bool = True,
         verify: Level = "graphs",
+        max_image_pixels: int = MAX_PIXELS,
     ) -> None:
+        if type(max_image_pixels) is not int or max_image_pixels < 1:
+            raise UserError(f"max_image_pixels is {max_image_pixels!r}", fix="give a number of pixels, 1 or more")
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
         check_files(self.path, self.manifest, verify)
         self.geometries: list[Manifest] = self.manifest.each_variant()
-        self.processor = Processor(self.path, self.geometries[0])
+        self.processor = Processor(self.path, self.geometries[0], max_image_pixels)
         self.processors = [self.processor, *(self.processor.at(one) for one in self.geometries[1:])]
+        warn_of_pixels(self.path, self.manifest)
         self._defaults: dict[str, Any] = read_json(self.path / DEFAULTS_FILE)
         self._backend: Backend | None = (
             open_backend(backend, self.path, self.manifest, threads=threads, cuda_graphs=cuda_graphs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -15,7 +17,7 @@ from secateur.runtime.crops import CropPipeline
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImagePipeline
 from secateur.runtime.patches import Grid, PatchPipeline
-from secateur.runtime.pictures import ImageLike
+from secateur.runtime.pictures import MAX_PIXELS, ImageLike
 from secateur.runtime.processor_files import blame_file, find_settings
 from secateur.runtime.row_media import RowMedia
 from secateur.runtime.schema import Manifest
@@ -41,29 +43,34 @@ class TowerInputs(Protocol):
 
     def __call__(self, media: RowMedia) -> TowerInput: ...
 
+    def unnormalized(self) -> TowerInputs:
+        """The same with levels 0 to 255, without sound, and without warnings of sizes."""
+        ...
 
-def open_tower_inputs(directory: Path, manifest: Manifest) -> TowerInputs:
-    """By the processor files of a bundle. Raises UserError for what they say that is not supported."""
+
+def open_tower_inputs(directory: Path, manifest: Manifest, max_pixels: int = MAX_PIXELS) -> TowerInputs:
+    """By the processor files of a bundle; a picture or frame may have ``max_pixels``. Raises UserError for what they
+    say that is not supported."""
     if manifest.geometry.tiles:
-        return TileInputs(directory, manifest)
+        return TileInputs(directory, manifest, max_pixels)
     if manifest.media is None:
-        return PixelInputs(directory, manifest)
-    return PatchInputs(directory, manifest)
+        return PixelInputs(directory, manifest, max_pixels)
+    return PatchInputs(directory, manifest, max_pixels)
 
 
 class TileInputs:
     """Images cut into tiles: float32 [n*tiles, 3, height, width]."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, max_pixels: int = MAX_PIXELS) -> None:
         sizes = manifest.geometry
         config, _, where = find_settings(directory, "image")
         size = (sizes.image_height, sizes.image_width)
         self.pipeline: TilePipeline | CropPipeline
         with blame_file(where):
             if manifest.model.family in ("internvl", "smolvlm"):
-                self.pipeline = CropPipeline.from_config(config, size)
+                self.pipeline = CropPipeline.from_config(config, size, max_pixels)
             else:
-                self.pipeline = TilePipeline.from_config(config, size, sizes.tokens_per_tile)
+                self.pipeline = TilePipeline.from_config(config, size, sizes.tokens_per_tile, max_pixels)
         if self.pipeline.tiles != sizes.tiles:
             raise BundleError(
                 f"the image processor makes {self.pipeline.tiles} tiles, the bundle was compiled for {sizes.tiles}",
@@ -74,18 +81,23 @@ class TileInputs:
     def __call__(self, media: RowMedia) -> TowerInput:
         return TowerInput(np.concatenate([self.pipeline(image) for image in media.images]))
 
+    def unnormalized(self) -> TileInputs:
+        other = copy.copy(self)
+        other.pipeline = replace(self.pipeline, view=self.pipeline.view.unnormalized(), _said={"fitted"})
+        return other
+
 
 class PixelInputs:
     """Images, or the frames of a video, of the size that the checkpoint's processor makes of all: float32
     [n, 3, H, W]."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, max_pixels: int = MAX_PIXELS) -> None:
         sizes = manifest.geometry
         self.size = (sizes.image_height, sizes.image_width)
         config, _, where = find_settings(directory, "video" if sizes.frames else "image")
         with blame_file(where):
-            self.images = ImagePipeline.from_config(config, video=bool(sizes.frames))
-        self.frames = FrameSampler.from_config(config, sizes.frames, sizes.fps)
+            self.images = ImagePipeline.from_config(config, bool(sizes.frames), max_pixels)
+        self.frames = FrameSampler.from_config(config, sizes.frames, sizes.fps, max_pixels=max_pixels)
         if self.images.output_size not in (None, self.size):
             raise BundleError(
                 f"the image processor makes {self.images.output_size}, the bundle was compiled for {self.size}",
@@ -98,6 +110,11 @@ class PixelInputs:
         for video in media.videos:
             pixels += self.frames.read(video, media.video_fps, self._read).frames
         return TowerInput(np.stack(pixels))
+
+    def unnormalized(self) -> PixelInputs:
+        other = copy.copy(self)
+        other.images = self.images.unnormalized()
+        return other
 
     def _read(self, image: ImageLike) -> Floats:
         pixels = self.images(image)
@@ -117,13 +134,13 @@ class PatchInputs:
     once.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, max_pixels: int = MAX_PIXELS) -> None:
         sizes = manifest.geometry
         config, _, where = find_settings(directory, "video" if sizes.frames else "image")
         with blame_file(where):
-            self.patches = PatchPipeline.from_config(config, video=bool(sizes.frames))
+            self.patches = PatchPipeline.from_config(config, bool(sizes.frames), max_pixels)
         videos = find_settings(directory, "video").values
-        self.frames = FrameSampler.from_config(videos, sizes.frames, sizes.fps, self.patches.temporal)
+        self.frames = FrameSampler.from_config(videos, sizes.frames, sizes.fps, self.patches.temporal, max_pixels)
         edge, grids = self.patches.patch, sizes.frames // self.patches.temporal or 1
         seen = [(grids, height // edge, width // edge) for height, width in sizes.sizes_seen]
         wanted = [one.tokens for one in sizes.sizes] or [sizes.tokens_per_image * (sizes.images if sizes.frames else 1)]
@@ -159,6 +176,11 @@ class PatchInputs:
         if self.sound is not None:
             heard = np.stack([self.sound(clip, media.audio_rate) for clip in media.audio])
         return TowerInput(np.concatenate(seen), heard, tuple(times))
+
+    def unnormalized(self) -> PatchInputs:
+        other = copy.copy(self)
+        other.patches, other.sound, other._told = self.patches.unnormalized(), None, True
+        return other
 
     def _image(self, image: ImageLike, grid: Grid) -> Floats:
         rgb = self.patches.reader(image)

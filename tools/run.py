@@ -47,6 +47,9 @@ def run(
         typer.Option(metavar="NAME=VALUE", help="An option of transformers' GenerationConfig; repeat for more."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads per operator; all cores if not given.")] = None,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(min=1, help="The most pixels of an image or frame; 89 million if not given.")
+    ] = None,
     full_check: Annotated[bool, typer.Option("--full-check", help="Also hash the weights before running.")] = False,
 ) -> list[Any]:
     """Answer a prompt about images, a video or sound.
@@ -60,9 +63,16 @@ def run(
       secateur run BUNDLE --image photo.png --prompt "What is in the picture?" --stream
       secateur run BUNDLE --video frames/ --video-fps 25 --audio sound.wav --prompt "What happens?"
     """
+    from secateur.runtime.pictures import MAX_PIXELS
     from secateur.runtime.session import Session
 
-    with Session(bundle, threads=threads, verify="full" if full_check else "graphs") as session:
+    bound = max_image_pixels or MAX_PIXELS
+    if max_image_pixels is not None:
+        from PIL import Image
+
+        # Pillow's own bound, of this process.
+        Image.MAX_IMAGE_PIXELS = max(max_image_pixels, Image.MAX_IMAGE_PIXELS or 0)
+    with Session(bundle, threads=threads, verify="full" if full_check else "graphs", max_image_pixels=bound) as session:
         pieces = session.stream(
             list(prompt),
             _per_row("image", list(image or []), prompt),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.images import ImagePipeline, center_crop
-from secateur.runtime.pictures import open_picture
+from secateur.runtime.pictures import PictureReader, measure_picture, open_picture
 
 CONFIG = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": 8}
 
@@ -143,3 +147,125 @@ def test_what_is_no_image_at_all(value: object) -> None:
 
 def test_an_empty_picture() -> None:
     assert "0x4 pixels has nothing in it" in refusal(Image.new("RGB", (0, 4)))
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "path": lambda path: path,
+    "text": str,
+    "bytes": lambda path: path.read_bytes(),
+    "file object": lambda path: BytesIO(path.read_bytes()),
+    "data URL": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+    "Pillow": lambda path: Image.open(BytesIO(path.read_bytes())),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_transparent_colour_of_a_palette_is_white(source: str, tmp_path: Path) -> None:
+    picture = Image.new("P", (4, 4))
+    picture.putpalette([0, 0, 0, 200, 10, 10])
+    picture.putpixel((1, 1), 1)
+    picture.save(tmp_path / "palette.png", transparency=0)
+    shown = open_picture(SOURCES[source](tmp_path / "palette.png"))
+    assert shown.getpixel((0, 0)) == (255, 255, 255)
+    assert shown.getpixel((1, 1)) == (200, 10, 10)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_that_is_cut_short(kind: str, source: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    path = tmp_path / "cut"
+    Image.fromarray(noise).save(path, format=kind)
+    path.write_bytes(path.read_bytes()[:-400])
+    try:
+        given = SOURCES[source](path)
+    except OSError:
+        pytest.skip("Pillow itself does not open it")
+    said = refusal(given)
+    assert "corrupt" in said or "not an image" in said
+
+
+def test_levels_that_are_lost_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    deep = np.linspace(0, 60_000, 16, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    reader = PictureReader()
+    for source in (tmp_path / "deep.png", tmp_path / "deep.png", Image.fromarray(deep)):
+        assert reader(source).getpixel((3, 3)) == (255, 255, 255)
+    assert [record.message for record in caplog.records] == [
+        "levels 0 to 60000 of a grey picture are cut to 0 to 255, as transformers does: scale it"
+    ]
+    open_picture(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
+    assert "levels 0.5 to 0.5 of a grey picture are shown black" in caplog.text
+    open_picture(Image.fromarray(np.full((4, 4), 200, np.uint8)))
+    assert len(caplog.records) == 2
+
+
+def test_what_a_source_changes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGBA", (4, 4), (9, 9, 9, 128)).save(tmp_path / "half.png")
+    assert open_picture(tmp_path / "half.png").getpixel((0, 0)) == (9, 9, 9)
+    assert "levels of transparency are dropped, as transformers does" in caplog.text
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        assert open_picture(opened).size == (6, 4)
+    assert "a Pillow picture is not turned by its EXIF tag" in caplog.text
+    assert measure_picture(tmp_path / "turned.jpg") == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("data:image/png;base64", "a data: URL without a comma"),
+        ("data:image/png;base64,!!!", "base64 is broken"),
+        ("data:image/png;base64,", "a data: URL that holds nothing"),
+        ("data:image/png;base64," + "QUJD" * 1000, "not an image Pillow can read"),
+        (b"", "0 bytes: not an image Pillow can read"),
+        (StringIO("x"), "a file object of text; open the file with mode 'rb'"),
+        ("x" * 300 + ".png", "xxx...: no such image file"),
+        ("no\0name", "no such image file"),
+        (Image.new("La", (4, 4)), "conversion from La"),
+        (np.full((4, 4, 3), 300, np.int64), "holds 300 to 300; give levels 0 to 255"),
+        (np.full((4, 4, 3), 0.5), "levels from 0 to 1: (255 * array).round()"),
+    ],
+)
+def test_sources_that_hold_no_picture(value: Any, says: str) -> None:
+    said = refusal(value)
+    assert says in said
+    assert len(said) < 400
+
+
+def test_a_file_object_that_cannot_go_back(image_file: Path) -> None:
+    class Stream(BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    assert open_picture(Stream(image_file.read_bytes())).mode == "RGB"
+
+
+@pytest.mark.parametrize("source", [*SOURCES, "array"])
+def test_pictures_over_the_bound_are_not_decoded(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (50, 20)).save(tmp_path / "large.png")
+    given = np.zeros((20, 50, 3), np.uint8) if source == "array" else SOURCES[source](tmp_path / "large.png")
+    assert PictureReader(max_pixels=1000)(given).size == (50, 20)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    if source != "array" and source != "Pillow":
+        given = SOURCES[source](tmp_path / "large.png")
+    with pytest.raises(UserError) as caught:
+        PictureReader(max_pixels=999)(given)
+    assert "50x20 = 0.001 million pixels, the bound is 0.000999 million; make it smaller, or raise" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "says"),
+    [
+        (CONFIG, (1, 100_000), "resized by its shorter edge the picture would have 8x800000"),
+        (
+            {"image_processor_type": "LlavaOnevisionImageProcessor"}, (1, 100_000),
+            "padded to a square the picture would have 100000x100000",
+        ),
+    ],
+)  # fmt: skip
+def test_narrow_pictures_that_would_grow(config: dict[str, Any], size: tuple[int, int], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ImagePipeline.from_config(config, max_pixels=1_000_000)(Image.new("RGB", size))

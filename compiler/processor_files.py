@@ -17,7 +17,7 @@ from typing import Any
 from secateur.compiler.file_differences import compare_settings, compare_templates
 from secateur.compiler.generation_files import GENERATION, read_generation
 from secateur.compiler.tokenizer_files import TOKENIZER, TakenTokenizer, take_tokenizer
-from secateur.runtime import images, patches
+from secateur.runtime import audio, images, patches
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.manifest import Manifest
 from secateur.runtime.processing import Processor
@@ -140,8 +140,8 @@ def _name_type(kind: str, taken: Settings, model_type: str) -> tuple[dict[str, A
         # With "Fast" in its name it names no processor of videos: the model type decides.
         inferred = str(image).replace("ImageProcessor", "VideoProcessor")
         said = inferred if inferred in {**images.DEFAULTS, **patches.DEFAULTS} else None
-    if kind == "audio" and taken.file != NESTED and model_type not in usual:
-        return None, []
+    if kind == "audio" and taken.file != NESTED and not (model_type in usual or said in audio.DEFAULTS):
+        return None, []  # An older file of images alone, which its type may call those of a feature extractor.
     own = usual.get(model_type)
     if said is None:
         return ({**values, key: own} if own else values if kind == "image" else None), []

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.compiler.forecast import Needs
 from secateur.runtime.errors import UserError
+from secateur.runtime.host_memory import CGROUP, PROC, available_memory
 from secateur.runtime.manifest import Forecast
 from secateur.runtime.sizes import size_text
 
 IGNORE = "--ignore-forecast goes on anyway"
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -52,62 +51,11 @@ class Expected:
         return needs
 
 
-def find_room(out: Path, target: str, proc: Path = _PROC, cgroup: Path = _CGROUP) -> Room:
+def find_room(out: Path, target: str, proc: Path = PROC, cgroup: Path = CGROUP) -> Room:
     """Look at the machine: the kernel's count of memory and the limits of control groups, the disk, the GPU."""
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     device = free_device_memory() if target == "tensorrt" else None
     return Room(available_memory(proc, cgroup), device, shutil.disk_usage(place).free)
-
-
-def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
-    """What this process holds and may take beside it; None where the kernel does not say (other than Linux)."""
-    try:
-        free = _kib(proc / "meminfo", "MemAvailable")
-        held = _kib(proc / "self" / "status", "VmRSS")
-    except (OSError, LookupError):
-        return None
-    return held + min([free, *_limits(proc, cgroup)])
-
-
-def _kib(file: Path, name: str) -> int:
-    match = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.M)
-    if match is None:
-        raise LookupError(name)
-    return int(match[1]) * 1024
-
-
-def _limits(proc: Path, root: Path) -> Iterator[int]:
-    """Bytes left under the memory limit of every control group this process is in, of either version.
-
-    Cached pages nobody uses are given back when they are wanted, so they count as free.
-    """
-    try:
-        groups = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in groups:
-        if controllers not in ("", "memory"):
-            continue
-        version2 = controllers == ""
-        top = root if version2 else root / "memory"
-        limit, used, idle = (
-            ("memory.max", "memory.current", "inactive_file")
-            if version2
-            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        )
-        own = top / path.lstrip("/")
-        # Inside a container the path may be the host's: then only the top is there.
-        for group in (own, *own.parents):
-            if not group.is_relative_to(top):
-                break
-            try:
-                most = (group / limit).read_text().strip()
-                if most == "max":
-                    continue
-                stat = re.search(rf"^{idle} (\d+)$", (group / "memory.stat").read_text(), re.M)
-                yield max(0, int(most) - int((group / used).read_text()) + (int(stat[1]) if stat else 0))
-            except (OSError, ValueError):
-                continue
 
 
 def free_device_memory() -> int | None:

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.runtime.errors import SecateurError
+from secateur.runtime.errors import BundleError, SecateurError
+from secateur.runtime.host_memory import available_memory
 from secateur.runtime.schema import DTYPE_BYTES, PORT_BYTES, Manifest, Port, Program
+from secateur.runtime.sizes import size_text
 
 Ints = NDArray[np.int64]
 _CACHES = ("past_key.", "past_value.", "present_key.", "present_value.")
@@ -58,12 +60,22 @@ def buffer_bytes(programs: Mapping[str, Program]) -> int:
     for program in programs.values():
         for port in (*program.inputs, *program.outputs):
             if port.name not in shared and not port.name.startswith(_CACHES):
-                total += _size(port)
-    return total + sum(map(_size, shared.values()))
+                total += port_bytes(port)
+    return total + sum(map(port_bytes, shared.values()))
 
 
-def _size(port: Port) -> int:
+def port_bytes(port: Port) -> int:
     return PORT_BYTES[port.dtype] * math.prod(port.shape)
+
+
+def check_room(manifest: Manifest, where: str) -> None:
+    """Raise BundleError where the machine has less memory than the caches, inputs and outputs of one request take."""
+    needed, room = cache_bytes(manifest) + buffer_bytes(manifest.programs), available_memory()
+    if room is not None and needed > room:
+        raise BundleError(
+            f"a request takes {size_text(needed)} of memory, this machine has {size_text(room)} for it",
+            where=where, fix="compile a smaller geometry, or run it on a machine with more",
+        )  # fmt: skip
 
 
 def decode_slots(manifest: Manifest, lengths: Ints, step: int) -> dict[str, Ints]:

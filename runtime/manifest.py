@@ -77,6 +77,7 @@ MANIFEST = "manifest.json"
 Level = Literal["graphs", "full"]
 
 _log = logging.getLogger(__name__)
+_LONGEST = 400
 _RECOMPILE = "compile the bundle again, or copy it again from where it was whole"
 
 
@@ -145,6 +146,10 @@ def read_manifest(directory: Path | str) -> Manifest:
             fix="upgrade with: pip install -U secateur",
         )
     unsigned = {key: value for key, value in raw.items() if key != "manifest_sha256"}
+    try:
+        canonical_json(raw).encode()
+    except UnicodeEncodeError:
+        raise BundleError("the manifest holds text that is not Unicode", where=_at(directory), fix=_RECOMPILE) from None
     if raw.get("manifest_sha256") != _digest(unsigned):
         raise BundleError("the manifest was altered: its digest does not match", where=_at(directory), fix=_RECOMPILE)
     try:
@@ -152,9 +157,11 @@ def read_manifest(directory: Path | str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        reason = "unknown field" if first["type"] == "extra_forbidden" else str(first["msg"])
+        reason = (
+            "unknown field" if first["type"] == "extra_forbidden" else str(first["msg"]).removeprefix("Value error, ")
+        )
         raise BundleError(
-            f"{field}: {reason}" if field else reason,
+            _shorten(f"{field}: {reason}" if field else reason),
             where=_at(directory),
             fix="the bundle was made by a different secateur; compile it again",
         ) from None
@@ -218,6 +225,12 @@ def _load(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise BundleError("the manifest is not a JSON object", where=_at(directory), fix=_RECOMPILE)
     return raw
+
+
+def _shorten(text: str) -> str:
+    """A line of it: names in a manifest may be as long as somebody likes."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
 
 
 def _refuse_constant(text: str) -> None:

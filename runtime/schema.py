@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from secateur.runtime.errors import UserError
-from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, ProbeLevels, Size
+from secateur.runtime.schema_checks import check_part
+from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Offset, ProbeLevels, Shape, Size
 from secateur.runtime.schema_model import (
     GeometrySizes,
     ImageSize,
@@ -42,7 +43,7 @@ class Port(Frozen):
 
     name: str
     dtype: PortDtype
-    shape: list[int]
+    shape: Shape
 
 
 class Program(Frozen):
@@ -92,7 +93,7 @@ class StoredTensor(Frozen):
     offset: Count
     bytes: Size
     dtype: PortDtype
-    shape: list[int]
+    shape: Shape
 
 
 class Engines(Frozen):
@@ -161,7 +162,7 @@ class Variant(Frozen):
     programs: dict[str, Program]
     segments: list[Segment]
     media: Media | None = None
-    position_offset: int
+    position_offset: Offset
     notes: list[str] = []
     forecast: Forecast | None = None
     pixels: PixelProbe | None = None
@@ -189,7 +190,7 @@ class Manifest(Frozen):
     programs: dict[str, Program]
     segments: list[Segment]
     media: Media | None = None
-    position_offset: int
+    position_offset: Offset
     notes: list[str] = []
     """What whoever uses the bundle should know."""
     versions: dict[str, str]
@@ -222,10 +223,10 @@ class Manifest(Frozen):
         wanted = {name for part in self._parts() for p in part.programs.values() for name in p.weights}
         if missing := sorted(wanted - self.tensors.keys()):
             raise ValueError(f"{missing[0]} is not listed in tensors")
-        _check_shapes(self, self.model.layers)
+        check_part(self, self)
         for number, variant in enumerate(self.variants, 1):
             try:
-                _check_shapes(variant, self.model.layers)
+                check_part(variant, self)
             except ValueError as error:
                 raise ValueError(f"geometry {number}: {error}") from None
             if (variant.recipe.name, variant.recipe.keep) != (self.recipe.name, self.recipe.keep):
@@ -282,19 +283,3 @@ class Manifest(Frozen):
     def unsigned(self) -> dict[str, Any]:
         """Everything the manifest's own digest covers."""
         return self.model_dump(mode="json", exclude={"manifest_sha256"})
-
-
-def _check_shapes(of: Manifest | Variant, layers: int) -> None:
-    """Raise ValueError unless every program is there and the segments add up."""
-    if set(of.programs) != set(PROGRAMS):
-        raise ValueError(f"programs are {', '.join(of.programs)} instead of {', '.join(PROGRAMS)}")
-    covered = [layer for s in of.segments for layer in range(s.first_layer, s.last_layer)]
-    if covered != list(range(layers)):
-        raise ValueError("segments do not cover every layer once, in order")
-    for segment in of.segments:
-        if segment.length + segment.removed != of.geometry.sequence:
-            raise ValueError(f"segment {segment.name}: length + removed is not the sequence's length")
-        if segment.evicted >= segment.length:
-            raise ValueError(f"segment {segment.name}: evicted is not below its length")
-        if segment.capacity < segment.length - segment.evicted:
-            raise ValueError(f"segment {segment.name}: capacity is below the rows it holds")

@@ -37,11 +37,16 @@ def _probe_levels(text: str) -> str:
 ProbeLevels = Annotated[str, AfterValidator(_probe_levels)]
 BundlePath = Annotated[str, AfterValidator(_bundle_path)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
+_MOST = 1 << 62
+"""Beyond it a number does not fit the libraries that are given it."""
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Size = Annotated[int, Field(ge=1, le=_MOST)]
+Offset = Annotated[int, Field(ge=-(1 << 40), le=1 << 40)]
+Shape = Annotated[list[Count], Field(max_length=8)]
+"""Of a tensor, outermost first."""
 
 
 class Frozen(BaseModel):
     """A part of the manifest: what it does not know it refuses, and nothing is converted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), str_max_length=16_384)

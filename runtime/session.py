@@ -10,11 +10,12 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, overload
 
-from secateur.runtime.backends import Backend, Shared, open_backend
+from secateur.runtime.backends import HOST_BACKEND, Backend, Shared, open_backend
 from secateur.runtime.chat import Message
 from secateur.runtime.errors import MisfitError, UserError
 from secateur.runtime.generate import Limits, TextStream
 from secateur.runtime.generation_options import DEFAULTS_FILE, merge_given, resolve
+from secateur.runtime.kv import check_room
 from secateur.runtime.manifest import Level, check_files, read_manifest
 from secateur.runtime.pick import Asked, order_by_size, pick
 from secateur.runtime.pictures import MAX_PIXELS, ImageLike
@@ -105,6 +106,8 @@ class Session:
         backend = self._backend
         if backend is None:
             raise UserError("the session is closed")
+        if backend.name == HOST_BACKEND:
+            check_room(self.manifest.variant(variant), f"{self.path}: geometry {variant}")
         return Request(backend, self.manifest, variant)
 
     def prefill(

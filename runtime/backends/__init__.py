@@ -13,6 +13,8 @@ from secateur.runtime.errors import UserError
 from secateur.runtime.schema import Manifest, Target
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+HOST_BACKEND = "onnxruntime"
+"""The one whose buffers lie in the machine's own memory."""
 BACKEND_OF_TARGET: Mapping[Target, str] = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-cuda",

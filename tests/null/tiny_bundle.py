@@ -316,7 +316,7 @@ def manifest(t: Tiny, directory: Path, programs: dict[str, schema.Program]) -> s
 
 def resign(directory: Path, **changes: object) -> None:
     """Change fields of the manifest (dotted path -> value) and sign it again, as a hostile author could."""
-    from secateur.runtime.manifest import _digest, canonical_json
+    from secateur.runtime.manifest import _digest
 
     path = directory / "manifest.json"
     raw = json.loads(path.read_text())
@@ -327,7 +327,7 @@ def resign(directory: Path, **changes: object) -> None:
         for parent in parents:
             place = place[parent]
         place[last] = value
-    path.write_text(canonical_json({**raw, "manifest_sha256": _digest(raw)}))
+    path.write_text(json.dumps({**raw, "manifest_sha256": _digest(raw)}))
 
 
 def relist(directory: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 from secateur.compiler import capacity, pipeline
 from secateur.compiler.build_bundle import lay_out
 from secateur.compiler.bundle import Target
-from secateur.compiler.capacity import Expected, Room, available_memory, check_room
+from secateur.compiler.capacity import Expected, Room, check_room
 from secateur.compiler.forecast import Needs, engine_bytes, forecast
 from secateur.exporters.liveness import peak_bytes
 from secateur.exporters.onnx import export_programs
 from secateur.runtime.errors import UserError
+from secateur.runtime.host_memory import available_memory
 from secateur.runtime.kv import buffer_bytes, cache_bytes
 from secateur.runtime.manifest import Forecast, Manifest, read_manifest
 from secateur.runtime.request import Request

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from secateur.runtime.schema_fields import Count, Digest, Frozen, Size
+from secateur.runtime.schema_fields import Count, Digest, Frozen, Offset, Size
 
 
 class Model(Frozen):
@@ -35,7 +35,7 @@ class Model(Frozen):
     image_space: Annotated[list[str], Field(min_length=2, max_length=2)] = ["", ""]
     """What a prompt's text gets before and behind every ``image_token``."""
     bos_token_id: Count | None = None
-    eos_token_ids: list[int]
+    eos_token_ids: list[Offset]
     pad_token_id: Count
     video_token_id: Count | None = None
     """What the checkpoint marks a video with."""

@@ -1,26 +1,24 @@
-"""Chat templates: Jinja in a sandbox, with the names that Hugging Face templates expect."""
+"""Chat templates: messages to the text of a prompt, and what a template does wrong in one line."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, TypeAlias
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 from jinja2.exceptions import SecurityError, TemplateError
 
-from secateur.runtime.chat_bounds import BoundedEnvironment, TooMuchError
 from secateur.runtime.errors import BundleError, UserError
+from secateur.runtime.template_limits import TooMuchError, limited
+from secateur.runtime.template_sandbox import compile_template
 
 Message: TypeAlias = Mapping[str, Any]
 """``{"role": …, "content": text}``, or content a list of ``{"type": "image"}`` (or ``"video"``, ``"audio"``) and
 ``{"type": "text", "text": …}``."""
 
 _WHERE = "chat_template.jinja"
+_TRUST = "do not use this bundle unless you trust where it came from"
+_LONGEST = 300
+"""Characters of a template's own words in an error."""
 
 
 class ChatTemplate:
@@ -29,98 +27,39 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
         try:
-            self._environment = _environment()
-            self._template = self._environment.from_string(source)
-        except TemplateError as error:
-            raise BundleError(f"the chat template is malformed ({error})", where=_WHERE) from None
+            self._template = compile_template(source)
+        except TooMuchError as error:
+            raise BundleError(f"the chat template {error}", where=_WHERE, fix=_TRUST) from None
+        except Exception as error:  # Python's compiler, too: nested too deeply, numbers too long
+            raise BundleError(f"the chat template is malformed ({_one_line(error)})", where=_WHERE) from None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for ``messages``, ending where the assistant's answer starts.
-
-        Raises BundleError for a template that does what it may not, or does not end, UserError for one that refuses or
-        fails on the messages.
-        """
-        self._environment.budget.start()
+        """The prompt for ``messages``, ending where the assistant's answer starts."""
         try:
-            return self._template.render(
-                messages=[_plain(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            plain = [_plain(message) for message in messages]
+            with limited(plain):
+                return self._template.render(
+                    messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                )
+        except TooMuchError as error:
+            raise BundleError(f"the chat template {error}", where=_WHERE, fix=_TRUST) from None
         except SecurityError as error:
-            raise BundleError(
-                f"the chat template tried something it may not do ({error})",
-                where=_WHERE,
-                fix="do not use this bundle unless you trust where it came from",
-            ) from None
-        except (TooMuchError, RecursionError, MemoryError) as error:
-            reason = str(error) if isinstance(error, TooMuchError) else f"it ends in a {type(error).__name__}"
-            raise BundleError(
-                f"the chat template was stopped: {reason}", where=_WHERE,
-                fix="give shorter messages, or take the template of the original checkpoint",
-            ) from None  # fmt: skip
+            what = f"the chat template tried something it may not do ({_one_line(error)})"
+            raise BundleError(what, where=_WHERE, fix=_TRUST) from None
         except TemplateError as error:
-            raise UserError(f"the chat template refuses these messages: {error}", where=_WHERE) from None
+            raise UserError(f"the chat template refuses these messages: {_one_line(error)}", where=_WHERE) from None
         except Exception as error:  # a template can raise whatever the expressions in it raise
             raise UserError(
-                f"the chat template fails on these messages ({type(error).__name__}: {error})",
+                f"the chat template fails on these messages ({type(error).__name__}: {_one_line(error)})",
                 where=_WHERE,
                 fix="give a list of messages with role and content",
             ) from None
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it only prints its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's ``namespace`` without names that start with an underscore, which reach into Python itself."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"the name {name!r} is not allowed in a namespace")
-        super().__setitem__(name, value)
-
-
-def _namespace(*args: Any, **kwargs: Any) -> _Namespace:
-    values = _Namespace()
-    for name, value in dict(*args, **kwargs).items():
-        values[str(name)] = value
-    return values
-
-
-def _environment() -> BoundedEnvironment:
-    environment = BoundedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.bound_filter("tojson", _to_json)
-    environment.globals.update(
-        raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form), namespace=_namespace
-    )
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which templates for models do not want."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+def _one_line(error: Exception) -> str:
+    """What a template says may have lines, and any length."""
+    text = " ".join(str(error)[:2000].split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,6 @@ from secateur.runtime.results import Generation
 from secateur.runtime.row_media import KINDS, gather, list_rows
 from secateur.runtime.schema import Manifest
 from secateur.runtime.text import AnswerText, encode_stop
-from secateur.runtime.unicode_text import check_text
 from secateur.runtime.video import VideoLike
 from secateur.runtime.waveform import AudioLike
 
@@ -215,8 +214,6 @@ class Session:
         prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item, assignment]  # by `single`
         listed = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
         prompts, rows = gather(prompts, listed, allow_network)
-        for place, text in enumerate([stop] if isinstance(stop, str) else stop or ()):
-            check_text(text, f"stop[{place}]")
 
         def process(processor: Processor) -> Inputs:
             return processor(prompts, *rows, video_fps=video_fps, audio_rate=audio_rate)

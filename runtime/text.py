@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from secateur.runtime.errors import UserError
+from secateur.runtime.unicode_text import check_text
 
 _BROKEN = "\ufffd"
 
@@ -145,9 +145,5 @@ class AnswerText:
 
 
 def encode_stop(stop: str) -> bytes:
-    try:
-        return stop.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{stop!r} is not Unicode text ({error.reason})", where="stop", fix="give whole characters"
-        ) from None
+    """Raises UserError for text that is not Unicode."""
+    return check_text(stop, "stop").encode()

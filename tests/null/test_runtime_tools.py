@@ -55,6 +55,30 @@ def test_run_takes_options_by_their_names_in_transformers(secateur: Any, built: 
     assert ask("--temperature", 2, "--top-k", 9, "--seed", 1) == drawn
 
 
+def test_run_takes_unicode_and_addresses_where_asked_for(secateur: Any, built: Path, image_file: Path) -> None:
+    """As Python gives arguments that are not UTF-8; a file's name may be such."""
+    odd = b"a\xff".decode("utf-8", "surrogateescape")
+    for more, says in (
+        (["--prompt", odd], "prompt: character 1 of the text stands for the byte 0xFF, which is not UTF-8"),
+        (["--prompt", "a", "--stop", odd], "stop: character 1 of the text stands for the byte 0xFF"),
+        (["--prompt", "a", "--generation", f'stop_strings=["{odd}"]'], "stop: character 1 of the text stands for"),
+    ):
+        code, _, err = secateur("run", built, "--image", image_file, *more)
+        assert (code, err.count("\n")) == (2, 1)
+        assert says in err
+    odd_file = image_file.with_name(odd + ".png")
+    odd_file.write_bytes(image_file.read_bytes())
+    assert secateur("run", built, "--image", odd_file, "--prompt", "a")[0] == 0
+    code, _, err = secateur("run", built, "--image", "http://127.0.0.1:9/a.png", "--prompt", "a")
+    assert code == 2
+    assert (
+        "http://127.0.0.1:9/a.png is not a local file; download the image and give its path, or ask for it with" in err
+    )
+    code, _, err = secateur("run", built, "--image", "http://127.0.0.1:9/a.png", "--prompt", "a", "--allow-network")
+    assert code == 2
+    assert "http://127.0.0.1:9/a.png: cannot be fetched (" in err
+
+
 def test_run_deals_images_to_rows(secateur: Any, tiny: ModuleType, tmp_path: Path, image_file: Path) -> None:
     two = tiny.build(tmp_path / "two", tiny.Tiny(batch=2, images=2))
     ask = ["run", two, "--prompt", "a", "--prompt", "b", *["--image", image_file] * 4, "--max-new-tokens", 2]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import ProcessorMixin
 from transformers.cli.serving import utils as serving
 
+from secateur.compiler.questions import read_questions
+from secateur.runtime.errors import UserError
 from secateur.runtime.messages import PART_TYPES, read_messages
 
+LONE = "half \ud83d of it"
 VALUES = {"text": "hi", "image": "a.png", "video": "a.mp4", "audio": "a.wav"}
 
 
@@ -74,3 +79,13 @@ def test_types_that_the_server_reads(name: str) -> None:
     assert read({"type": name, fields[0]: value}, kind) == value
     if kind != "text":
         assert read({"type": name, fields[0]: {"url": value}}, kind) == value
+
+
+@pytest.mark.parametrize("name", ["question", "answer"])
+def test_questions_that_are_not_unicode(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    path = tmp_path / "asked.jsonl"
+    whole = {"image": "a.png", "question": "q", "answer": "a"}
+    path.write_text("\n".join(json.dumps(line) for line in (whole, whole | {name: LONE})))
+    with pytest.raises(UserError, match=rf"asked\.jsonl:2, {name}: character 5 of the text is U\+D83D, half"):
+        read_questions(path)

@@ -278,6 +278,8 @@ def test_videos_are_refused(compile_for: Callable[..., Path]) -> None:
         ):
             session.generate("<image><image><video>what?", pictures(0))
         with pytest.raises(UserError, match=r"a message holds video .available: image, text"):
+            session.processor.encode([{"role": "user", "content": parts}])
+        with pytest.raises(UserError, match=r"messages\[0\].content\[0\]: the video part holds nothing"):
             session.generate([{"role": "user", "content": parts}], pictures(0))
 
 

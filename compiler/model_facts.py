@@ -24,7 +24,7 @@ def describe_model(job: Job, weights_sha256: str) -> m.Model:
     return m.Model(
         family=source.family.name,
         model_type=source.config.model_type,
-        architecture=(source.config.architectures or ["?"])[0],
+        architecture=_architecture(source.config, source.family.auto_class),
         source=source.path.resolve().name,
         license=_license(source.path),
         config_sha256=m.hash_file(source.path / "config.json"),
@@ -41,6 +41,15 @@ def describe_model(job: Job, weights_sha256: str) -> m.Model:
         pad_token_id=source.pad_token,
         **named,
     )
+
+
+def _architecture(config: Any, auto_class: str) -> str:
+    """The class a configuration names; some releases name none at its top, then the one transformers takes for it."""
+    import transformers
+
+    if config.architectures:
+        return str(config.architectures[0])
+    return str(getattr(transformers, auto_class)._model_mapping[type(config)].__name__)
 
 
 def _stop_tokens(path: Path, config: Any) -> list[int]:

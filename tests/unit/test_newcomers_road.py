@@ -71,13 +71,20 @@ def write_saved_by_457(directory: Path) -> Path:
     words["added_tokens_decoder"] = {
         str(each["id"]): {key: value for key, value in each.items() if key != "id"} for each in added.values()
     }
-    words |= {"additional_special_tokens": [*added], "extra_special_tokens": {}}
+    words |= {"additional_special_tokens": [*added], "extra_special_tokens": {}, "unk_token": "<|endoftext|>"}
     write_json(directory, "tokenizer_config.json", words)
     write_json(directory, "added_tokens.json", {name: each["id"] for name, each in added.items()})
-    names = {"eos_token": {"content": "<|im_end|>"}, "pad_token": {"content": "<|endoftext|>"}}
-    write_json(directory, "special_tokens_map.json", {"additional_special_tokens": [*added], **names})
+    whole = {
+        name: {key: value for key, value in each.items() if key not in ("id", "special")}
+        for name, each in added.items()
+    }
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special = {"additional_special_tokens": [*whole.values()], **{key: whole[name] for key, name in names.items()}}
+    write_json(directory, "special_tokens_map.json", special)
     vocabulary = {name: id for name, id in tokenizer["model"]["vocab"].items() if name not in added}
     write_json(directory, "vocab.json", vocabulary)
+    tokenizer["model"]["vocab"] = vocabulary  # the special tokens stand beside it alone
+    write_json(directory, "tokenizer.json", tokenizer)
     (directory / "merges.txt").write_text("#version: 0.2\n")
     return directory
 

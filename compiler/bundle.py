@@ -299,7 +299,7 @@ def _tile_marks(job: Job) -> list[list[int]]:
             marks.append([])
         else:
             marks[-1].append(int(each))
-    words = sum(map(len, marks)) * job.geometry.images
+    words = sum(map(len, marks)) * (job.geometry.images or 1)
     if words >= job.geometry.text_tokens:
         raise UserError(
             f"the marks of {split.grids} tiles are {words} of {job.geometry.text_tokens} text tokens",

@@ -25,7 +25,7 @@ from secateur.compiler.parity import TOLERANCE, Parity, compare_runs, likeliest
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.runs import answer
 from secateur.compiler.trail import Footprint
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import UserError, refuse_idle
 
 
 @dataclass
@@ -101,7 +101,7 @@ def compare_named(
     geometry: Geometry | None = None,
     questions: int | None = None,
     data: Path | Sequence[Asked] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     new_tokens: int = 4,
     force_keep: bool = True,
     passes: bool | None = None,
@@ -112,12 +112,16 @@ def compare_named(
     """Compare ``a`` with ``b``, each one of ``RUNS`` or the directory of a bundle.
 
     ``questions`` rows come from ``data``, a JSONL file (:mod:`secateur.compiler.questions`) or questions already read;
-    without it they are random by ``seed``. ``recipe`` and ``geometry`` default to a bundle's own. ``force_keep`` tells
-    the oracle to keep what a run kept before numbers are compared. ``passes`` True looks for the first pass that
+    without it they are random by ``seed`` (0). ``recipe`` and ``geometry`` default to a bundle's own. ``force_keep``
+    tells the oracle to keep what a run kept before numbers are compared. ``passes`` True looks for the first pass that
     changes numbers even where the runs agree, None only where they do not. ``out`` receives ``a.npz``, ``b.npz`` and
     ``report.json``.
     Raises UserError for runs that cannot be compared.
     """
+    if data is not None:
+        refuse_idle("rows of data are not random", seed=seed)
+    if {a, b} <= {"oracle", "fx"}:
+        refuse_idle(f"neither {a} nor {b} runs a bundle", threads=threads)
     ground = CommonGround((a, b), tools, model_dir, recipe, keep, geometry, threads)
     if passes and ground.job is None:
         raise UserError("passes are looked at in a model", where="--passes", fix="give --model")
@@ -127,7 +131,7 @@ def compare_named(
         comparable = ours.layout == theirs.layout
         judged = ground.job is not None and comparable and ours.layout == layout_of(ground.manifest)
         manifest, batch = ground.manifest, ground.manifest.geometry.batch
-        items = ground.read_rows(data, questions, seed)
+        items = ground.read_rows(data, questions, seed or 0)
         steps = min(new_tokens, manifest.geometry.new_tokens)
         files: list[_Arrays] = []
         if out is not None:

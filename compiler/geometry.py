@@ -25,14 +25,15 @@ class Geometry:
 
     ``text_tokens`` is the bucket for every token that is no media's placeholder (template, BOS and separators
     included; rows a family appends to an image are the image's); ``new_tokens`` is how many tokens decode may add.
-    A row has ``images``, or one video of ``frames`` sampled frames at ``fps`` a second; ``image_size`` is the height
+    A row has ``images`` (1 if not said, or as many as sizes), or no image and one video of ``frames`` sampled frames at
+    ``fps`` a second; ``image_size`` is the height
     and width in pixels of either where the family leaves the choice, or one such pair for every image, in the order of
     the prompt. ``audio_seconds`` of sound follow, or with ``audio_in_video`` lie between the video's frames as they are
     heard.
     """
 
     batch: int = 1
-    images: int = 1
+    images: int = None  # type: ignore[assignment]  # not said: settled below
     text_tokens: int = 64
     new_tokens: int = 64
     image_size: Sizes | None = None
@@ -42,19 +43,26 @@ class Geometry:
     audio_in_video: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch", "images", "text_tokens", "new_tokens"):
+        for name in ("batch", "text_tokens", "new_tokens"):
             _check_count(name, getattr(self, name), 1)
         for name in ("frames", "audio_seconds"):
             _check_count(name, getattr(self, name), 0)
+        if self.images is not None:
+            _check_count("images", self.images, 0 if self.frames else 1)
         if not 0 < self.fps < float("inf"):
             raise UserError(f"fps is {self.fps:g}", where="geometry", fix="give --fps a number above 0")
         if self.image_size is not None:
             self._settle_sizes(_list_sizes(self.image_size))
-        if self.frames and self.images > 1:
+        if self.images is None:
+            object.__setattr__(self, "images", 0 if self.frames else 1)
+        if self.frames and self.images:
             raise UserError(
                 f"{self.images} images beside a video of {self.frames} frames", where="geometry",
                 fix="a row has images or one video: leave out --images or --frames",
             )  # fmt: skip
+        for name in ("fps", "audio_in_video"):
+            if getattr(self, name) != getattr(type(self), name) and (lack := self.lack(name)):
+                raise UserError(f"{name} is {getattr(self, name)}, but {lack[0]}", where="geometry", fix=lack[1])
 
     def _settle_sizes(self, sizes: tuple[Size, ...]) -> None:
         """One size for all images is one pair; of several there are as many as images, which need not be counted."""
@@ -63,7 +71,7 @@ class Geometry:
                 raise UserError(
                     f"{len(sizes)} sizes for a video", where="geometry", fix="all frames have one: give one size"
                 )
-            if self.images == 1:
+            if self.images is None:
                 object.__setattr__(self, "images", len(sizes))
             if self.images != len(sizes):
                 raise UserError(
@@ -71,6 +79,14 @@ class Geometry:
                     fix="give one size for all of them, or one for each",
                 )  # fmt: skip
         object.__setattr__(self, "image_size", sizes if len(set(sizes)) > 1 else sizes[0])
+
+    def lack(self, name: str) -> tuple[str, str] | None:
+        """Why a field says nothing here, and what to do; None where it does."""
+        if name == "fps" and not self.frames:
+            return "there is no video", "give --frames as well, or leave --fps out"
+        if name == "audio_in_video" and not (self.frames and self.audio_seconds):
+            return "there is no video with sound", "give --frames and --audio-seconds as well, or leave it out"
+        return None
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -89,14 +105,14 @@ class Geometry:
         sizes, media = manifest.geometry, manifest.media
         return cls(
             batch=sizes.batch,
-            images=1 if sizes.frames else sizes.images,
+            images=0 if sizes.frames else sizes.images,
             text_tokens=sizes.text_tokens,
             new_tokens=sizes.new_tokens,
             image_size=None if media is None and not sizes.tiles else tuple(sizes.sizes_seen),
             frames=sizes.frames,
             fps=sizes.fps or cls.fps,
             audio_seconds=sizes.audio_seconds,
-            audio_in_video=media is None or all(item.kind != "audio" for item in media.items),
+            audio_in_video=not sizes.frames or media is None or all(item.kind != "audio" for item in media.items),
         )
 
     @property

@@ -11,8 +11,8 @@ Sizes that are left out are those of the plain options.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,56 @@ def list_geometries(given: Geometry | Sequence[Geometry] | None) -> tuple[Geomet
     return tuple(given)
 
 
-def read_geometries(texts: Sequence[str], defaults: Geometry) -> tuple[Geometry, ...]:
-    """The geometries that ``--geometry`` options name; ``defaults`` alone if there are none.
+def read_geometries(texts: Sequence[str], given: Mapping[str, Any]) -> tuple[Geometry, ...]:
+    """The geometries that ``--geometry`` options name; the one of the plain options alone if there are none.
 
-    Each text is ``key=value,...`` or the path of a ``.yaml`` file. Raises UserError that names the option or file, the
-    entry and the field.
+    Each text is ``key=value,...`` or the path of a ``.yaml`` file. ``given`` are the plain options that were given, by
+    field: a geometry has those it does not say itself, as far as they go with what it says. Raises UserError that names
+    the option or file, the entry and the field, also where a plain option says nothing in any of them.
     """
-    found: list[Geometry] = []
+    entries: list[tuple[dict[str, Any], str]] = []
     for text in texts:
         if Path(text).suffix in (".yaml", ".yml"):
-            found += _read_file(Path(text), defaults)
+            entries += _read_file(Path(text))
         else:
-            found.append(_make(_split(text), defaults, f"--geometry {text}"))
-    return tuple(found) or (defaults,)
+            entries.append((_read_fields(_split(text), f"--geometry {text}"), f"--geometry {text}"))
+    if not entries:
+        return (make_geometry(given, given),)
+    found, used = [], set[str]()
+    for own, where in entries:
+        shared = {name: value for name, value in given.items() if name not in own and not _is_other(name, own, given)}
+        try:
+            found.append(make_geometry({**shared, **own}, own))
+        except UserError as error:
+            raise UserError(str(error).removeprefix("geometry: "), where=where) from None
+        used |= {name for name in shared if found[-1].lack(name) is None}
+    if idle := sorted(given.keys() - used):
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise UserError("says nothing: every --geometry has its own, or no use for it", where=flag, fix="leave it out")
+    return tuple(found)
+
+
+def make_geometry(fields: Mapping[str, Any], said: Mapping[str, Any]) -> Geometry:
+    """A geometry of ``fields``. Raises UserError for one of ``said``, those a user named, that says nothing in it."""
+    made = Geometry(**{name: value for name, value in fields.items() if not _is_idle(name, fields, said)})
+    for name in said:
+        if (lack := made.lack(name)) is not None:
+            raise UserError(f"{name} is {said[name]}, but {lack[0]}", where="geometry", fix=lack[1])
+    return made
+
+
+def _is_idle(name: str, fields: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """Whether a field that was not named here has no use beside the others."""
+    if name in said or name not in ("fps", "audio_in_video"):
+        return False
+    return not fields.get("frames") or (name == "audio_in_video" and not fields.get("audio_seconds"))
+
+
+def _is_other(name: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether a plain option is of the kind of media that a geometry of its own does not have."""
+    if name == "images":
+        return bool(own.get("frames"))
+    return name == "frames" and "images" in own
 
 
 def _split(text: str) -> dict[Any, Any]:
@@ -72,7 +109,7 @@ def _split(text: str) -> dict[Any, Any]:
     return values
 
 
-def _read_file(path: Path, defaults: Geometry) -> list[Geometry]:
+def _read_file(path: Path) -> list[tuple[dict[str, Any], str]]:
     where = f"--geometry {path}"
     try:
         text = path.read_text(encoding="utf-8")
@@ -92,19 +129,15 @@ def _read_file(path: Path, defaults: Geometry) -> list[Geometry]:
         named = {str(key).replace("-", "_"): value for key, value in values.items()}
         if len(named) < len(values):
             raise UserError("a field is given twice", where=entry)
-        found.append(_make(named, defaults, entry))
+        found.append((_read_fields(named, entry), entry))
     return found
 
 
-def _make(values: dict[Any, Any], defaults: Geometry, where: str) -> Geometry:
+def _read_fields(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     for name in values:
         if name not in FIELDS:
             raise UserError(f"no such field {name!r}", where=where, available=FIELDS)
-    read = {name: _read_value(name, value, f"{where}: {name}") for name, value in values.items()}
-    try:
-        return replace(defaults, **read)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("geometry: "), where=where) from None
+    return {name: _read_value(name, value, f"{where}: {name}") for name, value in values.items()}
 
 
 def _read_value(name: str, value: Any, where: str) -> Any:

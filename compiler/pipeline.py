@@ -33,7 +33,7 @@ from secateur.compiler.compare import Comparison, compare_named
 from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
-from secateur.compiler.geometry_text import list_geometries, read_geometries, read_sizes
+from secateur.compiler.geometry_text import list_geometries, make_geometry, read_geometries, read_sizes
 from secateur.compiler.meta_model import DTYPES, build_meta_model
 from secateur.compiler.output import check_output, recover_output
 from secateur.compiler.passlist import PASSES, Pass, check_pass, count_unpruned, prune
@@ -76,7 +76,7 @@ def compile(
     dtype: str | None = None,
     sm: int | Sequence[int] | None = None,
     engines: EngineOptions | None = None,
-    weights: str = "stream",
+    weights: str | None = None,
     force: bool = False,
     dump_dir: Path | None = None,
     stop_after: str | None = None,
@@ -92,16 +92,19 @@ def compile(
     first. ``target`` is one of ``TARGETS``; ``dtype`` is fp32 for ONNX Runtime on the CPU, fp16 (the default) or bf16
     for its CUDA provider and for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own;
     ``sm`` the GPU architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT
-    builds. ``weights`` says how they come into the bundle: ``stream`` writes one file of them, cast where needed,
-    tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says what the
-    device has, who is told the forecast, and whether it may stop the work before anything is written. Returns ``out``;
-    with ``stop_after`` nothing is written and the programs as that pass left them are returned.
+    builds. ``weights`` says how they come into the bundle: ``stream``, the default, writes one file of them, cast where
+    needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says
+    what the device has, who is told the forecast, and whether it may stop the work before anything is written. Returns
+    ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
     goal = check_target(target, None if dtype == AUTO else dtype, sm, engines=engines)
-    check_weights_mode(weights)
     check_pass(stop_after)
+    if stop_after is not None:
+        _warn_unused(weights=weights, force=force or None, sm=sm, engines=engines, expected=expected)
+    weights = weights or "stream"
+    check_weights_mode(weights)
     if stop_after is not None and len(geometries) > 1:
         raise UserError(
             f"the programs of one geometry can be printed, {len(geometries)} are given", where="--stop-after",
@@ -142,6 +145,12 @@ def compile(
         read_ahead()
         return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests,
                         expected or Expected())  # fmt: skip
+
+
+def _warn_unused(**given: Any) -> None:
+    """Name the arguments that are for a bundle, where only programs are looked at."""
+    if named := [name for name, value in given.items() if value is not None]:
+        _log.warning("beside stop_after no bundle is written, and %s says nothing", ", ".join(named))
 
 
 def _compile(
@@ -360,6 +369,7 @@ __all__ = [
     "export",
     "foresee",
     "load_recipe",
+    "make_geometry",
     "plan_for",
     "plan_job",
     "prune",

@@ -19,6 +19,7 @@ from secateur.compiler.generation_files import GENERATION, read_generation
 from secateur.compiler.tokenizer_files import TOKENIZER, TakenTokenizer, take_tokenizer
 from secateur.runtime import audio, images, patches
 from secateur.runtime.errors import BundleError, SecateurError, UserError
+from secateur.runtime.leftovers import held_directory
 from secateur.runtime.manifest import Manifest
 from secateur.runtime.processing import Processor
 from secateur.runtime.processor_files import (
@@ -105,7 +106,7 @@ def open_processor(directory: Path, manifest: Manifest) -> Processor:
     """The processor that a bundle of the model in ``directory`` has. Raises UserError, which names the model's files,
     for what no bundle could be opened with."""
     taken = take_processor_files(directory)
-    with tempfile.TemporaryDirectory() as work:
+    with held_directory(Path(tempfile.gettempdir()), "secateur-files-") as work:
         taken.write(Path(work))
         try:
             return Processor(Path(work), manifest)

@@ -133,7 +133,9 @@ class Job:
     def notes(self) -> tuple[str, ...]:
         """What whoever uses the bundle should know."""
         facts = self.source.vision
-        return tuple(note for note in (facts.every_image, facts.single_image * (self.geometry.images == 1)) if note)
+        return tuple(
+            note for note in (facts.every_image, facts.single_image * ((self.geometry.images or 1) == 1)) if note
+        )
 
 
 @dataclass(frozen=True)

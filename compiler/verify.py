@@ -17,10 +17,12 @@ from secateur.compiler.runs import CompiledRun, OracleRun
 from secateur.compiler.trace import Source, read_source
 from secateur.passes.check_function import digest_plan
 from secateur.passes.recipe_file import load_recipe
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import UserError, refuse_idle
 from secateur.runtime.manifest import Manifest, check_files, hash_file, read_manifest
 from secateur.runtime.probe import PixelDifference, find_difference
 from secateur.runtime.session import Session
+
+ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,22 @@ def verify_bundle(
     plan: Callable[..., Job],
     *,
     recipe: str | None = None,
-    rows: int = 8,
+    rows: int | None = None,
     new_tokens: int = 4,
-    seed: int = 0,
+    seed: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
-    """Hash every file; with ``model_dir`` also compare ``rows`` seeded random rows with the Hugging Face model, as many
-    for every geometry of the bundle.
+    """Hash every file; with ``model_dir`` also compare ``rows`` (8) seeded random rows with the Hugging Face model,
+    as many for every geometry of the bundle.
 
     ``plan`` is the pipeline's ``plan_job``; ``recipe`` names the table row or YAML file when the manifest's name is
     not a row of the table. Raises BundleError for a file that is not what the manifest says, UserError when bundle,
     recipe and model do not belong together.
     """
+    if model_dir is None:
+        refuse_idle("only files are checked without model_dir", recipe=recipe, rows=rows, seed=seed, threads=threads)
+    rows, seed = rows or ROWS, seed or 0
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, "full")
     size = sum(f.bytes for f in manifest.files.values())

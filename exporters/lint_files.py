@@ -11,7 +11,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from secateur.exporters.lint import Finding, lint_graph
 from secateur.exporters.lint_rules import EVERY, GRAPH_RULES, NODE_RULES
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import UserError, refuse_idle
 from secateur.runtime.manifest import read_manifest
 
 __all__ = ["LintedGraph", "Row", "lint_path", "list_rules"]
@@ -54,6 +54,7 @@ def lint_path(
 
     Raises UserError for what is no graph, or a file without a target; BundleError for what is no bundle.
     """
+    asked = sm
     _check_target(target)
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=tuple(DTYPES.values()))
@@ -67,6 +68,8 @@ def lint_path(
         raise UserError("what the graph is meant for is not said", where=str(path), fix="add --for", available=EVERY)
     else:
         files = dict.fromkeys([path])
+    if not target.startswith("tensorrt"):
+        refuse_idle(f"target {target} builds no engines", sm=asked)
     found = []
     for file in files:
         model = _load(file)

@@ -43,3 +43,10 @@ class MisfitError(UserError):
 
 class BundleError(UserError):
     """A bundle is missing, incomplete, altered, too new, or not for this machine."""
+
+
+def refuse_idle(why: str, fix: str = "leave it out", **given: object) -> None:
+    """Raise UserError for the first option of ``given`` that was given (is not None) though it says nothing here."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"says nothing: {why}", where=f"--{name.replace('_', '-')}", fix=fix)

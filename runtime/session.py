@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 from secateur.runtime.backends import HOST_BACKEND, Backend, Shared, open_backend
 from secateur.runtime.chat import Message
-from secateur.runtime.errors import MisfitError, UserError
+from secateur.runtime.errors import MisfitError, UserError, refuse_idle
 from secateur.runtime.generate import Limits, TextStream
 from secateur.runtime.generation_options import DEFAULTS_FILE, merge_given, resolve
 from secateur.runtime.kv import check_room
@@ -46,7 +46,8 @@ class Session:
 
     ``backend`` None takes the one the bundle was compiled for; a :class:`Backend` of your own is used as it
     is. ``threads`` are an operator's on the CPU, ``cuda_graphs`` whether TensorRT's programs are replayed as CUDA
-    graphs. ``verify="full"`` also hashes the weights. A picture or frame may have ``max_image_pixels``, looked at
+    graphs, as they are if nobody says. ``verify="full"`` also hashes the weights.
+    A picture or frame may have ``max_image_pixels``, looked at
     before it is decoded; one takes 4 to 8 bytes.
     Of a bundle of several geometries ``manifest`` and ``processor`` are the first's, ``geometries`` and
     ``processors`` those of all; every prompt runs in the smallest that fits.
@@ -58,7 +59,7 @@ class Session:
         *,
         backend: str | Backend | None = None,
         threads: int | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
         verify: Level = "graphs",
         max_image_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -75,7 +76,7 @@ class Session:
         self._backend: Backend | None = (
             open_backend(backend, self.path, self.manifest, threads=threads, cuda_graphs=cuda_graphs)
             if backend is None or isinstance(backend, str)
-            else backend
+            else _take_backend(backend, threads, cuda_graphs)
         )
         self._idle: list[Request] = []
         # A stream that is collected gives its request back, whatever this thread is doing at that moment.
@@ -215,6 +216,11 @@ class Session:
         listed = [list_rows(kind, given, single) for kind, given in zip(KINDS, (images, videos, audio), strict=True)]
         prompts, rows = gather(prompts, listed, allow_network)
 
+        if not any(rows[KINDS.index("video")]):
+            refuse_idle("no video is given", video_fps=video_fps)
+        if not any(rows[KINDS.index("audio")]) and audio_rate is not None:
+            raise UserError("says nothing: no sound is given", where="audio_rate", fix="leave it out")
+
         def process(processor: Processor) -> Inputs:
             return processor(prompts, *rows, video_fps=video_fps, audio_rate=audio_rate)
 
@@ -225,6 +231,8 @@ class Session:
         how = resolve(self._defaults, merge_given(named, generation), seed, f"{self.path}: {DEFAULTS_FILE}")
         for text in how.stop:
             encode_stop(text)
+        if seed is not None and how.sampling.temperature == 0:
+            _log.warning("seed %s says nothing: the likeliest token is taken, none is drawn", seed)
         chosen, inputs = self._fit(process, Asked(prompts, rows, how.asked_tokens), variant)
         manifest, words = self.geometries[chosen], self.processor.prompts
         eos = self.manifest.model.eos_token_ids if how.eos is None else how.eos
@@ -269,6 +277,11 @@ class Session:
             alike = sum(idle.variant == request.variant for idle in self._idle)
             if self._backend is not None and alike < _IDLE_REQUESTS:
                 self._idle.append(request)
+
+
+def _take_backend(backend: Backend, threads: int | None, cuda_graphs: bool | None) -> Backend:
+    refuse_idle("the backend that is given was opened already", threads=threads, cuda_graphs=cuda_graphs)
+    return backend
 
 
 def _check_new_tokens(wanted: int | None, manifest: Manifest) -> None:

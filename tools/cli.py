@@ -164,12 +164,19 @@ def _print_version(wanted: bool) -> None:
 
 def _be_quiet(wanted: bool) -> None:
     if wanted:
+        _refuse_level(logging.DEBUG)
         logger.setLevel(logging.WARNING)
 
 
 def _be_verbose(wanted: bool) -> None:
     if wanted:
+        _refuse_level(logging.WARNING)
         logger.setLevel(logging.DEBUG)
+
+
+def _refuse_level(level: int) -> None:
+    if logger.level == level:
+        raise UserError("--quiet and --verbose say opposite things", fix="give one of them")
 
 
 app = typer.Typer(name="secateur", cls=VerbGroup, epilog=EPILOG, rich_markup_mode=None)

@@ -45,7 +45,7 @@ def compare(
     data: Annotated[
         str | None, typer.Option(help="JSONL of image and question, or demo; random rows if not given.", metavar="DATA")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random rows.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of random rows; 0 if not given.")] = None,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 4,
     force_keep: Annotated[bool, typer.Option(help="Hold the choice of tokens equal before comparing numbers.")] = True,
     passes: Annotated[
@@ -99,17 +99,18 @@ def _read_data(data: str | None, count: int | None) -> Any:
 
 def _read_geometry(runs: list[str], **named: Any) -> Any:
     """None if no option was given; what was not is a bundle's own, else the default."""
-    from secateur.compiler.pipeline import Geometry
+    from secateur.compiler.pipeline import Geometry, make_geometry
     from secateur.runtime.manifest import read_manifest
 
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if not given:
         return None
+    fields = given
     for run in runs:
         if Path(run).is_dir():
             own = [vars(Geometry.of(one)) for one in read_manifest(Path(run)).each_variant()]
-            given = next((sizes for sizes in own if sizes.items() >= given.items()), own[0]) | given
-    return Geometry(**given)
+            fields = next((sizes for sizes in own if sizes.items() >= given.items()), own[0]) | given
+    return make_geometry(fields, given)
 
 
 def draw(found: Comparison) -> list[Table]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,16 +29,22 @@ from secateur.tools.forecast import DeviceMemory, IgnoreForecast, read_bytes, sh
 from secateur.tools.geometry import (
     AudioInVideo,
     AudioSeconds,
+    Batch,
     Fps,
     Frames,
+    Images,
     ImageSize,
     MeanKeep,
-    read_geometry,
+    NewTokens,
+    TextTokens,
+    list_given,
     read_mean_keep,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from secateur.runtime.schema import Manifest
+
+_log = logging.getLogger(__name__)
 
 
 def compile_model(
@@ -55,17 +62,15 @@ def compile_model(
     flops_keep: Annotated[
         float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
-    text_tokens: Annotated[
-        int, typer.Option(help="Room for every token of the prompt that stands for no image, video or sound.")
-    ] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
-    images: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    text_tokens: TextTokens = None,
+    new_tokens: NewTokens = None,
+    images: Images = None,
     image_size: ImageSize = None,
-    frames: Frames = 0,
-    fps: Fps = 2.0,
-    audio_seconds: AudioSeconds = 0,
-    audio_in_video: AudioInVideo = True,
-    batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
+    frames: Frames = None,
+    fps: Fps = None,
+    audio_seconds: AudioSeconds = None,
+    audio_in_video: AudioInVideo = None,
+    batch: Batch = None,
     geometry: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,12 +96,12 @@ def compile_model(
     timing_cache: TimingCache = None,
     score_plugins: ScorePlugins = False,
     weights: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="stream: one file of what the graphs use, cast where needed. reference: hard links to the "
+            help="stream (default): one file of what the graphs use, cast where needed. reference: hard links to the "
             "checkpoint's files, as they are. copy: copies of them."
         ),
-    ] = "stream",
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the graphs here as text after each pass.")] = None,
     stop_after: Annotated[
@@ -124,11 +129,11 @@ def compile_model(
     from secateur.compiler import pipeline
     from secateur.tools.progress import show_progress
 
-    plain = read_geometry(
+    given = list_given(
         image_size, batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens, frames=frames, fps=fps,
         audio_seconds=audio_seconds, audio_in_video=audio_in_video,
     )  # fmt: skip
-    geometries = pipeline.read_geometries(list(geometry or []), plain)
+    geometries = pipeline.read_geometries(list(geometry or []), given)
     engines = read_engine_options(
         engine_weights,
         strip_weights,
@@ -139,17 +144,25 @@ def compile_model(
         timing_cache,
         score_plugins,
     )
+    expected: Any = pipeline.Expected(
+        read_bytes(device_memory, "--device-memory"), None if as_json else show_forecast, ignore_forecast
+    )
+    if stop_after is not None:
+        expected = None
     with show_progress() as tell:
         made = pipeline.compile(
             model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=read_mean_keep(mean_keep),
             flops_keep=flops_keep,
             geometry=geometries, target=target, dtype=dtype, sm=sm or None, engines=engines,
             weights=weights, force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
-            expected=pipeline.Expected(
-                read_bytes(device_memory, "--device-memory"), None if as_json else show_forecast, ignore_forecast
-            ),
+            expected=expected,
         )  # fmt: skip
     if not isinstance(made, Path):
+        for flag, value in (
+            ("--output", out), ("--device-memory", device_memory), ("--ignore-forecast", ignore_forecast or None),
+        ):  # fmt: skip
+            if value is not None:
+                _log.warning("%s says nothing beside --stop-after: no bundle is written", flag)
         text = str(made)
         typer.echo(json.dumps({"stopped_after": stop_after, "text": text}, indent=1) if as_json else text)
         return {"stopped_after": stop_after, "text": text}

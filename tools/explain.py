@@ -11,11 +11,15 @@ import typer
 from secateur.tools.geometry import (
     AudioInVideo,
     AudioSeconds,
+    Batch,
     Fps,
     Frames,
+    Images,
     ImageSize,
     MeanKeep,
-    read_geometry,
+    NewTokens,
+    TextTokens,
+    list_given,
     read_mean_keep,
 )  # fmt: skip
 
@@ -38,17 +42,15 @@ def explain(
     flops_keep: Annotated[
         float | None, typer.Option(help="Instead: the fraction of the unpruned prefill's FLOPs.")
     ] = None,
-    text_tokens: Annotated[
-        int, typer.Option(help="Room for every token of the prompt that stands for no image, video or sound.")
-    ] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Room for generated tokens.")] = 64,
-    images: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    text_tokens: TextTokens = None,
+    new_tokens: NewTokens = None,
+    images: Images = None,
     image_size: ImageSize = None,
-    frames: Frames = 0,
-    fps: Fps = 2.0,
-    audio_seconds: AudioSeconds = 0,
-    audio_in_video: AudioInVideo = True,
-    batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
+    frames: Frames = None,
+    fps: Fps = None,
+    audio_seconds: AudioSeconds = None,
+    audio_in_video: AudioInVideo = None,
+    batch: Batch = None,
     target: Annotated[
         str | None, typer.Option(help="Also forecast what a bundle for it takes, as `secateur compile` would.")
     ] = None,
@@ -71,9 +73,10 @@ def explain(
       secateur explain seats QWEN_OMNI --frames 16 --image-size 336x448 --audio-seconds 8
     """
     from secateur.compiler.pipeline import explain as explain_recipe
+    from secateur.compiler.pipeline import make_geometry
     from secateur.tools.progress import show_progress
 
-    geometry = read_geometry(
+    given = list_given(
         image_size, batch=batch, images=images, text_tokens=text_tokens, new_tokens=new_tokens, frames=frames, fps=fps,
         audio_seconds=audio_seconds, audio_in_video=audio_in_video,
     )  # fmt: skip
@@ -84,7 +87,7 @@ def explain(
             keep=keep,
             mean_keep=read_mean_keep(mean_keep),
             flops_keep=flops_keep,
-            geometry=geometry,
+            geometry=make_geometry(given, given),
             target=target,
             dtype=dtype,
             progress=tell,

@@ -16,18 +16,29 @@ ImageSize = Annotated[
         "(Qwen); fewer pixels are fewer tokens. 448x448 if not given. Or one for each image: 448x448,224x336.",
     ),
 ]
-Frames = Annotated[int, typer.Option(help="One video per prompt instead of images: this many frames, chosen evenly.")]
+Frames = Annotated[
+    int | None, typer.Option(help="One video per prompt instead of images: this many frames, chosen evenly.")
+]
 Fps = Annotated[
-    float, typer.Option(help="Frames of the video in a second: 16 frames at 2 are 8 seconds. Times follow from it.")
+    float | None,
+    typer.Option(help="Frames of the video in a second, 2 if not given: 16 frames at 2 are 8 seconds."),
 ]
 AudioSeconds = Annotated[
-    int, typer.Option(help="Seconds of sound per prompt, for models that hear (Qwen2.5-Omni); 0 for none.")
+    int | None, typer.Option(help="Seconds of sound per prompt, for models that hear (Qwen2.5-Omni); 0 for none.")
 ]
 AudioInVideo = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        help="Whether the sound is the video's own and lies between its frames, or follows them as a clip of its own."
+        help="Whether the sound is the video's own and lies between its frames, as it does if not said, or follows "
+        "them as a clip of its own."
     ),
+]
+Batch = Annotated[int | None, typer.Option(help="Prompts that run together; 1 if not given.")]
+Images = Annotated[int | None, typer.Option(help="Images per prompt; 1 if not given.")]
+NewTokens = Annotated[int | None, typer.Option(help="Room for generated tokens; 64 if not given.")]
+TextTokens = Annotated[
+    int | None,
+    typer.Option(help="Room for every token of the prompt that stands for no image, video or sound; 64 if not given."),
 ]
 
 MeanKeep = Annotated[
@@ -57,11 +68,10 @@ def read_mean_keep(text: str | None) -> float | tuple[float, float] | None:
     return values[0] if len(values) == 1 else (values[0], values[1])
 
 
-def read_geometry(image_size: str | None, **sizes: Any) -> Any:
-    """A ``Geometry``; other arguments are its fields. Raises UserError for sizes that do not fit each other."""
-    from secateur.compiler.pipeline import Geometry
-
-    return Geometry(image_size=read_size(image_size), **sizes)
+def list_given(image_size: str | None, **sizes: Any) -> dict[str, Any]:
+    """The options that were given, by the fields of ``Geometry``."""
+    given = {"image_size": read_size(image_size), **sizes}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def read_size(text: str | None) -> Any:

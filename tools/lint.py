@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import UserError, refuse_idle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,9 @@ def lint(
     from secateur.tools.console import results
 
     if rules:
+        if graph is not None:
+            raise UserError("--rules lists rules and looks at no graph", where=str(graph), fix="leave one of them out")
+        refuse_idle("--rules looks at no graph", dtype=dtype, sm=sm)
         listed: list[dict[str, Any]] = [vars(row) for row in list_rules(target)]
         if as_json:
             typer.echo(json.dumps(listed, indent=1))

@@ -45,6 +45,8 @@ def recipes(
     if as_yaml and (name is None or as_json or vocabulary):
         raise UserError("--yaml is for one recipe", fix="name it: secateur recipes fastv --yaml")
     if vocabulary:
+        if name is not None:
+            raise UserError("--vocabulary is that of all recipes", where=name, fix="leave one of them out")
         return _show_vocabulary(as_json)
     rows = list((RECIPES | installed_recipes()).values()) if name is None else [load_recipe(name)]
     if as_yaml:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import UserError, refuse_idle
 
 if TYPE_CHECKING:
     from secateur.runtime.results import Generation
@@ -66,6 +66,10 @@ def run(
     from secateur.runtime.pictures import MAX_PIXELS
     from secateur.runtime.session import Session
 
+    if len(prompt) > 1 and not as_json:
+        refuse_idle(
+            "several answers are printed when all are there", "leave it out, or add --json", stream=stream or None
+        )
     bound = max_image_pixels or MAX_PIXELS
     if max_image_pixels is not None:
         from PIL import Image

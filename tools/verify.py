@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.runtime.errors import refuse_idle
+
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A directory that `secateur compile` made.")],
@@ -18,8 +20,10 @@ def verify(
         str | None,
         typer.Option(help="The recipe file, when the bundle was compiled from one.", metavar="FILE.yaml|FILE.py:NAME"),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Random rows to compare, of every geometry.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the random rows.")] = 0,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Random rows to compare, of every geometry; 8 if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random rows; 0 if not given.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> dict[str, Any]:
@@ -41,6 +45,7 @@ def verify(
     from secateur.tools.console import notes, results
 
     if model_dir is None:
+        refuse_idle("only files are checked without MODEL_DIR", recipe=recipe, rows=rows, seed=seed, threads=threads)
         manifest = read_manifest(bundle)
         check_files(bundle, manifest, "full")
         size = sum(f.bytes for f in manifest.files.values())
@@ -53,7 +58,7 @@ def verify(
         from secateur.compiler.pipeline import verify as check
 
         with Progress(console=notes, transient=True) as bar:
-            task = bar.add_task("comparing rows", total=rows)
+            task = bar.add_task("comparing rows", total=None)
             facts = check(
                 bundle, model_dir, recipe=recipe, rows=rows, seed=seed, threads=threads,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from secateur.runtime.errors import UserError
 from secateur.runtime.schema import Manifest, Target
+
+_log = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 HOST_BACKEND = "onnxruntime"
@@ -79,15 +82,24 @@ class Backend(Protocol):
 
 
 def open_backend(
-    name: str | None, directory: Path, manifest: Manifest, *, threads: int | None = None, cuda_graphs: bool = True
+    name: str | None,
+    directory: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Backend:
     """Load a bundle's programs. ``name`` None takes the backend that the bundle was compiled for.
 
-    ``threads`` are an operator's on the CPU; ``cuda_graphs`` whether engines are replayed as CUDA graphs.
+    ``threads`` are an operator's on the CPU; ``cuda_graphs`` whether engines are replayed as CUDA graphs, None for yes.
     """
     name = name or BACKEND_OF_TARGET[manifest.target]
     if name not in BACKENDS:
         raise UserError(f"no backend {name!r}", where="backend", available=BACKENDS)
+    if name.startswith("tensorrt"):
+        _warn_idle(name, threads=threads)
+    else:
+        _warn_idle(name, cuda_graphs=cuda_graphs)
     if name == "onnxruntime":
         from secateur.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -98,7 +110,14 @@ def open_backend(
         return OnnxRuntimeCudaBackend(directory, manifest, threads=threads)
     from secateur.runtime.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend(directory, manifest, name, cuda_graphs=cuda_graphs)
+    return TensorRTBackend(directory, manifest, name, cuda_graphs=cuda_graphs is not False)
+
+
+def _warn_idle(backend: str, **given: object) -> None:
+    """A caller that opens bundles of any kind says the same to all: what one has no use for is named, not refused."""
+    for name, value in given.items():
+        if value is not None:
+            _log.warning("%s says nothing to backend %s", name, backend)
 
 
 NUMPY_DTYPES: Mapping[str, type[np.generic]] = {

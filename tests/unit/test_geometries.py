@@ -192,13 +192,14 @@ def test_what_is_counted_is_whole(name: str) -> None:
 
 
 def test_options_become_geometries() -> None:
-    plain = Geometry(batch=2, text_tokens=32)
-    assert read_geometries([], plain) == (plain,)
-    texts = ["images=2, text-tokens=128", "image_size=448x224,new_tokens=9", "frames=8,fps=1.5,audio_in_video=no"]
-    assert read_geometries(texts, plain) == (
+    plain, given = Geometry(batch=2, text_tokens=32), {"batch": 2, "text_tokens": 32}
+    assert read_geometries([], given) == (plain,)
+    video = "frames=8,fps=1.5,audio_seconds=4,audio_in_video=no"
+    texts = ["images=2, text-tokens=128", "image_size=448x224,new_tokens=9", video]
+    assert read_geometries(texts, given) == (
         replace(plain, images=2, text_tokens=128),
         replace(plain, image_size=(448, 224), new_tokens=9),
-        replace(plain, frames=8, fps=1.5, audio_in_video=False),
+        replace(plain, images=0, frames=8, fps=1.5, audio_seconds=4, audio_in_video=False),
     )
 
 
@@ -206,13 +207,13 @@ def test_a_file_lists_geometries(tmp_path: Path) -> None:
     file = tmp_path / "sizes.yaml"
     file.write_text(
         "- {images: 1, text-tokens: 64}\n- images: 2\n  image_size: [448, 224]\n- {frames: 4, fps: 2, "
-        "audio_in_video: false, image_size: 56x84}\n- {}\n"
+        "audio_in_video: false, audio_seconds: 2, image_size: 56x84}\n- {}\n"
     )
     plain = Geometry(new_tokens=5)
-    assert read_geometries([str(file), "batch=3"], plain) == (
+    assert read_geometries([str(file), "batch=3"], {"new_tokens": 5}) == (
         replace(plain, text_tokens=64),
         replace(plain, images=2, image_size=(448, 224)),
-        replace(plain, frames=4, image_size=(56, 84), audio_in_video=False),
+        replace(plain, images=0, frames=4, image_size=(56, 84), audio_seconds=2, audio_in_video=False),
         plain,
         replace(plain, batch=3),
     )
@@ -235,13 +236,17 @@ def test_a_file_lists_geometries(tmp_path: Path) -> None:
         ("image_size=0x4", "image_size is 0x4"),
         ("fps=fast", "fps: 'fast' is not a number"),
         ("fps=0", "fps is 0"),
+        ("fps=3", "fps is 3.0, but there is no video; give --frames as well"),
+        ("audio_in_video=no,audio_seconds=2", "audio_in_video is False, but there is no video with sound"),
+        ("images=1,frames=4", "1 images beside a video of 4 frames"),
+        ("images=1,image_size=4x4,8x8", "2 sizes for 1 images"),
         ("audio_in_video=perhaps", "audio_in_video: no choice 'perhaps' (available: true, false)"),
         ("images=2,frames=4", "2 images beside a video of 4 frames"),
     ],
 )
 def test_options_that_are_no_geometry(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_geometries([text], Geometry())
+        read_geometries([text], {})
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"--geometry {text}")
 
@@ -266,7 +271,7 @@ def test_files_that_list_no_geometries(tmp_path: Path, text: str, message: str) 
     file = tmp_path / "sizes.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
-        read_geometries([str(file)], Geometry())
+        read_geometries([str(file)], {})
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"--geometry {file}")
     assert "\n" not in str(caught.value)
@@ -274,10 +279,10 @@ def test_files_that_list_no_geometries(tmp_path: Path, text: str, message: str) 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read .No such file"):
-        read_geometries([str(tmp_path / "none.yaml")], Geometry())
+        read_geometries([str(tmp_path / "none.yaml")], {})
     (tmp_path / "bytes.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"cannot be read .not UTF-8"):
-        read_geometries([str(tmp_path / "bytes.yml")], Geometry())
+        read_geometries([str(tmp_path / "bytes.yml")], {})
 
 
 def test_what_cannot_be_compiled_together(

@@ -144,8 +144,8 @@ def test_how_sizes_are_written(tmp_path: Path) -> None:
     assert pair.images == 2
     file = tmp_path / "sizes.yaml"
     file.write_text("- {image_size: [448x448, 224x336]}\n- {images: 2, image_size: [448, 224]}\n")
-    assert read_geometries([str(file)], Geometry()) == (pair, Geometry(images=2, image_size=(448, 224)))
-    assert read_geometries(["image_size=448x448,224x336,new_tokens=9"], Geometry()) == (
+    assert read_geometries([str(file)], {}) == (pair, Geometry(images=2, image_size=(448, 224)))
+    assert read_geometries(["image_size=448x448,224x336,new_tokens=9"], {}) == (
         Geometry(image_size=((448, 448), (224, 336)), new_tokens=9),
     )
     assert Geometry(image_size=((56, 56), (56, 56))) == Geometry(images=2, image_size=(56, 56))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import UserError, refuse_idle
 from secateur.tools.geometry import ImageSize, read_size
 
 if TYPE_CHECKING:
     from secateur.tools.sweep.data import Questions
+
+KEEPS = "0.5,0.25,0.1"
 
 _log = logging.getLogger(__name__)
 
@@ -24,10 +26,13 @@ def sweep(
     recipes: Annotated[
         str, typer.Option(help="Names, FILE.yaml, FILE.py:NAME or stacks of them, joined by commas; or all.")
     ] = "all",
-    keeps: Annotated[str, typer.Option(help="Ratios, joined by commas.")] = "0.5,0.25,0.1",
+    keeps: Annotated[str | None, typer.Option(help="Ratios, joined by commas; 0.5,0.25,0.1 if not given.")] = None,
     budget: Annotated[
-        str, typer.Option(help="What the ratios are of: keep, mean-keep or flops-keep, as in `secateur compile`.")
-    ] = "keep",
+        str | None,
+        typer.Option(
+            help="What the ratios are of: keep (if not given), mean-keep or flops-keep, as in `secateur compile`."
+        ),
+    ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="Ask the first N; all if not given.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 16,
     text_tokens: Annotated[
@@ -56,10 +61,12 @@ def sweep(
       secateur sweep MODEL_DIR questions.jsonl --recipes fastv,divprune --keeps 0.5,0.25
       secateur sweep demo/model demo --questions 200 --new-tokens 4 --text-tokens 24
     """
+    if {text.strip() for text in recipes.split(",")} == {"none"} and not oracle:
+        refuse_idle("recipe none keeps every token", keeps=keeps, budget=budget)
     report = run_sweep(
-        model_dir, data, recipes=recipes.split(","), keeps=_read_ratios(keeps), budget=budget, questions=questions,
-        new_tokens=new_tokens, text_tokens=text_tokens, image_size=read_size(image_size), oracle=oracle, repeat=repeat,
-        out=out, fresh=fresh, threads=threads,
+        model_dir, data, recipes=recipes.split(","), keeps=_read_ratios(keeps or KEEPS), budget=budget or "keep",
+        questions=questions, new_tokens=new_tokens, text_tokens=text_tokens, image_size=read_size(image_size),
+        oracle=oracle, repeat=repeat, out=out, fresh=fresh, threads=threads,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))

@@ -127,7 +127,7 @@ def run_once(session: Session, workload: Workload) -> Metrics:
         workload.images,
         videos=workload.videos,
         audio=workload.audio,
-        audio_rate=_RATE if workload.audio else None,
+        audio_rate=_RATE if any(workload.audio or ()) else None,
         max_new_tokens=workload.new_tokens,
         temperature=0.0,
         ignore_eos=True,

@@ -127,7 +127,7 @@ def test_rows_that_number_anew_are_no_identity_where_positions_have_axes() -> No
 def test_a_layout_with_media_of_its_own_has_them_in_every_cell() -> None:
     layout = LAYOUTS["qwen2_5_omni"]
     geometry = layout.geometry(batch=3)
-    assert (geometry.batch, geometry.images, geometry.frames, geometry.audio_seconds) == (3, 1, 8, 4)
+    assert (geometry.batch, geometry.images, geometry.frames, geometry.audio_seconds) == (3, 0, 8, 4)
     assert image_counts(RECIPES["seats"]) == (1, 4)
     assert layout.image_counts(RECIPES["seats"]) == (1,)
     assert LAYOUTS["llava"].geometry(1, 4).images == 4

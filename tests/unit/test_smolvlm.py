@@ -70,7 +70,9 @@ def test_an_image_stands_between_its_marks(compile_for: Callable[..., Path]) -> 
     assert (ours.count(IMAGE), ours.count(AROUND), ours.count(GLOBAL)) == (2 * UNITS, 4, 2)
 
 
-@pytest.mark.parametrize("named", [{}, {"fake_image_token": {"content": "<fake_token_around_image>"}}])
+@pytest.mark.parametrize(
+    "named", [{}, {"fake_image_token": {"__type": "AddedToken", "content": "<fake_token_around_image>"}}]
+)
 def test_marks_without_a_name_are_those_transformers_takes(source: Path, tmp_path: Path, named: dict[str, Any]) -> None:
     path = write_config(tmp_path / "model")
     for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json"):

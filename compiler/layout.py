@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     points into it, so that it serves stages as well that come after others have removed tokens.
 
     ``frames`` counts moments from 0 on: images of a prompt, temporal grids of a video; of a sound the temporal grid it
-    is heard with, or the image it is put beside. ``modalities`` is 0 for what is seen and 1 for what is heard.
+    is heard with, or the image it is put beside. ``modalities`` is 0 for vision tokens and 1 for audio tokens.
     """
 
     frames: tuple[int, ...]

@@ -109,7 +109,7 @@ def grid_axes(times: Sequence[int], rows: int, columns: int) -> list[Axes]:
 
 
 def moments_beside(seen: Sequence[int], count: int) -> list[int]:
-    """Moments for ``count`` tokens of a sound that lies beside images, whose tokens have the moments ``seen``.
+    """Moments for ``count`` tokens of a sound beside images, whose vision tokens have the moments ``seen``.
 
     Images have no time of their own: the sound is spread over them in proportion to their tokens, so that a window of
     any of them holds both kinds as the whole prompt does, and budgets of both kinds can be met.

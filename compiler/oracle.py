@@ -105,7 +105,7 @@ class Oracle:
                 row.features = self._hear(input_features, row, record)
             ids = torch.tensor([list(input_ids)])
             image = ids == self.job.source.config.image_token_id
-            # A placeholder may lie behind the embedding's last row, which transformers' own models mask as well.
+            # A placeholder's id may be at or beyond the embedding's size; transformers' own models mask it as well.
             hidden = self.embedding(ids.masked_fill(image, self.job.source.pad_token))
             hidden[image] = row.features
             positions, behind = self._positions(ids[0], image[0], row)

@@ -23,12 +23,14 @@ _NOTES = (
     "In a shallow model steps that fall on one layer become one."
 )
 _TWO = (
-    "Windows of stage II are two temporal grids and what is heard with them: the authors' runs of tokens at two "
-    "frames a second, but that a video's end behind its sound is one run there."
+    "Windows of stage II are two temporal grids with their audio tokens: the authors' runs of tokens at two frames a "
+    "second, but that a video's end after its sound is one run there, and that a sound after its whole video "
+    "(--no-audio-in-video) is one run there and has the windows of its time here."
 )
 _ONE = (
-    "Windows of stage II are one temporal grid and what is heard with it, as the authors' runs of tokens are, but that "
-    "a video's end behind its sound is one run there."
+    "Windows of stage II are one temporal grid with its audio tokens, as the authors' runs of tokens are, but that a "
+    "video's end after its sound is one run there, and that a sound after its whole video (--no-audio-in-video) is "
+    "one run there and has the windows of its time here."
 )
 
 
@@ -37,7 +39,7 @@ def _row(
     model: str, pairs: tuple[tuple[float, float], ...], rates: tuple[float, float], grids: int, sound: int,
 ) -> Recipe:  # fmt: skip
     """``drop`` is the part of the entering tokens that is gone after each step, ``rates`` the averages aimed at: of
-    what is seen and of what is heard. A run of tokens has ``grids``, two seconds have ``sound`` tokens."""
+    vision tokens and of audio tokens. A run of tokens has ``grids``, two seconds have ``sound`` tokens."""
     default = rates[0]
     attention = Term("last_query_attention_mean", {"heads": "mean"})
     enter = 1.4 * default

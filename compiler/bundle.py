@@ -20,6 +20,7 @@ from secateur.compiler.model_facts import describe_model, named_texts, token_tex
 from secateur.compiler.processor_files import open_processor, take_processor_files
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
+from secateur.compiler.requirements import describe_requires
 from secateur.exporters.engine_options import EngineOptions
 from secateur.exporters.onnx import Exported, port_name
 from secateur.exporters.tensorrt import EngineInfo, load_library
@@ -27,6 +28,8 @@ from secateur.passes.check_function import digest_plan
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import UserError
 from secateur.runtime.probe import probe_pixels
+from secateur.runtime.processing import Processor
+from secateur.runtime.text_facts import describe_preprocessing, describe_prompt, describe_tokenizer
 
 _TOOLS = ("torch", "transformers", "onnx-ir")
 
@@ -149,6 +152,7 @@ def make_manifest(
     versions = {"secateur": secateur.__version__, **{t: importlib.metadata.version(t) for t in _TOOLS}}
     if target.name.startswith("tensorrt"):
         versions[target.name] = load_library(target.name).version
+    processor = Processor(work, outline(job))
     return m.Manifest(
         secateur=secateur.__version__,
         model=describe_model(job, _digest_weights(weights)),
@@ -161,15 +165,22 @@ def make_manifest(
         versions=versions,
         weights=sorted(weights),
         files=files,
-        variants=[m.Variant(**_of_geometry(part, work, engines, outside)) for part in others],
+        variants=[m.Variant(**_of_geometry(part, work, processor, engines, outside)) for part in others],
         engines=describe_engines(target.engines or EngineOptions(), target.sms) if engines else None,
         tensors=list_outside(exported.layout, {name for names in outside.values() for name in names}),
-        **_of_geometry(first, work, engines, outside),
+        tokenizer=describe_tokenizer(processor.prompts),
+        prompt=describe_prompt(processor.prompts),
+        requires=describe_requires(target.name, exported, target.provider, versions, target.engines, target.sms),
+        **_of_geometry(first, work, processor, engines, outside),
     )
 
 
 def _of_geometry(
-    part: Part, work: Path, engines: Mapping[str, EngineInfo], outside: Mapping[str, Sequence[str]]
+    part: Part,
+    work: Path,
+    processor: Processor,
+    engines: Mapping[str, EngineInfo],
+    outside: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """What a geometry has of its own, as the manifest says it."""
     job, programs = part.pruned.job, part.pruned.programs
@@ -183,6 +194,7 @@ def _of_geometry(
         "notes": [*job.notes, *list_generation_notes(job)],
         "forecast": part.forecast,
         "pixels": probe_pixels(work, outline(job)),
+        "preprocessing": describe_preprocessing(processor.at(outline(job))),
     }
 
 

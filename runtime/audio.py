@@ -37,8 +37,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     }
 }
 """What a configuration leaves unsaid, by extractor type; also the list of supported types."""
-_HIGHEST = 8000.0
+HIGHEST = 8000.0
 """Hz; Whisper's filters reach up to here at every sampling rate."""
+FLOOR, DYNAMIC_RANGE, SHIFT, SCALE = 1e-10, 8.0, 4.0, 4.0
+"""Whisper's bounds of loudness, before and behind the logarithm, and what the rest is added to and divided by."""
 _WHERE = "preprocessor_config.json"
 
 
@@ -163,9 +165,9 @@ class AudioPipeline:
         # Some seconds at a time: spectra in double precision take ten times the room of the features.
         for start in range(0, len(windows), 1000):
             power = np.abs(np.fft.rfft(windows[start : start + 1000] * hann)) ** 2
-            loudness[:, start : start + 1000] = np.log10(np.maximum(1e-10, filters @ power.T))
-        loudness = np.maximum(loudness, loudness.max() - 8)
-        return np.ascontiguousarray((loudness[:, : self.frames] + 4) / 4, dtype=np.float32)
+            loudness[:, start : start + 1000] = np.log10(np.maximum(FLOOR, filters @ power.T))
+        loudness = np.maximum(loudness, loudness.max() - DYNAMIC_RANGE)
+        return np.ascontiguousarray((loudness[:, : self.frames] + SHIFT) / SCALE, dtype=np.float32)
 
     def _warn(self, what: str) -> None:
         if what not in self._said:
@@ -181,7 +183,7 @@ def mel_filters(bins: int, mels: int, rate: int) -> NDArray[np.float64]:
     an area of 1 over Hz (Slaney, Auditory Toolbox, 1998).
     """
     step = math.log(6.4) / 27
-    highest = 15 + math.log(_HIGHEST / 1000) / step
+    highest = 15 + math.log(HIGHEST / 1000) / step
     mel = np.linspace(0, highest, mels + 2)
     edges = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(step * (mel - 15)))
     left, centre, right = (edges[start : mels + start, None] for start in range(3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,13 +27,39 @@ _LEAST, _MOST = 1, 12
 
 
 @dataclass(frozen=True)
+class WholeTiles:
+    """(height, width of an image) -> those of the whole tiles it is stretched to, its longer edge first made
+    ``longest``; None leaves it as it is."""
+
+    edge: int
+    longest: int | None
+
+    def __call__(self, image: Size) -> Size:
+        across, down = (image[1], image[0]) if self.longest is None else fit_longest(image[1], image[0], self.longest)
+        return fill_tiles((down, across), self.edge)
+
+
+@dataclass(frozen=True)
+class NearestGrid:
+    """(height, width of an image) -> those of the ``least`` to ``most`` tiles whose shape is nearest to its own."""
+
+    tile: Size
+    least: int
+    most: int
+
+    def __call__(self, image: Size) -> Size:
+        rows, columns = choose_grid(image, self.tile, self.least, self.most)
+        return rows * self.tile[0], columns * self.tile[1]
+
+
+@dataclass(frozen=True)
 class CropPipeline:
     """One image to float32 [tiles, 3, height, width]: its tiles row by row, and behind several of them the whole."""
 
     view: ImagePipeline
     """What each tile goes through."""
     edges: Size
-    canvas: Callable[[Size], Size]
+    canvas: WholeTiles | NearestGrid
     """(height, width of an image) -> height and width it is resized to before it is cut."""
     size: Size
     """Of the image that the bundle was compiled for."""
@@ -50,22 +76,12 @@ class CropPipeline:
         edges = view.output_size
         values = read_part(config, "image_processor")
         if edges is not None and "SmolVLM" in str(values.get("image_processor_type")):
-            longest = view.longest
-
-            def whole_tiles(image: Size) -> Size:
-                across, down = (image[1], image[0]) if longest is None else fit_longest(image[1], image[0], longest)
-                return fill_tiles((down, across), edges[0])
-
-            return cls(replace(view, longest=None), edges, whole_tiles, size, longest, True)
+            stretched = WholeTiles(edges[0], view.longest)
+            return cls(replace(view, longest=None), edges, stretched, size, view.longest, True)
         least, most = (values.get(key) or usual for key, usual in (("min_patches", _LEAST), ("max_patches", _MOST)))
         if edges is None or not all(isinstance(n, int) and n >= 1 for n in (least, most)) or least > most:
             raise BundleError(f"min_patches {least!r} and max_patches {most!r} do not say how to cut", where=_WHERE)
-
-        def canvas(image: Size) -> Size:
-            rows, columns = choose_grid(image, edges, least, most)
-            return rows * edges[0], columns * edges[1]
-
-        return cls(view, edges, canvas, size)
+        return cls(view, edges, NearestGrid(edges, least, most), size)
 
     @property
     def tiles(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,6 +132,11 @@ class Processor:
         return found
 
     @property
+    def items(self) -> list[str]:
+        """Kinds of a row's media in the order of its prompt."""
+        return self._manifest.items
+
+    @property
     def media_words(self) -> int:
         """Text tokens that placeholders become beside media: marks put around them, and the times of a video as long
         as the bundle was compiled for."""
@@ -217,25 +222,32 @@ class Processor:
 
     def _expand(self, times: Sequence[float]) -> list[list[int]]:
         """What every placeholder becomes: its own number of the image's, and the tokens put around them."""
+        media, sizes = self._manifest.media, self._manifest.geometry
+        texts: Iterator[list[int]] = iter(())
+        if media is not None and media.timestamp:
+            length = sizes.frames / sizes.fps / len(media.items)
+            nominal = [length * grid + (length - 1 / sizes.fps) / 2 for grid in range(len(media.items))]
+            said = (media.timestamp.format(seconds) for seconds in times or nominal)
+            texts = (self.prompts.encode(text, add_special_tokens=False) for text in said)
+        return [
+            [token for part in parts for token in (next(texts) if part is None else part)] for parts in self.expansion()
+        ]
+
+    def expansion(self) -> list[list[list[int] | None]]:
+        """What every placeholder becomes, in parts. None stands for the text of the time of a video's next grid."""
         media, model, sizes = self._manifest.media, self._manifest.model, self._manifest.geometry
         own = model.image_token_id
         if media is None:
-            return [sizes.place(own, model.image_before, model.image_behind)] * sizes.images
+            return [[sizes.place(own, model.image_before, model.image_behind)]] * sizes.images
         found: list[list[int]] = []
         for item in media.items:
             brings = item.kind == "video with sound"
             before, behind = (media.sound_before, media.sound_behind) if brings else ([], [])
             found.append([*before, *[own] * item.tokens, *behind])
         if not media.timestamp:
-            return found
-        length = sizes.frames / sizes.fps / len(found)
-        nominal = [length * grid + (length - 1 / sizes.fps) / 2 for grid in range(len(found))]
+            return [[tokens] for tokens in found]
         before, behind = media.around.get("video", ([], []))
-        whole: list[int] = []
-        for seconds, tokens in zip(times or nominal, found, strict=True):
-            text = self.prompts.encode(media.timestamp.format(seconds), add_special_tokens=False)
-            whole += [*text, *before, *tokens, *behind]
-        return [whole]
+        return [[part for tokens in found for part in (None, [*before, *tokens, *behind])]]
 
 
 def _count_words(expanded: Sequence[Sequence[int]], placeholder: int) -> int:

@@ -17,6 +17,8 @@ from secateur.runtime.row_media import PARTS
 from secateur.runtime.token_bytes import TokenBytes
 from secateur.runtime.unicode_text import check_text
 
+TOKENIZER = "tokenizer.json"
+
 
 class Prompts:
     """Renders, encodes and decodes.
@@ -36,24 +38,24 @@ class Prompts:
     ) -> None:
         self.placeholder, self.placeholder_id = placeholder, placeholder_id
         try:
-            self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
         except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"cannot be read ({error})", where=f"{directory}: tokenizer.json") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.token_bytes = TokenBytes(self._tokenizer)
-        if self._tokenizer.token_to_id(placeholder) != placeholder_id:
-            raise BundleError(f"{placeholder} is not token {placeholder_id}", where=f"{directory}: tokenizer.json")
+            raise BundleError(f"cannot be read ({error})", where=f"{directory}: {TOKENIZER}") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.token_bytes = TokenBytes(self.tokenizer)
+        if self.tokenizer.token_to_id(placeholder) != placeholder_id:
+            raise BundleError(f"{placeholder} is not token {placeholder_id}", where=f"{directory}: {TOKENIZER}")
         self.kinds = {placeholder_id: "image"}
         """Placeholder -> kind of what it stands for."""
         self.kinds |= {token: kind for kind, token in (others or {}).items() if token is not None}
         config = read_json(directory / TOKENIZER_CONFIG)
-        self._inner = tuple(filter(None, (self.spell([token]) for token in inner)))
+        self.inner = tuple(filter(None, (self.spell([token]) for token in inner)))
         special = _special_tokens(config)
-        self._bos = special.get("bos_token")
+        self.special, self.bos = special, special.get("bos_token")
         # WordPiece-era clean-up; transformers leaves it out for BPE, where it would eat real spaces.
-        self._clean_up = bool(config.get("clean_up_tokenization_spaces")) and (
-            type(self._tokenizer.model).__name__ != "BPE"
+        self.clean_up = bool(config.get("clean_up_tokenization_spaces")) and (
+            type(self.tokenizer.model).__name__ != "BPE"
         )
         template = next(iter(list_templates(directory)), None)
         if template is not None and template.text:
@@ -85,7 +87,7 @@ class Prompts:
         messages = read.messages if self._spelled(read, items, before) else put_media(read.messages, items)
         text = check_text(self.template.render(messages), "chat_template.jinja", BundleError)
         # A template that writes BOS itself must not get a second one; transformers' processors do the same.
-        return text, not (self._bos and text.startswith(self._bos))
+        return text, not (self.bos and text.startswith(self.bos))
 
     def _spelled(self, read: Conversation, items: Sequence[str], before: str) -> bool:
         """Whether the words of messages without parts for media spell the placeholder of each item, in its order.
@@ -113,7 +115,7 @@ class Prompts:
         )  # fmt: skip
 
     def _refuse_inner(self, text: str, where: str) -> None:
-        for inner in self._inner:
+        for inner in self.inner:
             if inner in text:
                 raise UserError(
                     f"the words hold {inner!r}, which the model takes for a piece of an image", where=where,
@@ -121,16 +123,16 @@ class Prompts:
                 )  # fmt: skip
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def spell(self, tokens: Sequence[int]) -> str:
         """Special tokens as they are written in a prompt."""
-        return "".join(self._tokenizer.id_to_token(token) or "" for token in tokens)
+        return "".join(self.tokenizer.id_to_token(token) or "" for token in tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens. Half a UTF-8 character shows as U+FFFD at the end."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return _clean_up_spaces(text) if self._clean_up else text
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return _clean_up_spaces(text) if self.clean_up else text
 
 
 def put_media(messages: Sequence[Message], items: Sequence[str]) -> list[Message]:

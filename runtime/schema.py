@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from secateur.runtime.errors import UserError
 from secateur.runtime.schema_checks import check_part
 from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Offset, ProbeLevels, Shape, Size
+from secateur.runtime.schema_inputs import Preprocessing
 from secateur.runtime.schema_model import (
     GeometrySizes,
     ImageSize,
@@ -19,15 +20,19 @@ from secateur.runtime.schema_model import (
     Stage,
     describe_media,
 )
+from secateur.runtime.schema_requires import Requires
+from secateur.runtime.schema_text import PromptFacts, TokenizerFacts
 
 __all__ = [
     "DTYPE_BYTES", "PROGRAMS", "SCHEMA_VERSION", "Dtype", "Engines", "FileEntry", "Forecast", "GeometrySizes",
-    "ImageSize", "Manifest", "Media", "MediaItem", "Model", "PixelProbe", "Port", "PortDtype", "Program", "Recipe",
-    "Segment", "Stage", "StoredTensor", "Target", "Variant", "describe_media",
+    "ImageSize", "Manifest", "Media", "MediaItem", "Model", "PixelProbe", "Port", "PortDtype", "Preprocessing",
+    "Program", "PromptFacts", "Recipe", "Requires", "Segment", "Stage", "StoredTensor", "Target", "TokenizerFacts", "Variant",
+    "describe_media",
 ]  # fmt: skip
 
-SCHEMA_VERSION: Literal[2] = 2
-"""Written. Version 1 is read too: what version 2 added is optional, and a manifest without it means what it meant."""
+SCHEMA_VERSION: Literal[3] = 3
+"""Written. Versions 1 and 2 are read too: what later ones added is optional, and a manifest without it means what it
+meant."""
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 PortDtype = Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
@@ -166,6 +171,7 @@ class Variant(Frozen):
     notes: list[str] = []
     forecast: Forecast | None = None
     pixels: PixelProbe | None = None
+    preprocessing: Preprocessing | None = None
 
 
 class Manifest(Frozen):
@@ -175,7 +181,7 @@ class Manifest(Frozen):
     beside it are then those of the first.
     """
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     secateur: str
     name: str | None = None
     model: Model
@@ -205,6 +211,10 @@ class Manifest(Frozen):
     forecast: Forecast | None = None
     pixels: PixelProbe | None = None
     """None in bundles of schema 1, and where images are not resized."""
+    preprocessing: Preprocessing | None = None
+    tokenizer: TokenizerFacts | None = None
+    prompt: PromptFacts | None = None
+    requires: Requires | None = None
     manifest_sha256: Digest | None = None
 
     @model_validator(mode="after")

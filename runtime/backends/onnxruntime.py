@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from secateur.runtime.backends import NUMPY_DTYPES, Buffer, Writable
 from secateur.runtime.backends.cores import bound_threads
+from secateur.runtime.backends.requires import check_onnxruntime_version
 from secateur.runtime.errors import BundleError, SecateurError, UserError
 from secateur.runtime.schema import Manifest, Port, Program
 
@@ -114,6 +115,7 @@ class OnnxRuntimeBackend:
                 where="backend onnxruntime",
                 fix="compile with --dtype fp32 to run it here",
             )
+        check_onnxruntime_version(manifest, ort.__version__, "backend onnxruntime")
         self._directory, self._programs = directory, [one.programs for one in manifest.each_variant()]
         self._threads = bound_threads(threads)
         self._prepack, self._arena, self._spinning = prepack, arena, spinning

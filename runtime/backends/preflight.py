@@ -16,6 +16,7 @@ from typing import Any
 
 from secateur.runtime.backends.cuda import DEVICE_NUMBER, bindings, on_device
 from secateur.runtime.backends.engine_file import check_engine_file
+from secateur.runtime.backends.requires import check_onnxruntime_version, numbers
 from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.schema import Engines, Manifest
 
@@ -70,6 +71,7 @@ def check_onnxruntime(manifest: Manifest) -> tuple[Any, str]:
     _check_target(manifest, flavour)
     _check_present(flavour, where)
     library = _load(flavour, where)
+    check_onnxruntime_version(manifest, str(library.__version__), where)
     if _CUDA_PROVIDER not in library.get_available_providers():
         raise UserError(
             f"onnxruntime {library.__version__} here has no CUDA provider", where=where,
@@ -165,7 +167,7 @@ def _load(flavour: str, where: str) -> Any:
             f"the library does not load: {reason}", where=where, fix=f"pip install 'secateur[{_extra(flavour)}]'"
         ) from None
     version = str(getattr(library, "__version__", "0"))
-    if _numbers(version)[:2] < OLDEST[flavour]:
+    if numbers(version)[:2] < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
         raise UserError(f"{flavour} {version} is older than {oldest}", where=where, fix="install a newer one")
     return library
@@ -231,7 +233,7 @@ def _check_version(manifest: Manifest, engines: Engines, flavour: str, installed
                           fix="compile the bundle again")  # fmt: skip
     if built == installed:
         return
-    older, newer = _numbers(built), _numbers(installed)
+    older, newer = numbers(built), numbers(installed)
     if engines.version_compatible and older[:1] == newer[:1] and older <= newer:
         return
     kind = "version compatible engines run from that version on, within its major" if engines.version_compatible else (
@@ -278,7 +280,3 @@ def check_free(needed: int, what: str, gpu: str, where: str) -> None:
 
 def _mib(size: int) -> str:
     return f"{-(-size // (1 << 20))} MiB"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

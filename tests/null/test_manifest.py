@@ -79,12 +79,12 @@ def test_a_manifest_that_is_not_an_object(bundle: Path, text: str) -> None:
 
 def test_a_newer_schema_says_both_versions(tiny: ModuleType, bundle: Path) -> None:
     tiny.resign(bundle, schema_version=7, unheard_of=1)
-    assert "has schema 7, this secateur reads up to 2; upgrade" in refusal(bundle)
+    assert "has schema 7, this secateur reads up to 3; upgrade" in refusal(bundle)
 
 
-def test_a_bundle_of_schema_1_opens_and_is_written_as_2(tiny: ModuleType, bundle: Path) -> None:
+def test_a_bundle_of_an_older_schema_opens_and_is_written_as_3(tiny: ModuleType, bundle: Path) -> None:
     written = json.loads((bundle / m.MANIFEST).read_bytes())
-    assert written["schema_version"] == m.SCHEMA_VERSION == 2
+    assert written["schema_version"] == m.SCHEMA_VERSION == 3
     tiny.resign(bundle, schema_version=1)
     older = m.read_manifest(bundle)
     m.check_files(bundle, older, "full")

@@ -16,10 +16,12 @@ WORKERS ?= 2
 # make fuzz: how long, and in how many processes.
 MINUTES ?= 10
 FUZZ_WORKERS ?= 1
+# make mutants: in how many processes.
+JOBS ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not device"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-omni test test-matrix fuzz lint bench parity clean
+.PHONY: help setup demo demo-omni test test-matrix fuzz mutants lint bench parity clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,9 @@ test-matrix: $(STAMP)  ## compile every row for every layout: equal to its oracl
 
 fuzz: $(STAMP)  ## property tests on new examples, for MINUTES (10); what fails becomes a case of make test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --workers $(FUZZ_WORKERS)
+
+mutants: $(STAMP)  ## put the sampled small faults into the code, one at a time: the nearest tests fail; writes docs/
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -1,0 +1,141 @@
+"""``make mutants``: small faults put into the code, one at a time; the tests near each should fail.
+
+The sample in tests/mutants/sample.json was drawn once. Verdicts are kept below the work folder and hold as long as the
+mutated file and the tests that judged it stay as they are; the next run goes on where this one stopped. The working
+tree is not touched: mutants live in a copy of it.
+
+    make mutants JOBS=2
+    python -m tests.mutants --only passes/stage.py runtime/    # those of a file, of a folder
+    python -m tests.mutants --only m017 --fresh                # one, once more
+    python -m tests.mutants --page                             # run nothing: write the page from what holds
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from secateur.tools.console import notes, results
+from secateur.tools.threads import read_threads
+
+from . import page
+from .bench import ROOT, Bench
+from .judge import Judge, Verdict
+from .sample import SAMPLE, SEED, Mutant, draw, list_files, read, write
+
+GOAL = 0.9
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="WHAT", help="mutants, files, or folders with a slash at the end")
+    parser.add_argument("--limit", type=int, help="stop after so many")
+    parser.add_argument("--jobs", type=read_threads, default=1, help="processes (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=3.0, metavar="FACTOR",
+                        help="a test file may take so many times its seconds, and ten more (%(default)s)")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="run again even what holds")
+    parser.add_argument("--page", action="store_true", help="run nothing: write the page")
+    parser.add_argument("--draw", type=int, metavar="COUNT", help="draw a sample and stop; refused where one exists")
+    parser.add_argument("--work", type=Path, default=Path("build/mutants"), help="where verdicts are (%(default)s)")
+    parser.add_argument("--docs", type=Path, default=Path("docs/mutants.md"), help="page to write (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.draw is not None:
+        if SAMPLE.exists():
+            parser.error(f"{SAMPLE} is there: a sample is drawn once, before tests are written for it")
+        drawn, lines = draw(ROOT, list_files(ROOT), options.draw, SEED)
+        write(drawn, lines, SEED)
+        notes.print(f"drew {len(drawn)} of {lines} lines")
+        return
+    sample, origin = read()
+    chosen = [mutant for mutant in sample if options.only is None or _matches(mutant, options.only)]
+    if not chosen:
+        parser.error(f"no mutant of the sample is {' or '.join(options.only)}")
+    judge, reasons = Judge(ROOT, options.work, options.timeout), page.read_reasons()
+    verdicts = {} if options.fresh else {m.id: found for m in chosen if (found := judge.held(m)) is not None}
+    todo = [mutant for mutant in chosen if mutant.id not in verdicts]
+    notes.print(f"{len(chosen)} mutants, {len(verdicts)} verdicts hold from before")
+    if not options.page:
+        verdicts |= walk(todo[: options.limit], judge, options.jobs, reasons)
+    kinds = {name: page.classify(verdict, reasons.get(name)) for name, verdict in verdicts.items()}
+    for row in page.table(chosen, kinds):
+        results.print("  ".join(f"{cell:>{12 if place else 10}}" for place, cell in enumerate(row)), markup=False)
+    faults = page.list_faults(kinds, reasons)
+    for line in faults:
+        notes.print(line, markup=False)
+    if len(kinds) == len(sample):
+        options.docs.write_text(page.write(sample, origin, verdicts, reasons), encoding="utf-8")
+        notes.print(f"wrote {options.docs}")
+    else:
+        notes.print(f"{options.docs} is written when all {len(sample)} mutants have a verdict")
+    sys.exit(1 if faults or page.share(kinds.values()) < GOAL else 0)
+
+
+def _matches(mutant: Mutant, wanted: list[str]) -> bool:
+    return any(mutant.id == word or mutant.file == word or mutant.file.startswith(word) for word in wanted)
+
+
+def walk(todo: list[Mutant], judge: Judge, jobs: int, reasons: dict[str, dict[str, str]]) -> dict[str, Verdict]:
+    """Judge ``todo`` on ``jobs`` benches. Raises what went wrong on a bench, when all have ended."""
+    left: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
+    for mutant in sorted(todo, key=lambda mutant: (mutant.file, mutant.line)):
+        left.put(mutant)
+    found: dict[str, Verdict] = {}
+    errors: list[BaseException] = []
+    benches: list[Bench] = []
+    stop = threading.Event()
+    columns = (TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes, disable=not todo) as progress:
+        task = progress.add_task("starting", total=len(todo))
+
+        def work() -> None:
+            try:
+                with Bench(ROOT) as bench:
+                    benches.append(bench)
+                    while not stop.is_set():
+                        try:
+                            mutant = left.get_nowait()
+                        except queue.Empty:
+                            return
+                        progress.update(task, description=f"{mutant.id} {mutant.file}"[:50])
+                        found[mutant.id] = judge.judge(mutant, bench)
+                        progress.update(task, advance=1)
+                        _tell(mutant, found[mutant.id], reasons)
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+
+        threads = [threading.Thread(target=work) for _ in range(min(jobs, len(todo)))]
+        for thread in threads:
+            thread.start()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        try:
+            for thread in threads:
+                thread.join()
+        finally:  # interrupted, the copies of the tree go as well
+            stop.set()
+            for bench in benches:
+                bench.stop()
+            for thread in threads:
+                thread.join()
+    if errors:
+        raise errors[0]
+    return found
+
+
+def _tell(mutant: Mutant, verdict: Verdict, reasons: dict[str, dict[str, str]]) -> None:
+    kind = page.classify(verdict, reasons.get(mutant.id))
+    where = f"{mutant.file}:{mutant.line} {mutant.operator} ({mutant.occurrence}): {mutant.text}"
+    killer = verdict.get("killer", "")
+    notes.print(f"{mutant.id} {kind:<10} {verdict['seconds']:5.1f} s  {where}  {killer}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

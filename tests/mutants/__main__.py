@@ -17,6 +17,7 @@ import queue
 import signal
 import sys
 import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -67,7 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = {name: page.classify(verdict, reasons.get(name)) for name, verdict in verdicts.items()}
     for row in page.table(chosen, kinds):
         results.print("  ".join(f"{cell:>{12 if place else 10}}" for place, cell in enumerate(row)), markup=False)
-    faults = page.list_faults(kinds, reasons)
+    faults = page.list_faults(kinds, reasons) + [
+        f"{test} fails on the code as it is, see {options.work / 'failed.log'}" for test in sorted(judge.failing)
+    ]
     for line in faults:
         notes.print(line, markup=False)
     if len(kinds) == len(sample):
@@ -83,50 +86,41 @@ def _matches(mutant: Mutant, wanted: list[str]) -> bool:
 
 
 def walk(todo: list[Mutant], judge: Judge, jobs: int, reasons: dict[str, dict[str, str]]) -> dict[str, Verdict]:
-    """Judge ``todo`` on ``jobs`` benches. Raises what went wrong on a bench, when all have ended."""
+    """Judge ``todo`` on ``jobs`` benches; interrupted, the copies of the tree go as well."""
     left: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in sorted(todo, key=lambda mutant: (mutant.file, mutant.line)):
         left.put(mutant)
     found: dict[str, Verdict] = {}
-    errors: list[BaseException] = []
     benches: list[Bench] = []
     stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     columns = (TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, disable=not todo) as progress:
         task = progress.add_task("starting", total=len(todo))
 
         def work() -> None:
-            try:
-                with Bench(ROOT) as bench:
-                    benches.append(bench)
-                    while not stop.is_set():
-                        try:
-                            mutant = left.get_nowait()
-                        except queue.Empty:
-                            return
-                        progress.update(task, description=f"{mutant.id} {mutant.file}"[:50])
-                        found[mutant.id] = judge.judge(mutant, bench)
-                        progress.update(task, advance=1)
-                        _tell(mutant, found[mutant.id], reasons)
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
+            with Bench(ROOT) as bench:
+                benches.append(bench)
+                while not stop.is_set():
+                    try:
+                        mutant = left.get_nowait()
+                    except queue.Empty:
+                        return
+                    progress.update(task, description=f"{mutant.id} {mutant.file}"[:50])
+                    found[mutant.id] = judge.judge(mutant, bench)
+                    progress.update(task, advance=1)
+                    _tell(mutant, found[mutant.id], reasons)
 
-        threads = [threading.Thread(target=work) for _ in range(min(jobs, len(todo)))]
-        for thread in threads:
-            thread.start()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        try:
-            for thread in threads:
-                thread.join()
-        finally:  # interrupted, the copies of the tree go as well
-            stop.set()
-            for bench in benches:
-                bench.stop()
-            for thread in threads:
-                thread.join()
-    if errors:
-        raise errors[0]
+        with ThreadPoolExecutor(jobs) as pool:
+            working = [pool.submit(work) for _ in range(min(jobs, len(todo)))]
+            try:
+                wait(working, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+                for bench in benches:
+                    bench.stop()
+        for each in working:
+            each.result()
     return found
 
 

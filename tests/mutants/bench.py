@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PLUGIN = "_hypothesis_pytestplugin"
+"""The one plugin the tests need; to look for others in all that is installed takes longer than most tests."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Bench:
         self.log = self._folder / "log.txt"
         environment = {
             **os.environ, "PYTHONPATH": str(self.tree / "src"), "OMP_NUM_THREADS": "1",
-            "TMPDIR": str(self._folder / "tmp"),
+            "TMPDIR": str(self._folder / "tmp"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.mutants.server"], cwd=self.tree, env=environment, text=True,
@@ -75,9 +77,9 @@ class Bench:
             self._process.send_signal(signal.SIGTERM)
 
     def run(self, test: str, cpu: float, wall: float, mutant: tuple[str, str] | None = None) -> Answer:
-        """Run the test file until its first failure; ``mutant`` is a file of the tree and what it reads meanwhile."""
+        """Run the test file, or the one test, until it fails; ``mutant`` is a file and what it reads meanwhile."""
         arguments = [
-            "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not device",
+            "-x", "-q", "-p", "no:cacheprovider", "-p", PLUGIN, "-m", "not device",
             f"--basetemp={self._folder / 'base'}", test,
         ]  # fmt: skip
         order = {"arguments": arguments, "cpu": int(cpu), "wall": wall, "log": str(self.log)}

@@ -1,15 +1,13 @@
 """The verdict on a mutant: killed, survived, timed out or gone; kept on disk and held while what it rests on stays.
 
-A kill rests on the mutated file's source and on the test file that failed; the other verdicts on the source and on all
-test files near it. Before a test file judges anything it passes once on the code as it is, which also says how long it
-takes.
+A kill rests on the mutated file's source and on the test file that failed; other verdicts on the source and on all test
+files near it. A test that kills is run once on the code as it is; where it fails there too, its file judges nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from .bench import Bench
 from .sample import Mutant, find
 
 Verdict = dict[str, Any]
+MINUTE = 60.0
 
 
 def digest(*paths: Path) -> str:
@@ -28,13 +27,14 @@ def digest(*paths: Path) -> str:
 
 
 class Judge:
-    """Verdicts on the tree at ``root``, kept below ``work``."""
+    """Verdicts on the tree at ``root``, kept below ``work``. ``failing`` are test files that fail without a mutant."""
 
     def __init__(
         self, root: Path, work: Path, slack: float = 3.0, grace: float = 10.0, seconds_file: Path = nearest.SECONDS
     ) -> None:
         self.root, self.work, self.slack, self.grace = root, work, slack, grace
         self.seconds_file = seconds_file
+        self.failing: set[str] = set()
         self.seconds = nearest.read_seconds(seconds_file)
         self.work.mkdir(parents=True, exist_ok=True)
         sources = (root / folder for folder in nearest.FOLDERS)
@@ -47,52 +47,67 @@ class Judge:
         if known is None or known["source"] != digest(self.root / mutant.file) or known["mutant"] != str(mutant):
             return None
         tests = known["tests"]
-        if known["verdict"] == "killed":
-            wanted = [known["killer"].partition("::")[0]]
-        else:
-            wanted = nearest.list_nearest(self.root, mutant.file, self.seconds)
+        wanted = [known["killer"].partition("::")[0]] if known["verdict"] == "killed" else self._near(mutant)
         return known if all(tests.get(test) == digest(self.root / test) for test in wanted) else None
 
     def judge(self, mutant: Mutant, bench: Bench) -> Verdict:
-        """Run the nearest tests, one file after another, until one fails."""
+        """Run the nearest tests, one file after another, until one fails that passes on the code as it is."""
         path = self.root / mutant.file
         changed = find(mutant, path.read_text(encoding="utf-8")) if path.is_file() else None
         verdict: Verdict = {"mutant": str(mutant), "source": digest(path), "tests": {}, "seconds": 0.0}
         if changed is None:
             return self._keep(mutant, {**verdict, "verdict": "gone"})
-        for test in self._walk(mutant, bench):
-            limit = self.slack * self.seconds[test] + self.grace
+        while left := [test for test in self._near(mutant) if test not in verdict["tests"]]:
+            test = left[0]
+            limit = self.slack * self.seconds[test] + self.grace if test in self.seconds else MINUTE + 5
             answer = bench.run(test, limit, 6 * limit, (mutant.file, changed))
+            if answer.late and test not in self.seconds:
+                self._measure(test, bench)
+                continue
             verdict["tests"][test] = digest(self.root / test)
             verdict["seconds"] = round(verdict["seconds"] + answer.seconds, 1)
             if answer.late or answer.code:
+                if not answer.late and not self._passes(answer.failed or test, bench):
+                    continue
                 killer = answer.failed or f"{test}::(the process ended with {answer.code})"
-                kind = "timed out" if answer.late else "killed"
-                return self._keep(mutant, {**verdict, "verdict": kind, "killer": killer})
+                return self._keep(
+                    mutant, {**verdict, "verdict": "timed out" if answer.late else "killed", "killer": killer}
+                )
+            self._note(test, answer.seconds)
         return self._keep(mutant, {**verdict, "verdict": "survived"})
 
-    def _walk(self, mutant: Mutant, bench: Bench) -> Iterator[str]:
-        """Test files from near to far, each measured before it is used."""
-        done: set[str] = set()
-        while left := [t for t in nearest.list_nearest(self.root, mutant.file, self.seconds) if t not in done]:
-            if self._check(left[0], bench):
-                done.add(left[0])
-                yield left[0]
+    def _near(self, mutant: Mutant) -> list[str]:
+        near = nearest.list_nearest(self.root, mutant.file, self.seconds)
+        return [test for test in near if test not in self.failing]
 
-    def _check(self, test: str, bench: Bench) -> bool:
-        """Whether ``test`` passes on the code as it is within a minute; one that needs longer is not near again."""
-        state = [digest(self.root / test), self._code]
-        if self._passed.get(test) == state:
-            return True
-        answer = bench.run(test, nearest.MINUTE + 5, 10 * nearest.MINUTE)
+    def _measure(self, test: str, bench: Bench) -> None:
+        """How long a test file takes on the code as it is; one that needs more than a minute is not near again."""
+        answer = bench.run(test, MINUTE + 5, 10 * MINUTE)
         if answer.code and not answer.late:
-            bench.log.replace(self.work / "failed.log")
-            raise RuntimeError(f"{answer.failed or test} fails on the code as it is; see {self.work / 'failed.log'}")
-        self.seconds[test] = 2 * nearest.MINUTE if answer.late else round(answer.seconds, 1)
-        nearest.write_seconds(self.seconds, self.seconds_file)
-        self._passed[test] = state
-        (self.work / "passed.json").write_text(json.dumps(self._passed, indent=0), encoding="utf-8")
-        return not answer.late
+            self._leave(answer.failed or test, bench)
+        else:
+            self._note(test, 2 * MINUTE if answer.late else answer.seconds)
+
+    def _leave(self, test: str, bench: Bench) -> None:
+        bench.log.replace(self.work / "failed.log")
+        self.failing.add(test.partition("::")[0])
+
+    def _note(self, test: str, seconds: float) -> None:
+        """A file's time on a mutant that it lets pass is its time on the code as it is."""
+        if test not in self.seconds:
+            self.seconds[test] = round(seconds, 1)
+            nearest.write_seconds(self.seconds, self.seconds_file)
+
+    def _passes(self, test: str, bench: Bench) -> bool:
+        """Whether a test, or a file, passes on the code as it is; one that does not judges nothing in this run."""
+        state = [digest(self.root / test.partition("::")[0]), self._code]
+        if self._passed.get(test) != state:
+            if bench.run(test, 3 * MINUTE, 20 * MINUTE).code:
+                self._leave(test, bench)
+                return False
+            self._passed[test] = state
+            (self.work / "passed.json").write_text(json.dumps(self._passed, indent=0), encoding="utf-8")
+        return True
 
     def _keep(self, mutant: Mutant, verdict: Verdict) -> Verdict:
         (self.work / f"{mutant.id}.json").write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")

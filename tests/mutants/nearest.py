@@ -1,9 +1,9 @@
 """Which test files stand nearest to a module: by imports, then by name, then by time.
 
 The distance from a test file to a module is the number of imports between them, read from the source: those inside
-functions count, and so do names of our modules in strings, which is how lazy ones are written. Files are taken from
-near to far, at most `MOST`, while their time together is a minute at most; `ALSO` names those that reach a module by
-another road.
+functions count, and so do names of our modules in strings, which is how lazy ones are written. The nearest files and
+those one import further are taken, `MOST` at most, while their time together is within `LIMIT`; tests of measurements
+are left out. `ALSO` names those that reach a module by another road.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ from pathlib import Path
 
 FOLDERS = ("compiler", "passes", "exporters", "runtime", "tools")
 SECONDS = Path(__file__).with_name("seconds.json")
-MINUTE = 60.0
+LIMIT = 40.0
+"""Processor seconds for the tests of one mutant."""
 MOST = 8
 UNKNOWN = 5.0
 """Seconds that a file is taken to need until it was measured."""
 ALSO: dict[str, tuple[str, ...]] = {
+    "runtime/backends/": (
+        "tests/null/test_onnxruntime_cuda.py", "tests/null/test_session.py", "tests/null/test_tensorrt_faults.py",
+        "tests/null/test_tensorrt_memory.py", "tests/null/test_tensorrt_session.py",
+    ),
+    "passes/methods/": ("tests/unit/test_transcriptions.py",),
     "passes/recipes/": ("tests/unit/test_transcriptions.py", "tests/unit/test_recipes_table.py"),
-}
+}  # fmt: skip
 """Test files that stand as near to a module, or to all of a folder, as those that import it."""
 
 
 def list_nearest(root: Path, module: str, seconds: Mapping[str, float]) -> list[str]:
-    """Test files for ``module``, e.g. ``passes/stage.py``, in the order they are run; a minute together at most."""
+    """Test files for ``module``, e.g. ``passes/stage.py``, in the order they are run."""
     distances = _distances(root).get(module, {})
-    near = {file: 1 for key in (module, f"{Path(module).parent}/") for file in ALSO.get(key, ())}
-    stem = Path(module).stem
+    also = {file: 1 for key in (module, f"{Path(module).parent}/") for file in ALSO.get(key, ())}
+    far, stem = distances | also, Path(module).stem
+    least = min(distances.values(), default=0)
     ranked = sorted(
-        distances | near,
-        key=lambda file: ({**distances, **near}[file], stem not in file, seconds.get(file, UNKNOWN), file),
+        (file for file, distance in far.items() if distance <= least + 1),
+        key=lambda file: (far[file], stem not in file, seconds.get(file, UNKNOWN), file),
     )
     chosen: list[str] = []
     total = 0.0
     for file in ranked:
-        if len(chosen) < MOST and total + seconds.get(file, UNKNOWN) <= MINUTE:
+        if len(chosen) < MOST and total + seconds.get(file, UNKNOWN) <= LIMIT:
             chosen.append(file)
             total += seconds.get(file, UNKNOWN)
     return chosen
@@ -60,7 +67,7 @@ def _distances(root: Path) -> dict[str, dict[str, int]]:
     names = {_name(path.relative_to(root)): str(path.relative_to(root)) for path in _sources(root)}
     imports = {file: _imports(root / file, name, names) for name, file in names.items()}
     found: dict[str, dict[str, int]] = {}
-    for test in (file for file in imports if Path(file).name.startswith("test_")):
+    for test in (file for file in imports if _judges(Path(file).name)):
         reached, queue = {test: 0}, deque([test])
         while queue:
             file = queue.popleft()
@@ -71,6 +78,10 @@ def _distances(root: Path) -> dict[str, dict[str, int]]:
         for file, distance in reached.items():
             found.setdefault(file, {})[test] = distance
     return found
+
+
+def _judges(name: str) -> bool:
+    return name.startswith("test_") and not name.startswith("test_bench_")
 
 
 def _sources(root: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .nearest import LIMIT
 from .sample import Mutant, group
 
 REASONS = Path(__file__).with_name("reasons.json")
@@ -69,7 +70,7 @@ def write(
     longest = max(float(verdict["seconds"]) for verdict in verdicts.values())
     total = sum(float(verdict["seconds"]) for verdict in verdicts.values())
     text = [
-        "# Mutants", "", *HEAD.format(count=len(mutants), **drawn).splitlines(), "", *lines, "",
+        "# Mutants", "", *HEAD.format(count=len(mutants), limit=LIMIT, **drawn).splitlines(), "", *lines, "",
         f"The tests of all mutants took {total / 60:.0f} minutes of one core, those of one mutant at most "
         f"{longest:.0f} seconds.", "",
     ]  # fmt: skip
@@ -97,5 +98,5 @@ in type annotations, `if TYPE_CHECKING`, and changes that Python refuses to comp
 changed; numbers and operators inside messages are.
 
 Each mutant meets the test files nearest to its module, one at a time until one fails: by the number of imports between
-them, then by name, then by time, at most a minute of one core together. *Equivalent* are those that change nothing
-which can be seen, *gone* those whose line has been rewritten since; a time-out does not count as killed."""
+them, then by name, then by time, at most {limit:.0f} seconds of one core together. *Equivalent* are those that change
+nothing which can be seen, *gone* those whose line has been rewritten since; a time-out does not count as killed."""

@@ -17,7 +17,11 @@ import select
 import signal
 import sys
 import time
+import traceback
 from typing import Any
+
+import hypothesis  # noqa: F401  # every child wants it
+import pytest
 
 WARM = (
     "PIL", "jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pydantic", "rich", "safetensors",
@@ -121,14 +125,15 @@ def _work(order: dict[str, Any], writer: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (order["cpu"], order["cpu"] + 5))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         before = set(sys.modules)
-        import pytest
-
         recorder = Recorder()
         code = int(pytest.main(order["arguments"], plugins=[recorder]))
-        loaded = [n for n in list(sys.modules) if n not in before and n.partition(".")[0] in WARM] if code == 0 else []
+        loaded = [name for name in list(sys.modules) if name not in before and name.partition(".")[0] in WARM]
         os.write(writer, json.dumps({"failed": recorder.failed, "loaded": loaded}).encode() + b"\n")
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

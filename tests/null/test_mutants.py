@@ -38,10 +38,10 @@ LINES = SOURCE.splitlines()
 def test_places_are_those_that_run() -> None:
     found = Counter(place.line for place in list_places(SOURCE))
     assert set(found) == {LINES.index(line) + 1 for line in LINES if line.strip().startswith(
-        ("if first", "total = ", "return f", "def join", "def tell"))}  # fmt: skip
+        ("if first", "total = ", "return f", "def join"))}  # fmt: skip
     changed = {mutate(SOURCE, place) for place in list_places(SOURCE) if place.line == LINES.index(LINES[6]) + 1}
-    # A star that marks what is given by name is none that multiplies: only the default of `third` is a number.
-    assert {text.splitlines()[6].partition("=")[2].split(")")[0].strip() for text in changed if text} == {"2", "4"}
+    # The default of `third` is a number; of what a star may become there only the slash compiles.
+    assert {text.splitlines()[6].partition("=")[2].split(")")[0].strip() for text in changed if text} == {"2", "3", "4"}
 
 
 def test_what_python_warns_of_is_no_mutant() -> None:
@@ -60,7 +60,7 @@ def test_a_sample_is_drawn_the_same_again(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(SOURCE, encoding="utf-8")
     first, lines = sample.draw(tmp_path, ["a.py"], 4, 1)
     assert (first, lines) == sample.draw(tmp_path, ["a.py"], 4, 1)
-    assert lines == 5
+    assert lines == 4
     assert len({mutant.line for mutant in first}) == len(first) == 4
     assert all(sample.find(mutant, SOURCE) not in (None, SOURCE) for mutant in first)
     assert any(sample.draw(tmp_path, ["a.py"], 4, seed)[0] != first for seed in range(2, 5))
@@ -92,7 +92,7 @@ def test_every_walked_module_has_tests_near_it() -> None:
     files = [name for name in sample.list_files(sample.ROOT) if not name.endswith("__init__.py")]
     chosen = {file: nearest.list_nearest(sample.ROOT, file, seconds) for file in files}
     assert [file for file, tests in chosen.items() if not tests] == []
-    assert all(sum(seconds.get(test, nearest.UNKNOWN) for test in tests) <= nearest.MINUTE for tests in chosen.values())
+    assert all(sum(seconds.get(test, nearest.UNKNOWN) for test in tests) <= nearest.LIMIT for tests in chosen.values())
     assert chosen["runtime/wav.py"][0] in ("tests/null/test_audio.py", "tests/null/test_sound_files.py")
 
 
@@ -129,7 +129,7 @@ def toy(name: str, line: int, operator: str) -> Mutant:
 
 
 def test_verdicts_and_what_they_rest_on(tree: Path, tmp_path: Path) -> None:
-    judge = Judge(tree, tmp_path / "work", seconds_file=tmp_path / "seconds.json", grace=1)
+    judge = Judge(tree, tmp_path / "work", slack=1, grace=1, seconds_file=tmp_path / "seconds.json")
     killed = toy("m001", 5, "NumberReplacer")
     survives = toy("m002", 6, "ReplaceComparisonOperator_GtE_Gt")
     endless = toy("m003", 4, "NumberReplacer")
@@ -151,9 +151,10 @@ def test_verdicts_and_what_they_rest_on(tree: Path, tmp_path: Path) -> None:
 
 def test_a_test_that_fails_anyway_judges_nothing(tree: Path, tmp_path: Path) -> None:
     (tree / "tests" / "null" / "test_toy.py").write_text(TESTS.replace("6", "5"), encoding="utf-8")
-    judge = Judge(tree, tmp_path / "work", seconds_file=tmp_path / "seconds.json", grace=1)
-    with Bench(tree) as bench, pytest.raises(RuntimeError, match=r"::test_count fails on the code as it is"):
-        judge.judge(toy("m001", 5, "NumberReplacer"), bench)
+    judge = Judge(tree, tmp_path / "work", slack=1, grace=1, seconds_file=tmp_path / "seconds.json")
+    with Bench(tree) as bench:
+        assert judge.judge(toy("m001", 5, "NumberReplacer"), bench)["verdict"] == "survived"
+    assert judge.failing == {"tests/null/test_toy.py"}
 
 
 def test_shares_and_faults() -> None:

@@ -25,6 +25,7 @@ from secateur.compiler.output import whole_directory
 from secateur.compiler.passlist import count_unpruned
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Pruned
+from secateur.compiler.self_test import add_self_test
 from secateur.compiler.trace import Traced
 from secateur.exporters.checkpoint import Checkpoint, open_checkpoint
 from secateur.exporters.digests import Digests
@@ -77,11 +78,13 @@ def build(
     progress: Progress | None = None,
     digests: Digests | None = None,
     needs: Needs | None = None,
+    self_test: str = "none",
 ) -> Path:
     """Write the bundle: graphs, weights, processor files, engines for TensorRT targets, and last the manifest.
 
     Several geometries come as sequences of the same length, their weights laid out together (:func:`lay_out`).
     ``digests`` may have begun to read the checkpoint's files. ``needs`` is :func:`foresee`'s, where it was asked.
+    ``self_test`` as for :func:`~secateur.compiler.self_test.add_self_test`.
     """
     pruned = [pruned] if isinstance(pruned, Pruned) else pruned
     exported = [exported] if isinstance(exported, Exported) else exported
@@ -102,7 +105,11 @@ def build(
         outside = {graph: engine.weights for graph, engine in engines.items()}
         if target.name == "onnxruntime-cuda":
             outside = _list_given(exported, graphs)
-        write_manifest(work, make_manifest(parts, exported[0], target, work, weights, engines, outside))
+        manifest = make_manifest(parts, exported[0], target, work, weights, engines, outside)
+        if self_test != "none":
+            with phase("self-test", progress):
+                manifest = add_self_test(work, manifest, self_test)
+        write_manifest(work, manifest)
     return out
 
 

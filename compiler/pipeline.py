@@ -43,6 +43,7 @@ from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.questions import read_questions
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.rope import follow_length
+from secateur.compiler.self_test import check_level
 from secateur.compiler.trace import Source, Traced, read_source, trace_model
 from secateur.compiler.verify import Verification, verify_bundle
 from secateur.exporters import tensorrt
@@ -82,6 +83,7 @@ def compile(
     stop_after: str | None = None,
     progress: Progress | None = None,
     expected: Expected | None = None,
+    self_test: str | None = None,
 ) -> Path | Pruned:
     """Compile a Hugging Face directory and a recipe into a bundle at ``out``.
 
@@ -94,15 +96,20 @@ def compile(
     ``sm`` the GPU architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT
     builds. ``weights`` says how they come into the bundle: ``stream``, the default, writes one file of them, cast where
     needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says
-    what the device has, who is told the forecast, and whether it may stop the work before anything is written. Returns
-    ``out``; with ``stop_after`` nothing is written and the programs as that pass left them are returned.
+    what the device has, who is told the forecast, and whether it may stop the work before anything is written.
+    ``self_test`` says what of it the bundle holds: ``full``, ``inputs`` (nothing that takes running the programs),
+    ``none``, or ``auto``, the default: ``full`` where the programs run here in about a second. Returns ``out``; with
+    ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
     goal = check_target(target, None if dtype == AUTO else dtype, sm, engines=engines)
     check_pass(stop_after)
     if stop_after is not None:
-        _warn_unused(weights=weights, force=force or None, sm=sm, engines=engines, expected=expected)
+        _warn_unused(weights=weights, force=force or None, sm=sm, engines=engines, expected=expected,
+                     self_test=self_test)  # fmt: skip
+    self_test = self_test or "auto"
+    check_level(self_test, goal.name, goal.dtype)
     weights = weights or "stream"
     check_weights_mode(weights)
     if stop_after is not None and len(geometries) > 1:
@@ -127,6 +134,7 @@ def compile(
             read_ahead()
             own = Checkpoint(source.path, build_meta_model(source, "fp32")).dtype()
             goal = check_target(target, own, sm, AUTO, engines)
+            check_level(self_test, goal.name, goal.dtype)
         budget = Budget.of(keep, mean_keep, flops_keep)
         if budget.rates is not None:
             row = row.with_rates(budget.rates)
@@ -144,7 +152,7 @@ def compile(
             list_tensors(source.path)
         read_ahead()
         return _compile(jobs, row, keep, budget, goal, out, weights, force, dump_dir, stop_after, progress, digests,
-                        expected or Expected())  # fmt: skip
+                        expected or Expected(), self_test)  # fmt: skip
 
 
 def _warn_unused(**given: Any) -> None:
@@ -156,7 +164,7 @@ def _warn_unused(**given: Any) -> None:
 def _compile(
     jobs: Sequence[Job], row: Recipe, keep: float | None, budget: Budget, goal: Target, out: Path,
     weights: str, force: bool, dump_dir: Path | None, stop_after: str | None, progress: Progress | None,
-    digests: Digests, expected: Expected,
+    digests: Digests, expected: Expected, self_test: str,
 ) -> Path | Pruned:  # fmt: skip
     """:func:`compile` once everything was checked that can be without a trace."""
     source, geometries = jobs[0].source, [job.geometry for job in jobs]
@@ -189,7 +197,9 @@ def _compile(
         if dump is not None:
             (dump / f"{len(PASSES) + 1:02}_export.txt").write_text(f"{exported[-1]}\n")
     needs = expected.consider(foresee(pruned, exported, goal), out)
-    return build(pruned, exported, goal, out, force=force, progress=progress, digests=digests, needs=needs)
+    return build(
+        pruned, exported, goal, out, force=force, progress=progress, digests=digests, needs=needs, self_test=self_test
+    )
 
 
 def explain(

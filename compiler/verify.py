@@ -20,6 +20,7 @@ from secateur.passes.recipe_file import load_recipe
 from secateur.runtime.errors import UserError, refuse_idle
 from secateur.runtime.manifest import Manifest, check_files, hash_file, read_manifest
 from secateur.runtime.probe import PixelDifference, find_difference
+from secateur.runtime.self_test import SelfTestReport, check
 from secateur.runtime.session import Session
 
 ROWS = 8
@@ -33,18 +34,20 @@ class Verification:
     files: int
     bytes: int
     parity: Parity | None
-    pixels: PixelDifference | None = None
+    pixels: PixelDifference | None
     """How pictures come out differently here; None if they do not."""
+    self_test: SelfTestReport
 
     @property
     def passed(self) -> bool:
-        return self.parity is None or self.parity.passed
+        return self.self_test.passed and (self.parity is None or self.parity.passed)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "bundle": str(self.bundle), "files": self.files, "bytes": self.bytes, "passed": self.passed,
             "parity": self.parity.as_json() if self.parity else None,
             "pixels": self.pixels.as_json() if self.pixels else None,
+            "self_test": self.self_test.as_json(),
         }  # fmt: skip
 
 
@@ -60,22 +63,22 @@ def verify_bundle(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
-    """Hash every file; with ``model_dir`` also compare ``rows`` (8) seeded random rows with the Hugging Face model,
-    as many for every geometry of the bundle.
+    """Hash every file and run the self-test; with ``model_dir`` also compare ``rows`` (8) seeded random rows with the
+    Hugging Face model, as many for every geometry of the bundle.
 
     ``plan`` is the pipeline's ``plan_job``; ``recipe`` names the table row or YAML file when the manifest's name is
     not a row of the table. Raises BundleError for a file that is not what the manifest says, UserError when bundle,
     recipe and model do not belong together.
     """
     if model_dir is None:
-        refuse_idle("only files are checked without model_dir", recipe=recipe, rows=rows, seed=seed, threads=threads)
+        refuse_idle("no model is compared without model_dir", recipe=recipe, rows=rows, seed=seed)
     rows, seed = rows or ROWS, seed or 0
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, "full")
     size = sum(f.bytes for f in manifest.files.values())
-    pixels = find_difference(bundle, manifest)
+    pixels, tested = find_difference(bundle, manifest), check(bundle, manifest, threads)
     if model_dir is None:
-        return Verification(bundle, len(manifest.files), size, None, pixels)
+        return Verification(bundle, len(manifest.files), size, None, pixels, tested)
     check_comparable(manifest, str(bundle))
     source, geometries = read_source(model_dir), manifest.each_variant()
     jobs = [recover_job(one, source, plan, recipe) for one in geometries]
@@ -88,7 +91,7 @@ def verify_bundle(
                 one.geometry.batch, parity, referee=oracle,
                 watch=lambda item, ours, theirs: progress(min(parity.rows, total), total),
             )  # fmt: skip
-    return Verification(bundle, len(manifest.files), size, parity, pixels)
+    return Verification(bundle, len(manifest.files), size, parity, pixels, tested)
 
 
 def check_comparable(manifest: Manifest, where: str) -> None:

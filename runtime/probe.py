@@ -67,9 +67,14 @@ def compare_pixels(directory: Path, manifest: Manifest) -> PixelDifference | Non
     then, now = manifest.pixels, probe_pixels(directory, manifest) if manifest.pixels else None
     if then is None or now is None or then.sha256 == now.sha256:
         return None
-    before, after = (np.frombuffer(base64.b64decode(each.levels), np.uint8).astype(int) for each in (then, now))
-    away = np.abs(before - after)
-    return PixelDifference(then.pillow, now.pillow, int(away.max()), float((away > 0).mean()))
+    before, after = (np.frombuffer(base64.b64decode(each.levels), np.uint8) for each in (then, now))
+    return PixelDifference(then.pillow, now.pillow, *find_largest(before, after))
+
+
+def find_largest(before: NDArray[Any], after: NDArray[Any]) -> tuple[int, float]:
+    """Of levels: how far two of one place are apart at most, and the share of places where they differ."""
+    away = np.abs(before.astype(int) - after.astype(int))
+    return int(away.max()), float((away > 0).mean())
 
 
 def find_difference(directory: Path, manifest: Manifest) -> PixelDifference | None:

@@ -215,11 +215,13 @@ class Manifest(Frozen):
     tokenizer: TokenizerFacts | None = None
     prompt: PromptFacts | None = None
     requires: Requires | None = None
+    self_test: BundlePath | None = None
+    """The file that says what goes in and what has to come out (``runtime/schema_self_test.py``)."""
     manifest_sha256: Digest | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
-        for path in sorted(self.program_files() | set(self.weights)):
+        for path in sorted(self.program_files() | set(self.weights) | set(filter(None, [self.self_test]))):
             if path not in self.files:
                 raise ValueError(f"{path} is not listed in files")
         for path in self.weights:

@@ -43,6 +43,10 @@ class TowerInputs(Protocol):
 
     def __call__(self, media: RowMedia) -> TowerInput: ...
 
+    def quiet(self) -> TowerInputs:
+        """The same without warnings of sizes."""
+        ...
+
     def unnormalized(self) -> TowerInputs:
         """The same with levels 0 to 255, without sound, and without warnings of sizes."""
         ...
@@ -81,9 +85,14 @@ class TileInputs:
     def __call__(self, media: RowMedia) -> TowerInput:
         return TowerInput(np.concatenate([self.pipeline(image) for image in media.images]))
 
-    def unnormalized(self) -> TileInputs:
+    def quiet(self) -> TileInputs:
         other = copy.copy(self)
-        other.pipeline = replace(self.pipeline, view=self.pipeline.view.unnormalized(), _said={"fitted"})
+        other.pipeline = replace(self.pipeline, _said={"fitted"})
+        return other
+
+    def unnormalized(self) -> TileInputs:
+        other = self.quiet()
+        other.pipeline = replace(other.pipeline, view=self.pipeline.view.unnormalized())
         return other
 
 
@@ -110,6 +119,9 @@ class PixelInputs:
         for video in media.videos:
             pixels += self.frames.read(video, media.video_fps, self._read).frames
         return TowerInput(np.stack(pixels))
+
+    def quiet(self) -> PixelInputs:
+        return self
 
     def unnormalized(self) -> PixelInputs:
         other = copy.copy(self)
@@ -177,9 +189,14 @@ class PatchInputs:
             heard = np.stack([self.sound(clip, media.audio_rate) for clip in media.audio])
         return TowerInput(np.concatenate(seen), heard, tuple(times))
 
-    def unnormalized(self) -> PatchInputs:
+    def quiet(self) -> PatchInputs:
         other = copy.copy(self)
-        other.patches, other.sound, other._told = self.patches.unnormalized(), None, True
+        other._told = True
+        return other
+
+    def unnormalized(self) -> PatchInputs:
+        other = self.quiet()
+        other.patches, other.sound = self.patches.unnormalized(), None
         return other
 
     def _image(self, image: ImageLike, grid: Grid) -> Floats:

@@ -102,6 +102,14 @@ def compile_model(
             "checkpoint's files, as they are. copy: copies of them."
         ),
     ] = None,
+    self_test: Annotated[
+        str | None,
+        typer.Option(
+            help="What the bundle's self-test holds. auto (default): pictures, prompts, ids, pixels, and, where the "
+            "programs run here in about a second, survivors, tokens and logits. full: those in any case. inputs: not "
+            "those. none: no self-test."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the graphs here as text after each pass.")] = None,
     stop_after: Annotated[
@@ -155,7 +163,7 @@ def compile_model(
             flops_keep=flops_keep,
             geometry=geometries, target=target, dtype=dtype, sm=sm or None, engines=engines,
             weights=weights, force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
-            expected=expected,
+            expected=expected, self_test=self_test,
         )  # fmt: skip
     if not isinstance(made, Path):
         for flag, value in (

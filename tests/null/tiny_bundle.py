@@ -332,8 +332,8 @@ def resign(directory: Path, **changes: object) -> None:
 
 def relist(directory: Path) -> None:
     """Take the files as they are now into the manifest."""
-    paths = [p for p in sorted(directory.iterdir()) if p.name != "manifest.json"]
-    resign(directory, files={p.name: file_entry(p).model_dump() for p in paths})
+    paths = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != "manifest.json"]
+    resign(directory, files={p.relative_to(directory).as_posix(): file_entry(p).model_dump() for p in paths})
 
 
 class Reference:

@@ -71,7 +71,7 @@ def picture(seed: int = 0) -> Image.Image:
 def test_a_bundle_holds_what_its_manifest_says(bundle: Path, model_dir: Callable[..., Path]) -> None:
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, "full")
-    assert {p.name for p in bundle.iterdir()} == {*manifest.files, "manifest.json"}
+    assert {*list_files(bundle)} == {*manifest.files, "manifest.json"}
     assert bundle.stat().st_mode & 0o777 == 0o755
     text = (bundle / "manifest.json").read_text()
     assert str(model_dir().parent) not in text
@@ -179,9 +179,13 @@ def test_another_process_writes_the_same_bytes_and_an_interrupt_leaves_nothing(
     assert same_directory(tmp_path / "whole", bundle)
 
 
+def list_files(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
 def same_directory(one: Path, other: Path) -> bool:
-    names = sorted(p.name for p in one.iterdir())
-    assert names == sorted(p.name for p in other.iterdir())
+    names = list_files(one)
+    assert names == list_files(other)
     differing = [n for n in names if not filecmp.cmp(one / n, other / n, shallow=False)]
     assert differing == []
     return True
@@ -274,7 +278,7 @@ def test_dumps_are_numbered_per_pass(model_dir: Callable[..., Path], tmp_path: P
 def test_progress_is_told_per_phase_and_per_tensor(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     pipeline.compile(model_dir(), tmp_path / "out", geometry=GEOMETRY, progress=lambda *what: told.append(what))
-    assert list(dict.fromkeys(what for what, _, _ in told)) == ["trace", "prune", "export", "weights"]
+    assert list(dict.fromkeys(what for what, _, _ in told)) == ["trace", "prune", "export", "weights", "self-test"]
     written = [(done, total) for what, done, total in told if what == "weights"][1:]
     size = (tmp_path / "out" / "weights.safetensors").stat().st_size
     assert written[-1] == (size, size)

@@ -41,7 +41,7 @@ NO_VIDEO = "fps is 2.0, but there is no video; give --frames as well, or leave -
 NO_SOUND = "audio_in_video is True, but there is no video with sound"
 ENGINES = "target onnxruntime builds no engines"
 STOPPED = "{model} --stop-after drop_noops "
-NO_MODEL = "says nothing: only files are checked without MODEL_DIR"
+NO_MODEL = "says nothing: no model is compared without MODEL_DIR"
 GEOMETRY = {
     "text_tokens": USED, "new_tokens": USED, "batch": USED,
     "images": Needs("{model} --images 1 --frames 4", "1 images beside a video of 4 frames"),
@@ -87,6 +87,7 @@ ANSWERS: dict[str, dict[str, str | Needs]] = {
         "score_plugins": Needs("{model} -o {out} --score-plugins", ENGINES),
         "weights": Needs(STOPPED + "--weights stream", "weights says nothing", 0),
         "force": Needs(STOPPED + "--force", "force says nothing", 0),
+        "self_test": Needs(STOPPED + "--self-test full", "self_test says nothing", 0),
         "device_memory": Needs(STOPPED + "--device-memory 1GiB", "says nothing beside --stop-after", 0),
         "ignore_forecast": Needs(STOPPED + "--ignore-forecast", "says nothing beside --stop-after", 0),
         "stop_after": Needs(STOPPED + "--geometry images=1 --geometry images=2", "--stop-after: the programs of one"),
@@ -115,7 +116,7 @@ ANSWERS: dict[str, dict[str, str | Needs]] = {
         "recipe": Needs("{bundle} --recipe fastv", f"--recipe: {NO_MODEL}"),
         "rows": Needs("{bundle} --rows 8", f"--rows: {NO_MODEL}"),
         "seed": Needs("{bundle} --seed 0", f"--seed: {NO_MODEL}"),
-        "threads": Needs("{bundle} --threads 1", f"--threads: {NO_MODEL}"),
+        "threads": Needs("{bundle} --threads 1", "threads say nothing to the self-test: no program is run", 0),
     },
     "lint": {
         "target": "what the graph is held against", "rules": Needs("{bundle} --rules", "--rules lists rules"),
@@ -217,7 +218,7 @@ HERE = "this file"
 ARGUMENTS: dict[str, dict[str, str]] = {
     "compile": dict.fromkeys(
         ("model_dir", "out", "recipe", "keep", "mean_keep", "flops_keep", "geometry", "target", "dtype", "sm",
-         "engines", "weights", "force", "dump_dir", "stop_after", "expected"), HERE,
+         "engines", "weights", "force", "dump_dir", "stop_after", "expected", "self_test"), HERE,
     ) | {"progress": "told"},
     "explain": dict.fromkeys(
         ("recipe", "model_dir", "keep", "mean_keep", "flops_keep", "geometry", "target", "dtype"), HERE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import PIL
 from PIL import Image
 
@@ -14,8 +16,8 @@ from secateur.runtime.tiles import TilePipeline, choose_resolution
 from secateur.runtime.tower_inputs import PatchInputs, PixelInputs, TileInputs, TowerInputs
 from secateur.runtime.video import FrameSampler
 
-_CHEAPER_FROM = 12
-"""Pillow's major release from which on the pass that takes less work comes first."""
+_BY_REDUCTION = 13
+"""Pillow's major release from which on the order of a resize's passes follows from the sizes."""
 
 
 def describe_inputs(tower: TowerInputs) -> s.Preprocessing:
@@ -24,24 +26,25 @@ def describe_inputs(tower: TowerInputs) -> s.Preprocessing:
         pipeline = tower.pipeline
         crops = isinstance(pipeline, CropPipeline)
         images = [_crop_steps(pipeline) if crops else _tile_steps(pipeline)]  # type: ignore[arg-type]  # crops says it
-        return s.Preprocessing(images=images, passes=_passes())
+        return s.Preprocessing(images=images, passes=find_passes())
     if isinstance(tower, PatchInputs):
         own = [_patch_steps(tower.patches, grid) for grid in tower.grids]
         sound = None if tower.sound is None else _describe_sound(tower.sound)
         if tower.frames.frames:
             steps = [_convert(tower.frames.reader.convert), *own[0][1:]]
-            return s.Preprocessing(video=_describe_video(tower.frames, steps), sound=sound, passes=_passes())
-        return s.Preprocessing(images=own if _differ(own) else own[:1], sound=sound, passes=_passes())
+            return s.Preprocessing(video=_describe_video(tower.frames, steps), sound=sound, passes=find_passes())
+        return s.Preprocessing(images=own if _differ(own) else own[:1], sound=sound, passes=find_passes())
     assert isinstance(tower, PixelInputs)
     view = [*_view_steps(tower.images), *_expect(tower), s.Stack()]
     if tower.frames.frames:
         steps = [_convert(tower.frames.reader.convert), *view]
-        return s.Preprocessing(video=_describe_video(tower.frames, steps), passes=_passes())
-    return s.Preprocessing(images=[[_convert(tower.images.reader.convert), *view]], passes=_passes())
+        return s.Preprocessing(video=_describe_video(tower.frames, steps), passes=find_passes())
+    return s.Preprocessing(images=[[_convert(tower.images.reader.convert), *view]], passes=find_passes())
 
 
-def _passes() -> str:
-    return "cheaper_first" if int(PIL.__version__.split(".")[0]) >= _CHEAPER_FROM else "horizontal_first"
+def find_passes() -> Literal["horizontal_first", "by_reduction"]:
+    """The order of the passes of a resize in the Pillow that is installed."""
+    return "by_reduction" if int(PIL.__version__.split(".")[0]) >= _BY_REDUCTION else "horizontal_first"
 
 
 def _differ(each: list[list[s.Step]]) -> bool:

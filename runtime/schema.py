@@ -26,8 +26,8 @@ from secateur.runtime.schema_text import PromptFacts, TokenizerFacts
 __all__ = [
     "DTYPE_BYTES", "PROGRAMS", "SCHEMA_VERSION", "Dtype", "Engines", "FileEntry", "Forecast", "GeometrySizes",
     "ImageSize", "Manifest", "Media", "MediaItem", "Model", "PixelProbe", "Port", "PortDtype", "Preprocessing",
-    "Program", "PromptFacts", "Recipe", "Requires", "Segment", "Stage", "StoredTensor", "Target", "TokenizerFacts", "Variant",
-    "describe_media",
+    "Program", "PromptFacts", "Recipe", "Requires", "Segment", "Stage", "StoredTensor", "Target", "TokenizerFacts",
+    "Variant", "describe_media",
 ]  # fmt: skip
 
 SCHEMA_VERSION: Literal[3] = 3

@@ -291,7 +291,8 @@ class Preprocessing(Frozen):
     """None in bundles of images."""
     sound: SoundSteps | None = None
     """None in bundles that do not hear."""
-    passes: Literal["horizontal_first", "cheaper_first"] = "horizontal_first"
-    """Which of the two passes of a resize comes first, as in the release of Pillow that compiled the bundle."""
+    passes: Literal["horizontal_first", "by_reduction"] = "horizontal_first"
+    """Which of the two passes of a resize comes first, as in the release of Pillow that compiled the bundle: the
+    horizontal one, or, ``by_reduction``, the vertical one where more than twice as many rows as columns go away."""
     placeholders: list[Placeholder] = []
     """Of every item of a row's media, in the order of its prompt."""

@@ -52,7 +52,8 @@ class Judge:
 
     def judge(self, mutant: Mutant, bench: Bench) -> Verdict:
         """Run the nearest tests, one file after another, until one fails that passes on the code as it is."""
-        path = self.root / mutant.file
+        root = bench.tree  # as it was copied, whatever is edited meanwhile
+        path = root / mutant.file
         changed = find(mutant, path.read_text(encoding="utf-8")) if path.is_file() else None
         verdict: Verdict = {"mutant": str(mutant), "source": digest(path), "tests": {}, "seconds": 0.0}
         if changed is None:
@@ -64,7 +65,7 @@ class Judge:
             if answer.late and test not in self.seconds:
                 self._measure(test, bench)
                 continue
-            verdict["tests"][test] = digest(self.root / test)
+            verdict["tests"][test] = digest(root / test)
             verdict["seconds"] = round(verdict["seconds"] + answer.seconds, 1)
             if answer.late or answer.code:
                 if not answer.late and not self._passes(answer.failed or test, bench):
@@ -100,7 +101,7 @@ class Judge:
 
     def _passes(self, test: str, bench: Bench) -> bool:
         """Whether a test, or a file, passes on the code as it is; one that does not judges nothing in this run."""
-        state = [digest(self.root / test.partition("::")[0]), self._code]
+        state = [digest(bench.tree / test.partition("::")[0]), self._code]
         if self._passed.get(test) != state:
             if bench.run(test, 3 * MINUTE, 20 * MINUTE).code:
                 self._leave(test, bench)

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 class GraphUse:
     """Whether programs are replayed as CUDA graphs, and which could not be: they are told of once."""
 
-    wanted: bool = True
+    wanted: bool
     refused: set[str] = field(default_factory=set)
 
     def refuse(self, program: str, reason: str) -> None:

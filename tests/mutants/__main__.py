@@ -28,6 +28,7 @@ from secateur.tools.threads import read_threads
 from . import page
 from .bench import ROOT, Bench
 from .judge import Judge, Verdict
+from .nearest import LIMIT
 from .sample import SAMPLE, SEED, Mutant, draw, list_files, read, write
 
 GOAL = 0.9
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=read_threads, default=1, help="processes (%(default)s)")
     parser.add_argument("--timeout", type=float, default=3.0, metavar="FACTOR",
                         help="a test file may take so many times its seconds, and ten more (%(default)s)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=LIMIT, metavar="LIMIT",
+                        help="processor seconds for tests of a mutant; few: a first look (%(default)s)")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="run again even what holds")
     parser.add_argument("--page", action="store_true", help="run nothing: write the page")
     parser.add_argument("--draw", type=int, metavar="COUNT", help="draw a sample and stop; refused where one exists")
@@ -56,10 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
         notes.print(f"drew {len(drawn)} of {lines} lines")
         return
     sample, origin = read()
-    chosen = [mutant for mutant in sample if options.only is None or _matches(mutant, options.only)]
+    inside = sorted(sample, key=lambda mutant: (mutant.file, mutant.line))
+    wanted = [mutant for word in options.only or ("",) for mutant in inside if _matches(mutant, word)]
+    chosen = list({mutant.id: mutant for mutant in wanted}.values())
     if not chosen:
         parser.error(f"no mutant of the sample is {' or '.join(options.only)}")
-    judge, reasons = Judge(ROOT, options.work, options.timeout), page.read_reasons()
+    judge, reasons = (
+        Judge(ROOT, options.work, options.timeout, limit=options.seconds, fresh=options.fresh),
+        page.read_reasons(),
+    )
     verdicts = {} if options.fresh else {m.id: found for m in chosen if (found := judge.held(m)) is not None}
     todo = [mutant for mutant in chosen if mutant.id not in verdicts]
     notes.print(f"{len(chosen)} mutants, {len(verdicts)} verdicts hold from before")
@@ -81,14 +89,15 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(1 if faults or page.share(kinds.values()) < GOAL else 0)
 
 
-def _matches(mutant: Mutant, wanted: list[str]) -> bool:
-    return any(mutant.id == word or mutant.file == word or mutant.file.startswith(word) for word in wanted)
+def _matches(mutant: Mutant, word: str) -> bool:
+    inside = (word.endswith("/") or not word) and mutant.file.startswith(word)
+    return inside or word in (mutant.id, mutant.file)
 
 
 def walk(todo: list[Mutant], judge: Judge, jobs: int, reasons: dict[str, dict[str, str]]) -> dict[str, Verdict]:
     """Judge ``todo`` on ``jobs`` benches; interrupted, the copies of the tree go as well."""
     left: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
-    for mutant in sorted(todo, key=lambda mutant: (mutant.file, mutant.line)):
+    for mutant in todo:
         left.put(mutant)
     found: dict[str, Verdict] = {}
     benches: list[Bench] = []

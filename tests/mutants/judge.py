@@ -16,7 +16,6 @@ from .bench import Bench
 from .sample import Mutant, find
 
 Verdict = dict[str, Any]
-MINUTE = 60.0
 
 
 def digest(*paths: Path) -> str:
@@ -30,11 +29,19 @@ class Judge:
     """Verdicts on the tree at ``root``, kept below ``work``. ``failing`` are test files that fail without a mutant."""
 
     def __init__(
-        self, root: Path, work: Path, slack: float = 3.0, grace: float = 10.0, seconds_file: Path = nearest.SECONDS
+        self,
+        root: Path,
+        work: Path,
+        slack: float = 3.0,
+        grace: float = 10.0,
+        limit: float = nearest.LIMIT,
+        fresh: bool = False,
+        seconds_file: Path = nearest.SECONDS,
     ) -> None:
         self.root, self.work, self.slack, self.grace = root, work, slack, grace
-        self.seconds_file = seconds_file
+        self.limit, self.seconds_file = limit, seconds_file
         self.failing: set[str] = set()
+        self.fresh = fresh
         self.seconds = nearest.read_seconds(seconds_file)
         self.work.mkdir(parents=True, exist_ok=True)
         sources = (root / folder for folder in nearest.FOLDERS)
@@ -58,12 +65,17 @@ class Judge:
         verdict: Verdict = {"mutant": str(mutant), "source": digest(path), "tests": {}, "seconds": 0.0}
         if changed is None:
             return self._keep(mutant, {**verdict, "verdict": "gone"})
+        before = self._read(self.work / f"{mutant.id}.json") or {}
+        if not self.fresh and before.get("verdict") == "survived" and before["source"] == verdict["source"]:
+            passed = {test: state for test, state in before["tests"].items() if state == digest(root / test)}
+            verdict = {**verdict, "tests": passed, "seconds": before["seconds"]}
         while left := [test for test in self._near(mutant) if test not in verdict["tests"]]:
             test = left[0]
-            limit = self.slack * self.seconds[test] + self.grace if test in self.seconds else MINUTE + 5
+            known = self.seconds.get(test, nearest.MINUTE / self.slack)
+            limit = self.slack * known + self.grace
             answer = bench.run(test, limit, 6 * limit, (mutant.file, changed))
             if answer.late and test not in self.seconds:
-                self._measure(test, bench)
+                self._measure(test, limit, bench)
                 continue
             verdict["tests"][test] = digest(root / test)
             verdict["seconds"] = round(verdict["seconds"] + answer.seconds, 1)
@@ -78,16 +90,16 @@ class Judge:
         return self._keep(mutant, {**verdict, "verdict": "survived"})
 
     def _near(self, mutant: Mutant) -> list[str]:
-        near = nearest.list_nearest(self.root, mutant.file, self.seconds)
+        near = nearest.list_nearest(self.root, mutant.file, self.seconds, self.limit)
         return [test for test in near if test not in self.failing]
 
-    def _measure(self, test: str, bench: Bench) -> None:
-        """How long a test file takes on the code as it is; one that needs more than a minute is not near again."""
-        answer = bench.run(test, MINUTE + 5, 10 * MINUTE)
+    def _measure(self, test: str, limit: float, bench: Bench) -> None:
+        """How long a test file takes on the code as it is, at most ``limit``."""
+        answer = bench.run(test, limit, 6 * limit)
         if answer.code and not answer.late:
             self._leave(answer.failed or test, bench)
         else:
-            self._note(test, 2 * MINUTE if answer.late else answer.seconds)
+            self._note(test, 2 * nearest.MINUTE if answer.late else answer.seconds)
 
     def _leave(self, test: str, bench: Bench) -> None:
         bench.log.replace(self.work / "failed.log")
@@ -103,7 +115,7 @@ class Judge:
         """Whether a test, or a file, passes on the code as it is; one that does not judges nothing in this run."""
         state = [digest(bench.tree / test.partition("::")[0]), self._code]
         if self._passed.get(test) != state:
-            if bench.run(test, 3 * MINUTE, 20 * MINUTE).code:
+            if bench.run(test, 3 * nearest.MINUTE, 20 * nearest.MINUTE).code:
                 self._leave(test, bench)
                 return False
             self._passed[test] = state

@@ -2,7 +2,7 @@
 
 The distance from a test file to a module is the number of imports between them, read from the source: those inside
 functions count, and so do names of our modules in strings, which is how lazy ones are written. The nearest files and
-those one import further are taken, `MOST` at most, while their time together is within `LIMIT`; tests of measurements
+those one import further are taken, `MOST` at most, while their time together is within a limit; tests of measurements
 are left out. `ALSO` names those that reach a module by another road.
 """
 
@@ -17,10 +17,12 @@ from pathlib import Path
 
 FOLDERS = ("compiler", "passes", "exporters", "runtime", "tools")
 SECONDS = Path(__file__).with_name("seconds.json")
-LIMIT = 40.0
-"""Processor seconds for the tests of one mutant."""
-MOST = 8
-UNKNOWN = 5.0
+MINUTE = 60.0
+"""Processor seconds that the nearest test file may take."""
+LIMIT = 30.0
+"""Processor seconds for the tests of one mutant, where the nearest file does not take more alone."""
+MOST = 6
+UNKNOWN = {"null": 1.0, "unit": 4.0}
 """Seconds that a file is taken to need until it was measured."""
 ALSO: dict[str, tuple[str, ...]] = {
     "runtime/backends/": (
@@ -33,22 +35,23 @@ ALSO: dict[str, tuple[str, ...]] = {
 """Test files that stand as near to a module, or to all of a folder, as those that import it."""
 
 
-def list_nearest(root: Path, module: str, seconds: Mapping[str, float]) -> list[str]:
+def list_nearest(root: Path, module: str, seconds: Mapping[str, float], limit: float = LIMIT) -> list[str]:
     """Test files for ``module``, e.g. ``passes/stage.py``, in the order they are run."""
     distances = _distances(root).get(module, {})
     also = {file: 1 for key in (module, f"{Path(module).parent}/") for file in ALSO.get(key, ())}
     far, stem = distances | also, Path(module).stem
     least = min(distances.values(), default=0)
+    needs = {file: seconds.get(file, UNKNOWN[Path(file).parts[1]]) for file in far}
     ranked = sorted(
         (file for file, distance in far.items() if distance <= least + 1),
-        key=lambda file: (far[file], stem not in file, seconds.get(file, UNKNOWN), file),
+        key=lambda file: (far[file], stem not in file, needs[file], file),
     )
     chosen: list[str] = []
     total = 0.0
     for file in ranked:
-        if len(chosen) < MOST and total + seconds.get(file, UNKNOWN) <= LIMIT:
+        if len(chosen) < MOST and total + needs[file] <= (limit if chosen else MINUTE):
             chosen.append(file)
-            total += seconds.get(file, UNKNOWN)
+            total += needs[file]
     return chosen
 
 

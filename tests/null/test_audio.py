@@ -175,6 +175,7 @@ def test_samples_and_rates_that_cannot_be() -> None:
     assert "values that are not finite" in refusal(np.array([0, np.nan], np.float32))
     assert "the waveform reaches 32767; scale it" in refusal(np.array([0, 32767.0]))
     assert "a sampling rate of 0 Hz" in refusal(tone(440), 0)
+    np.testing.assert_array_equal(pipeline().fit(np.zeros(1, np.float32), 1), np.zeros(16000, np.float32))
     assert "a sampling rate of 8000.5 Hz" in refusal(tone(440), 8000.5)  # type: ignore[arg-type]
     assert refusal(5).startswith("a int is not audio; give a sound file's path")
 

@@ -37,7 +37,8 @@ def test_affinity_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("quota", "cores"), [("200000 100000", 2), ("150000 100000", 2), ("max 100000", 4), ("1000 100000", 1), ("", 4)]
+    ("quota", "cores"),
+    [("200000 100000", 2), ("150000 100000", 2), ("max 100000", 4), ("1000 100000", 1), ("", 4), ("100000 0", 4)],
 )
 def test_the_quota_caps(machine: Path, quota: str, cores: int) -> None:
     (machine / "cpu.max").write_text(quota)

@@ -72,6 +72,7 @@ def test_sizes_that_are_not_supported(size: object) -> None:
     [
         {"image_processor": "x"}, {"image_std": [0.5, 0.0, 0.5]}, {"image_std": 0}, {"image_std": [1e-60, 1, 1]},
         {"image_mean": float("nan")}, {"crop_size": 0}, {"size": {"shortest_edge": float("inf")}},
+        {"resample": 99},
     ],
 )  # fmt: skip
 def test_values_that_cannot_be(wrong: dict[str, object]) -> None:

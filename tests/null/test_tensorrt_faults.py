@@ -23,6 +23,7 @@ from secateur.runtime.schema import Forecast
 
 from . import null_bundle, null_tensorrt
 from .null_bundle import refusal
+from .null_cuda_types import Error
 from .null_tensorrt import Library
 
 pytestmark = pytest.mark.usefixtures("cache_home")
@@ -59,6 +60,10 @@ def other_gpu(library: Library) -> None:
     library.cuda.sm = 120
 
 
+def silent_gpu(library: Library) -> None:
+    library.cuda.fail("cudaGetDeviceProperties", Error.cudaErrorIllegalAddress)
+
+
 def little_memory(library: Library) -> None:
     library.cuda.total = 4 << 30
 
@@ -76,6 +81,7 @@ def little_memory(library: Library) -> None:
             "backend tensorrt-rtx: there is a driver, but it shows no GPU (cudaErrorNoDevice); look at nvidia-smi and "
             "CUDA_VISIBLE_DEVICES; to run on this machine compile with --target onnxruntime",
         ),
+        (silent_gpu, "backend tensorrt-rtx: the GPU does not answer (cudaErrorIllegalAddress); look at nvidia-smi"),
         (
             old_driver,
             "backend tensorrt-rtx: the driver runs CUDA up to 12.8, tensorrt-rtx needs 13.0; update the NVIDIA driver",

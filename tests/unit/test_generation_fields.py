@@ -153,6 +153,27 @@ def test_transformers_own_defaults() -> None:
     assert list_left_out(GenerationConfig().to_dict()) == []
 
 
+@pytest.mark.parametrize("name", APPLIED)
+def test_off_is_as_if_nothing_was_said(name: str) -> None:
+    """Wherever off is a value that may be said, and not the absence of one."""
+    off = APPLIED[name].off
+    if off is None:
+        return
+    drawn = {"do_sample": True, "top_k": 0} if APPLIED[name].sampled else {}
+    assert resolve({**drawn, name: off}) == resolve(drawn)
+    for value in VALUES.get(name, ()):
+        assert resolve({**drawn, name: value}) != resolve(drawn)
+
+
+def test_what_asks_for_no_other_search_is_not_left_out() -> None:
+    quiet = {
+        "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": 0.0, "guidance_scale": 1.0,
+        "token_healing": False, "use_mtp": False, "is_assistant": False, "cache_implementation": "static",
+    }  # fmt: skip
+    assert list_left_out(quiet) == []
+    assert len(list_left_out({**dict.fromkeys(quiet, 7), "cache_implementation": "no_such"})) == len(quiet)
+
+
 # -- one by one, and together --------------------------------------------------------------------------------
 
 

@@ -209,6 +209,12 @@ def test_exif_rotation(container: str, orientation: int, tmp_path: Path) -> None
 KINDS = [kind for kind in (*DEFAULTS, *PATCHES) if "Video" not in kind]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_file_leaves_unsaid_is_what_the_class_says(kind: str) -> None:
+    read = (PatchPipeline if kind in PATCHES else ImagePipeline).from_config
+    assert read({"image_processor_type": kind}) == read({**theirs(kind).to_dict(), "image_processor_type": kind})
+
+
 @pytest.mark.parametrize("convert", [None, True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_processor_reads_as_its_own(kind: str, convert: bool | None) -> None:

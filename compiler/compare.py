@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from secateur.compiler.common_ground import CommonGround, OpenRun, Toolchain, layout_of
+from secateur.compiler.common_ground import RUNS, CommonGround, OpenRun, Toolchain, layout_of
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.inputs import Asked, RowInput
 from secateur.compiler.oracle import RowRun
 from secateur.compiler.output import whole_directory
-from secateur.compiler.parity import TOLERANCE, Parity, compare_runs, likeliest
+from secateur.compiler.parity import TOLERANCE, Parity, compare_runs, expected_kinds, likeliest
 from secateur.compiler.recipe import Recipe
 from secateur.compiler.runs import answer
 from secateur.compiler.trail import Footprint
@@ -128,7 +128,10 @@ def compare_named(
     ground = CommonGround((a, b), tools, model_dir, recipe, keep, geometry, threads)
     if passes and ground.job is None:
         raise UserError("passes are looked at in a model", where="--passes", fix="give --model")
+    # Of a bundle on disk nobody knows whether it was compiled to show hidden rows; of other runs it is known.
     parity, answers = Parity(), Answers()
+    if ground.job is not None and {a, b} <= set(RUNS):
+        parity.expects = expected_kinds(ground.job.plan.recipe)
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(OpenRun(ground, name)) for name in (a, b))
         comparable = ours.layout == theirs.layout
@@ -147,15 +150,16 @@ def compare_named(
             if said != tokens:  # the tokens that were forced are not the ones it would go on with
                 tokens = answer(theirs.run, item, batch, steps)
             answers.add(*(_until_end(t, manifest.model.eos_token_ids) for t in (said, tokens)))
-            for file, row, given in zip(files, (one, other), (said, tokens), strict=False):
-                file.add(f"row{len(answers.differ_at) - 1}", row, given)
+            for file, row, given in zip(files or [None, None], (one, other), (said, tokens), strict=True):
+                if file is not None:
+                    file.add(f"row{len(answers.differ_at) - 1}", row, given)
             if not parity.passed and not bad:
                 bad.append(item)
             progress("rows", min(parity.rows, len(items)), len(items))
 
         compare_runs(
             ours.run, theirs.run, items, batch, parity, referee=ground.oracle if judged else None,
-            force_keep=force_keep and comparable, greedy=steps, watch=watch,
+            force_keep=force_keep and comparable, alike=comparable, greedy=steps, watch=watch,
         )  # fmt: skip
         footprints = None
         if passes or (passes is None and bad and judged and not {a, b} <= {"oracle"}):

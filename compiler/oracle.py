@@ -57,6 +57,17 @@ class RowRun:
     values: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     """``[vocab]`` after the prompt and after each token that was decoded."""
+    omits: frozenset[str] = frozenset()
+    """What the run does not give though others may: names of :meth:`tensors`, or what stands before their point, and
+    ``kept.<stage>``."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number that can be compared: ``features``, ``hidden.<stage>``, ``key.<layer>``, ``value.<layer>``,
+        ``logits.<step>``. A list without entries counts as something empty under its own name."""
+        found = {"features": self.features} | {f"hidden.{stage}": rows for stage, rows in self.hidden.items()}
+        for what, each in (("key", self.keys), ("value", self.values), ("logits", self.logits)):
+            found |= {f"{what}.{index}": one for index, one in enumerate(each)} or {what: torch.empty(0)}
+        return found
 
 
 class Oracle:

@@ -10,26 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from secateur.compiler.image_sizes import split_kept
 from secateur.compiler.inputs import RowInput, batches
+from secateur.compiler.judge import Verdict, judge, run_oracle
 from secateur.compiler.oracle import Oracle, RowRun
-from secateur.compiler.prompt_order import from_prompt
-from secateur.compiler.pruned import Job
-from secateur.compiler.ties import is_tied
-from secateur.passes.stage import StageFunction
+from secateur.compiler.recipe import Recipe
 
 TOLERANCE = 1e-4
 """Largest difference allowed at fp32 in features, hidden rows, keys, values and logits, where the largest
 magnitude compared is at most 1; in proportion to it above: about 800 units in the last place."""
 
 KINDS = ("features", "hidden", "cache", "logits")
-Verdict = Literal["equal", "tied", "different"]
+ALWAYS = ("features", "cache", "logits")
+"""Kinds that every comparison has; hidden rows only where stages stand in the decoder and programs show them."""
 _RANK: dict[Verdict, int] = {"equal": 0, "tied": 1, "different": 2}
+
+
+def expected_kinds(recipe: Recipe) -> tuple[str, ...]:
+    """What must come up where a recipe's programs were compiled to show hidden rows at sites."""
+    return KINDS if any(s.site.kind == "decoder.layer" and s.select for s in recipe.stages) else ALWAYS
 
 
 class Run(Protocol):
@@ -83,6 +86,11 @@ class Parity:
     differences: dict[str, Difference] = field(default_factory=dict)
     """By what was compared: ``features``, ``hidden.<stage>``, ``key.<layer>``, ``value.<layer>``, ``logits.<step>``."""
     mismatches: list[str] = field(default_factory=list)
+    incomparable: dict[str, str] = field(default_factory=dict)
+    """By name as in ``differences``, and ``kept.<stage>``: what only one run gives, or gives in another shape, with the
+    first row where it does. Its difference is infinite."""
+    expects: Sequence[str] = ALWAYS
+    """The kinds of which something must have been compared."""
 
     @property
     def features(self) -> float:
@@ -112,11 +120,18 @@ class Parity:
 
     @property
     def computed_equally(self) -> bool:
-        return all(self.kind(kind).largest <= TOLERANCE * max(1.0, scale) for kind, scale in self.scales.items())
+        """Whether whatever was compared is within the tolerance, and both runs gave all of it."""
+        within = all(self.kind(kind).largest <= TOLERANCE * max(1.0, scale) for kind, scale in self.scales.items())
+        return within and not self.incomparable
+
+    @property
+    def complete(self) -> bool:
+        """Whether there were rows, and everything that was to be compared in them could be."""
+        return self.rows > 0 and not self.incomparable and set(self.expects) <= set(self.scales)
 
     @property
     def passed(self) -> bool:
-        return self.rows > 0 and self.chose_differently == 0 and self.computed_equally
+        return self.complete and self.chose_differently == 0 and self.computed_equally
 
     def worst_of(self, kind: str) -> str:
         """The layer, stage or step of a kind that differs most."""
@@ -135,31 +150,58 @@ class Parity:
             "rows": self.rows, "chose_equally": self.chose_equally, "tied": self.tied,
             "chose_differently": self.chose_differently,
             **{kind: self.kind(kind).largest for kind in KINDS},
-            "scales": self.scales, "mismatches": self.mismatches, "passed": self.passed,
+            "scales": self.scales, "mismatches": self.mismatches, "incomparable": self.say_incomparable(),
+            "complete": self.complete, "passed": self.passed,
             "stages": {name: overlap.as_json() for name, overlap in self.stages.items()},
             "differences": {
                 name: {"largest": d.largest, "relative": d.relative} for name, d in self.differences.items()
             },
         }  # fmt: skip
 
+    def say_incomparable(self) -> list[str]:
+        """A line for each thing that one run lacks or gives in another shape, and for each kind that is missing."""
+        lines = [f"{name}: {words}" for name, words in self.incomparable.items()]
+        missing = [kind for kind in self.expects if kind not in self.scales]
+        return lines + [f"{kind}: nothing of it was compared" for kind in missing if self.rows]
+
     def note(self, what: str, ours: Tensor, theirs: Tensor) -> None:
-        difference = float((ours - theirs).abs().max()) if ours.numel() else 0.0
+        """Two tensors of one shape, which hold something."""
+        difference = float((ours - theirs).abs().max())
         # NaN compares false with everything: let it fail, not vanish in max().
         difference = float("inf") if difference != difference else difference
         entry = self.differences.setdefault(what, Difference())
         entry.largest = max(entry.largest, difference)
-        entry.scale = max(entry.scale, float(theirs.abs().max()) if theirs.numel() else 0.0)
+        entry.scale = max(entry.scale, float(theirs.abs().max()))
 
-    def note_row(self, ours: RowRun, theirs: RowRun) -> None:
-        """Everything both runs have in the same shape."""
-        pairs = [("features", ours.features, theirs.features)]
-        pairs += [(f"hidden.{n}", rows, theirs.hidden[n]) for n, rows in ours.hidden.items() if n in theirs.hidden]
-        for what, where in (("key", "keys"), ("value", "values"), ("logits", "logits")):
-            both = zip(getattr(ours, where), getattr(theirs, where), strict=False)
-            pairs += [(f"{what}.{index}", *pair) for index, pair in enumerate(both)]
-        for name, one, other in pairs:
-            if one.shape == other.shape:
-                self.note(name, one, other)
+    def note_incomparable(self, what: str, words: str) -> None:
+        self.incomparable.setdefault(what, f"{words} (row {self.rows - 1})")
+        if not what.startswith("kept."):
+            self.differences.setdefault(what, Difference()).largest = float("inf")
+
+    def note_row(
+        self, ours: RowRun, theirs: RowRun, who: tuple[str, str] = ("one run", "the other"), alike: bool = True
+    ) -> None:
+        """Everything both runs give. What only one gives is a failure, unless the other says that it omits it, and so
+        is another shape. Where the runs are not ``alike``, since they prune differently, what has one shape is
+        compared and the rest is passed over."""
+        one, other = ours.tensors(), theirs.tensors()
+        omitted = ours.omits | theirs.omits
+        for name in dict.fromkeys((*one, *other)):
+            if name in omitted or name.partition(".")[0] in omitted:
+                continue
+            if name in one and name in other and one[name].shape == other[name].shape and one[name].numel():
+                self.note(name, one[name], other[name])
+            elif alike:
+                found = [list(side[name].shape) if name in side else "nothing" for side in (one, other)]
+                self.note_incomparable(name, f"{found[0]} in {who[0]}, {found[1]} in {who[1]}")
+
+    def note_unlike_choices(self, unlike: Mapping[str, str]) -> None:
+        """A row in which stages kept other numbers of tokens; nobody can say then that scores were tied."""
+        self.mismatches += [f"{name.removeprefix('kept.')} row {self.rows}" for name in unlike]
+        self.rows += 1
+        self.chose_differently += 1
+        for name, words in unlike.items():
+            self.note_incomparable(name, words)
 
     def note_choices(self, verdicts: Mapping[str, Verdict], ours: RowRun, theirs: RowRun) -> None:
         row, worst = self.rows, max(verdicts.values(), key=_RANK.__getitem__, default="equal")
@@ -195,12 +237,14 @@ def compare_runs(
     *,
     referee: Oracle | None = None,
     force_keep: bool = True,
+    alike: bool = True,
     greedy: int = 0,
     watch: Callable[[RowInput, RowRun, RowRun], None] = lambda item, ours, theirs: None,
 ) -> None:
     """Run ``items`` through both in batches of ``size`` and add to ``into``; ``watch`` sees every row.
 
-    ``referee`` judges choices that differ. Without ``force_keep`` numbers are compared as they come. With ``greedy``
+    ``referee`` judges choices that differ. Without ``force_keep`` numbers are compared as they come. Runs that are not
+    ``alike`` take tokens out at other places or in other numbers: only what has one shape is compared. With ``greedy``
     the rows decode that many tokens: what ``ours`` finds likeliest is forced upon ``theirs``.
     """
     for batch in batches(items, size):
@@ -208,7 +252,7 @@ def compare_runs(
         if greedy:
             batch = [replace(i, forced_tokens=likeliest(row)[:-1]) for i, row in zip(batch, found, strict=True)]
         for item, one, other in zip(batch, found, theirs.run(batch), strict=True):
-            compare_row(item, ((ours.defines, one), (theirs.defines, other)), into, referee, force_keep)
+            compare_row(item, ((ours.defines, one), (theirs.defines, other)), into, referee, force_keep, alike)
             watch(item, one, other)
 
 
@@ -222,13 +266,19 @@ def compare_row(
     into: Parity,
     referee: Oracle | None,
     force_keep: bool = True,
+    alike: bool = True,
 ) -> None:
-    """One row of two runs, each with whether it is the oracle's."""
+    """One row of two runs, each with whether it is the oracle's. ``alike`` as in :func:`compare_runs`."""
     (_, ours), (_, theirs) = sides
+    who = ("the second run", "the first")
     chosen = [name for name in ours.kept if name in theirs.kept]
+    if alike and (unlike := _find_unlike_choices(ours, theirs)):
+        into.note_unlike_choices(unlike)
+        into.note_row(theirs, ours, who)
+        return
     if all(torch.equal(ours.kept[name], theirs.kept[name]) for name in chosen):
         into.note_choices(dict.fromkeys(chosen, "equal"), ours, theirs)
-        into.note_row(theirs, ours)
+        into.note_row(theirs, ours, who, alike)
         return
     verdicts: dict[str, Verdict] = {}
     if referee is None:
@@ -250,59 +300,20 @@ def compare_row(
         into.note_choices(verdicts, ours, theirs)
         if force_keep:
             for row, reference in settled:
-                into.note_row(row, reference)
+                into.note_row(row, reference, ("the run", "the oracle told to keep the same"), alike)
     if not force_keep:
-        into.note_row(theirs, ours)
+        into.note_row(theirs, ours, who, alike)
 
 
-def judge(
-    oracle: Oracle, item: RowInput, chosen: Mapping[str, Tensor], free: RowRun
-) -> tuple[dict[str, Verdict], RowRun]:
-    """How each stage chose among what the stages before it left, and the oracle's run that keeps the same tokens.
-
-    ``free`` is the oracle's own run of ``item``. Greedy and forced tokens are the item's.
-    """
-    verdicts: dict[str, Verdict] = {}
-    forced: dict[str, Tensor] = {}
-    run = free
-    for stage in oracle.job.stages:
-        name = stage.planned.name
-        if name not in chosen:
-            continue
-        kept = chosen[name]
-        if torch.equal(kept, run.kept[name]):
-            verdicts[name], forced[name] = "equal", kept
-            continue
-        seen = run_oracle(oracle, item, forced, keep_signals=True)
-        tied = all(is_tied(*each) for each in _split_choice(oracle.job, stage, kept, seen))
-        verdicts[name], forced[name] = "tied" if tied else "different", kept
-        # Later stages are judged on what this choice left, not on what another would have.
-        run = run_oracle(oracle, item, forced)
-    return verdicts, run
-
-
-def _split_choice(
-    job: Job, stage: StageFunction, kept: Tensor, seen: RowRun
-) -> list[tuple[StageFunction, Tensor, Tensor | None, Mapping[str, Tensor]]]:
-    """A stage, what it chose, its score and signals; of images of several sizes those of each."""
-    name = stage.planned.name
-    names = [s.planned.name for s in job.vision_stages]
-    if name not in names or not job.sizes:
-        return [(stage, kept, seen.score.get(name), seen.signals[name])]
-    index = names.index(name)
-    parts = split_kept(job, index, from_prompt(job, index, kept))
-    return [
-        (one.vision_stages[index], part, found.score.get(name), found.signals[name])
-        for one, part, found in zip(job.sizes, parts, seen.sizes, strict=True)
-    ]
-
-
-def run_oracle(
-    oracle: Oracle, item: RowInput, forced: Mapping[str, Tensor] | None = None, keep_signals: bool = False
-) -> RowRun:
-    pixels = torch.from_numpy(item.pixel_values)
-    sound = None if item.input_features is None else torch.from_numpy(item.input_features)
-    return oracle.run(item.input_ids, pixels, item.forced_tokens, forced, keep_signals, input_features=sound)
+def _find_unlike_choices(ours: RowRun, theirs: RowRun) -> dict[str, str]:
+    """Stages at which only one run chose without the other's saying so, or the runs chose other numbers of tokens."""
+    found = {}
+    for name in dict.fromkeys((*ours.kept, *theirs.kept)):
+        counts = [len(row.kept[name]) if name in row.kept else None for row in (ours, theirs)]
+        if counts[0] != counts[1] and f"kept.{name}" not in ours.omits | theirs.omits:
+            first, second = ("no choice" if n is None else f"{n} tokens" for n in counts)
+            found[f"kept.{name}"] = f"{first} in the first run, {second} in the second"
+    return found
 
 
 def _kind(name: str) -> str:

@@ -58,6 +58,8 @@ class CompiledRun:
         self.manifest, self.request = manifest, request
         ports = {p.name for p in manifest.programs["prefill"].outputs}
         self.exposed = [s.name for s in manifest.recipe.stages if f"hidden.{s.name}" in ports]
+        # Hidden rows at sites are among a bundle's results only where whoever compiled it asked for them.
+        self.omits = frozenset() if self.exposed else frozenset({"hidden"})
 
     def run(self, batch: Sequence[RowInput], greedy: int = 0) -> list[RowRun]:
         request, sizes = self.request, self.manifest.geometry
@@ -86,6 +88,7 @@ class CompiledRun:
                 hidden={n: torch.from_numpy(h[index, : self._left(n, lengths[index])]) for n, h in hidden.items()},
                 features=torch.from_numpy(features[index]),
                 logits=[torch.from_numpy(step[index]) for step in logits],
+                omits=self.omits,
             )
             for layer in range(self.manifest.model.layers):
                 segment = next(s for s in self.manifest.segments if s.first_layer <= layer < s.last_layer)

@@ -7,8 +7,7 @@ that are in by then; the choice of tokens is judged as in any comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from secateur.compiler.inputs import RowInput, respace
 from secateur.compiler.oracle import Oracle, RowRun, mark_prunable
-from secateur.compiler.parity import Parity, compare_row, run_oracle
+from secateur.compiler.judge import run_oracle
+from secateur.compiler.parity import ALWAYS, Parity, compare_row
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job
 from secateur.compiler.runs import EagerProgram, Weights
@@ -106,10 +106,11 @@ def _part_of(job: Job, done: Container[str]) -> Job:
 
 
 def _judge(name: str, seen: RowRun, reference: _Reference, before: tuple[_Reference, RowRun] | None) -> Footprint:
-    parity = Parity()
+    cached = "key" not in seen.omits
+    parity = Parity(expects=ALWAYS if cached else [kind for kind in ALWAYS if kind != "cache"])
     if before is not None and before[0] is reference and _holds(before[1], seen):
         parity.note_choices(dict.fromkeys(seen.kept, "equal"), before[1], seen)
-        parity.note_row(seen, before[1])
+        parity.note_row(seen, before[1], (f"after {name}", "before it"))
         return Footprint(name, "the pass before", parity)
     sides = ((True, reference.row), (False, seen))
     compare_row(reference.item, sides, parity, reference.oracle)
@@ -117,13 +118,12 @@ def _judge(name: str, seen: RowRun, reference: _Reference, before: tuple[_Refere
 
 
 def _holds(before: RowRun, after: RowRun) -> bool:
-    """Whether everything known after a pass was known before it, and both chose the same tokens."""
+    """Whether the same is known after a pass as before it, and the same tokens were chosen."""
+    chosen = before.kept.keys() == after.kept.keys()
     return (
-        all(n in before.kept and torch.equal(kept, before.kept[n]) for n, kept in after.kept.items())
-        and set(after.hidden) <= set(before.hidden)
-        and len(after.keys) <= len(before.keys)
-        and len(after.logits) <= len(before.logits)
-        and after.features.shape == before.features.shape
+        before.omits == after.omits
+        and chosen
+        and all(torch.equal(kept, before.kept[name]) for name, kept in after.kept.items())
     )
 
 
@@ -140,7 +140,7 @@ class _Reference:
     """The oracle with some of the stages, its run of the row, and what entered and left the decoder in it."""
 
     def __init__(self, job: Job, model: nn.Module, item: RowInput) -> None:
-        self.job, self.oracle = job, Oracle(job, model)
+        self.job, self.oracle = job, _Watched(job, model)
         image_token, facts = job.source.config.image_token_id, job.source.vision
         placeholders = sum(token == image_token for token in item.input_ids) // facts.items
         assert placeholders <= facts.tokens_per_item + facts.extra_rows, "an item has as many slots at most"
@@ -153,13 +153,14 @@ class _Reference:
 
     def enter(self, forced: Mapping[str, Tensor]) -> _Entered:
         """Run the row with some stages told what to keep."""
-        with self._watching() as found:
-            row = run_oracle(self.oracle, self.item, forced)
-        row.hidden["decoder"] = found["left"][0]
+        row, found = run_oracle(self.oracle, self.item, forced), self.oracle.found
         return _Entered(row, found["inputs_embeds"], found["position_ids"], self.oracle.carried)
 
-    @contextmanager
-    def _watching(self) -> Iterator[dict[str, Tensor]]:
+
+class _Watched(Oracle):
+    """The oracle, whose rows also hold what the decoder leaves, ``hidden.decoder``; ``found``: what entered it."""
+
+    def run(self, *args: Any, **kwargs: Any) -> RowRun:
         found: dict[str, Tensor] = {}
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -169,13 +170,18 @@ class _Reference:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             found.setdefault("left", output.last_hidden_state)
 
-        decoder = self.oracle.decoder
-        hooks = (decoder.register_forward_pre_hook(before, with_kwargs=True), decoder.register_forward_hook(after))
+        hooks = (
+            self.decoder.register_forward_pre_hook(before, with_kwargs=True),
+            self.decoder.register_forward_hook(after),
+        )
         try:
-            yield found
+            row = super().run(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
+        row.hidden["decoder"] = found["left"][0]
+        self.found = found
+        return row
 
 
 class _Walk:
@@ -219,6 +225,7 @@ class _Walk:
         return self.row
 
     def _run_joined(self, vision: Mapping[str, Tensor]) -> None:
+        self.row.omits = frozenset({"hidden.decoder"})
         patches = follow_kept(self.job.source.vision, self.row.kept)
         feed = {**vision, "input_ids": self.ids, "lengths": torch.tensor([self.length]), "kept": patches[None]}
         out = self._call("prefill", feed)
@@ -254,6 +261,7 @@ class _Walk:
         row.hidden["decoder"] = out["hidden"][0, : last + 1]
         row.logits.append(self._call("head", {"row": out["hidden"][:1, last]})["logits"][0])
         if not any(n.startswith("present_") for n in out):
+            self.row.omits = frozenset({"key", "value", "logits.1"})
             return
         if reference.item.forced_tokens:
             token = torch.tensor([[reference.item.forced_tokens[0]]])
@@ -286,7 +294,13 @@ class _Walk:
             if kind == "kept":
                 self.row.kept[stage] = value[0]
             elif kind == "hidden" and stage:
-                self.row.hidden[stage] = value[0, : len(self.reference.row.hidden[stage])]
+                self.row.hidden[stage] = value[0, : self.length - self._removed_by(stage)]
+
+    def _removed_by(self, name: str) -> int:
+        """Rows of the decoder that are gone behind a stage."""
+        planned = [stage.planned for stage in self.job.decoder_stages if not stage.planned.observes]
+        until = next(index for index, stage in enumerate(planned) if stage.name == name)
+        return sum(s.groups * (s.length_in - s.length_out) for s in planned[: until + 1])
 
     def _note_caches(self, out: Mapping[str, Tensor]) -> None:
         decoded = len(self.row.logits) - 1

@@ -141,16 +141,17 @@ def draw(found: Comparison) -> list[Table]:
 
 
 def _print(found: Comparison, out: Path | None) -> None:
-    from secateur.tools.console import results
+    from secateur.tools.console import first_lines, results
 
     for table in draw(found):
         results.print(table)
         results.print()
     rows, equal = len(found.answers.differ_at), found.answers.equal
-    lines = [f"answers  {equal} of {rows} equal, token by token"]
+    lines = first_lines(found.parity.say_incomparable(), "unlike ") if found.comparable else []
+    lines.append(f"answers  {equal} of {rows} equal, token by token")
     first = [(row, at) for row, at in enumerate(found.answers.differ_at) if at is not None]
     if first:
-        lines[0] += f"; row {first[0][0]} differs from token {first[0][1]} on"
+        lines[-1] += f"; row {first[0][0]} differs from token {first[0][1]} on"
     if found.footprints is not None:
         lines.append(f"passes   {_name_pass(found)}")
     if out is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,6 +15,12 @@ results = Console(highlight=False)
 # Progress, warnings, errors. One console for all of them, so that a line logged while a progress bar
 # is shown appears above the bar. Never wrapped: a line stays one line for whoever greps it.
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def first_lines(lines: Sequence[str], name: str, count: int = 8) -> list[str]:
+    """At most ``count`` lines, each behind ``name``, and how many more there are."""
+    more = [f"{name}  … and {len(lines) - count} more"] if len(lines) > count else []
+    return [f"{name}  {line}" for line in lines[:count]] + more
 
 
 def say_error(line: str) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from secateur.compiler.inputs import RowInput
 from secateur.compiler.oracle import Oracle
-from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
+from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs, expected_kinds
 from secateur.compiler.pipeline import RECIPES, Geometry, Recipe, plan_job
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, OracleRun
@@ -109,6 +109,7 @@ class Sweep:
                 request = session.request()
                 logits = session.prefill(request, inputs.input_ids, inputs.lengths, pixel_values=inputs.pixel_values)
                 for step, reference in enumerate(asked.logits):
+                    assert logits[0].shape == reference.shape, "another vocabulary"
                     worst = max(worst, float(np.abs(logits[0] - reference).max()))
                     if step + 1 < len(asked.logits):
                         logits = session.decode(request, np.array([asked.tokens[step]]))
@@ -123,7 +124,7 @@ class Sweep:
         found: dict[str, Any] = {}
         items: list[RowInput] = []
         for size in batch_sizes:
-            parity = Parity()
+            parity = Parity(expects=expected_kinds(recipe))
             made = self.bundles(size).borrow(recipe, keep, expose=True)
             with made as path, Session(path, threads=self.threads) as session:
                 items = items or [self._row(session, asked) for asked in self.asked]
@@ -224,9 +225,9 @@ def passed(records: list[dict[str, Any]]) -> bool:
     for record in records:
         o = record["outcome"]
         if record["kind"] == "identity":
-            if o["same_tokens"] != o["rows"] or o["logits"] > TOLERANCE:
+            if not o["rows"] or o["same_tokens"] != o["rows"] or o["logits"] > TOLERANCE:
                 return False
-        elif any(c["chose_differently"] or largest(c) > TOLERANCE for c in o.values()):
+        elif not o or any(not c["complete"] or c["chose_differently"] or largest(c) > TOLERANCE for c in o.values()):
             return False
     return True
 

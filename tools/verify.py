@@ -86,11 +86,14 @@ def verify(
 
 
 def _draw(parity: dict[str, Any]) -> str:
+    from secateur.tools.console import first_lines
+
     lines = [
         f"choices  {parity['rows']} rows: {parity['chose_equally']} equal, {parity['tied']} tied, "
         f"{parity['chose_differently']} different",
         "results  largest difference: "
         + ", ".join(f"{name} {parity[name]:.1e}" for name in ("features", "hidden", "cache", "logits")),
+        *first_lines(parity["incomparable"], "unlike "),
         "verdict  " + ("equal to the model" if parity["passed"] else "NOT equal to the model"),
     ]
     return "\n".join(lines)

@@ -66,6 +66,7 @@ def _reason(outcome: Mapping[str, Any]) -> str:
     said = []
     if outcome.get("chose_differently"):
         said.append(f"{outcome['chose_differently']} rows chose differently ({', '.join(outcome['mismatches'][:4])})")
+    said += outcome.get("incomparable", [])[:4]
     said += [f"{kind} differ by {outcome[kind]:.2e}" for kind in KINDS if outcome.get(kind, 0.0) > TOLERANCE]
     if outcome.get("same_tokens") != outcome.get("steps"):
         said.append(f"{outcome['same_tokens']} of {outcome['steps']} tokens are those of the unpruned model")

@@ -27,8 +27,8 @@ from secateur.compiler.calibration import (
 )
 from secateur.compiler.geometry import Geometry, Sizes
 from secateur.compiler.inputs import Asked, question_rows
-from secateur.compiler.oracle import Oracle
 from secateur.compiler.judge import run_oracle
+from secateur.compiler.oracle import Oracle
 from secateur.compiler.processor_files import open_processor
 from secateur.compiler.pruned import Job
 from secateur.compiler.questions import read_questions

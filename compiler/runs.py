@@ -58,8 +58,10 @@ class CompiledRun:
         self.manifest, self.request = manifest, request
         ports = {p.name for p in manifest.programs["prefill"].outputs}
         self.exposed = [s.name for s in manifest.recipe.stages if f"hidden.{s.name}" in ports]
-        # Hidden rows at sites are among a bundle's results only where whoever compiled it asked for them.
-        self.omits = frozenset() if self.exposed else frozenset({"hidden"})
+        # Hidden rows at sites are among a bundle's results only where whoever compiled it asked for them, and a stage
+        # that leaves no token has no choice to show.
+        hidden = set() if self.exposed else {"hidden"}
+        self.omits = frozenset(hidden | {f"kept.{s.name}" for s in manifest.recipe.stages if not s.chooses})
 
     def run(self, batch: Sequence[RowInput], greedy: int = 0) -> list[RowRun]:
         request, sizes = self.request, self.manifest.geometry

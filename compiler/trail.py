@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler.inputs import RowInput, respace
-from secateur.compiler.oracle import Oracle, RowRun, mark_prunable
 from secateur.compiler.judge import run_oracle
+from secateur.compiler.oracle import Oracle, RowRun, mark_prunable
 from secateur.compiler.parity import ALWAYS, Parity, compare_row
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job
@@ -199,7 +199,8 @@ class _Walk:
         self.ids = torch.full((1, self.job.sequence), self.job.source.pad_token)
         self.ids[0, : self.length] = ids
         self.image = self.ids == self.job.source.config.image_token_id
-        self.row = RowRun()
+        empty = (stage.planned.name for stage in self.job.stages if not stage.planned.length_out)
+        self.row = RowRun(omits=frozenset(f"kept.{name}" for name in empty))
 
     def run(self) -> RowRun:
         pixels = torch.from_numpy(self.reference.item.pixel_values)
@@ -225,7 +226,7 @@ class _Walk:
         return self.row
 
     def _run_joined(self, vision: Mapping[str, Tensor]) -> None:
-        self.row.omits = frozenset({"hidden.decoder"})
+        self.row.omits |= {"hidden.decoder"}
         patches = follow_kept(self.job.source.vision, self.row.kept)
         feed = {**vision, "input_ids": self.ids, "lengths": torch.tensor([self.length]), "kept": patches[None]}
         out = self._call("prefill", feed)
@@ -261,7 +262,7 @@ class _Walk:
         row.hidden["decoder"] = out["hidden"][0, : last + 1]
         row.logits.append(self._call("head", {"row": out["hidden"][:1, last]})["logits"][0])
         if not any(n.startswith("present_") for n in out):
-            self.row.omits = frozenset({"key", "value", "logits.1"})
+            self.row.omits |= {"key", "value", "logits.1"}
             return
         if reference.item.forced_tokens:
             token = torch.tensor([[reference.item.forced_tokens[0]]])

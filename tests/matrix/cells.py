@@ -52,9 +52,9 @@ class Layout:
     """A model layout. ``write`` makes the model directory and returns it; ``tower``: what rows can ask of its tower.
 
     ``media`` are the fields of the geometry that say what a row holds; without frames: one image, several in a batch,
-    or as many as a recipe looks at together or takes apart. ``rows`` are the recipes whose bundles are compared, the first of them in every sample; empty: all.
-    Engines are built of every row that applies. ``axes``: position ids have several axes, so that a recipe which
-    numbers anew what is left changes the model even where it keeps all tokens.
+    or as many as a recipe looks at together or takes apart. ``rows`` are the recipes whose bundles are compared, the
+    first of them in every sample; empty: all. Engines are built of every row that applies. ``axes``: position ids have
+    several axes, so that a recipe which numbers anew what is left changes the model even where it keeps all tokens.
     """
 
     name: str

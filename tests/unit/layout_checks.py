@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from secateur.compiler import pipeline
+from secateur.compiler.parity import Parity
 from secateur.compiler.pipeline import Geometry, read_source
 from secateur.runtime.session import Session
 
@@ -89,5 +90,13 @@ def check_parity(bundle: Path, source: Path, **how: Any) -> None:
     """A bundle computes what its eager oracle does; ``how`` goes to ``verify``."""
     found = pipeline.verify(bundle, source, threads=1, **how).parity
     assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= TOLERANCE, found
+    check_found(found)
+
+
+def check_found(found: Parity, rows: int | None = None, what: object = "") -> None:
+    """Everything was compared, in ``rows`` rows if that is said, no choice differs, and no number by more than the
+    tolerance, however large the numbers are."""
+    assert found.complete, (what, found)
+    assert found.chose_differently == 0, (what, found)
+    assert found.worst[1] <= TOLERANCE, (what, found)
+    assert rows in (None, found.rows), what

@@ -107,6 +107,20 @@ def test_answers_are_those_of_the_run_itself(model: Path, two_stages: Callable[[
         np.testing.assert_array_equal(other[f"row{row}/tokens"], itself[f"row{row}/tokens"])
 
 
+def test_a_stage_that_leaves_nothing_shows_no_choice(model: Path, tmp_path: Path) -> None:
+    """Every pass is looked at: none is blamed for what the run says it does not give."""
+    recipe = tmp_path / "leaves.yaml"
+    stages = "{site: 'decoder.layer[1]', score: seeded_random, select: top_k, share: 0.5, scope: whole}"
+    gone = "{site: 'decoder.layer[3]', select: nothing, share: 0.0, scope: whole}"
+    recipe.write_text(f"name: leaves\nstages:\n  - {stages}\n  - {gone}\n")
+    found = run("oracle", "fx", model, recipe=str(recipe), questions=1, passes=True)
+    assert found.passed
+    assert set(found.parity.stages) == {"stage0"}
+    assert {"hidden.stage0", "hidden.stage1"} < set(found.parity.differences)
+    assert found.first_pass is None
+    assert [step.name for step in found.footprints] == ["trace", *(step.name for step in PASSES)]
+
+
 # -- choices and numbers ----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from secateur.compiler.bundle import outline
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.layout import Layout
 from secateur.compiler.oracle import Oracle, load_recording_model
-from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
+from secateur.compiler.parity import Parity, compare_runs, expected_kinds
 from secateur.compiler.pipeline import (
     Geometry,
     choose_keep,
@@ -41,6 +41,7 @@ from secateur.runtime.errors import UserError
 from secateur.runtime.request import Request
 
 from . import tiny_qwen
+from .layout_checks import check_found
 from .rows import weights_file
 from .test_methods_seats import heard_and_seen
 
@@ -73,10 +74,10 @@ def test_programs_with_video_and_sound_equal_the_oracle(traced_and_model: tuple[
     oracle = Oracle(pruned.job, model)
     told = outline(pruned.job, pruned.programs)
     eager = Request(EagerBackend(pruned.programs.programs, Weights(trace.source, trace.model)), told)
-    found = Parity()
+    found = Parity(expects=expected_kinds(RECIPES[name]))
     compare_runs(OracleRun(oracle), CompiledRun(told, eager), random_rows(told, 1, 2, seed=1), 1, found, referee=oracle)
+    check_found(found, 1)
     assert found.chose_equally == 1
-    assert all(found.kind(kind).largest <= TOLERANCE for kind in KINDS)
 
 
 # -- budgets ----------------------------------------------------------------------------------------------

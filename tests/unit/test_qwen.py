@@ -16,7 +16,7 @@ from secateur.compiler import pipeline
 from secateur.compiler.bundle import Target, outline
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.oracle import Oracle
-from secateur.compiler.parity import KINDS, TOLERANCE, Parity, compare_runs
+from secateur.compiler.parity import Parity, compare_runs, expected_kinds
 from secateur.compiler.pipeline import RECIPES, Geometry, export, prune, read_source, trace_model
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, EagerBackend, OracleRun, Weights
@@ -27,6 +27,7 @@ from secateur.runtime.request import Request
 from secateur.runtime.session import Session
 
 from . import tiny_qwen
+from .layout_checks import check_found
 
 TEXT = {"text_tokens": 40, "new_tokens": 4}
 MEDIA = {
@@ -86,11 +87,9 @@ def test_programs_and_bundle_equal_the_oracle(
     eager = Request(EagerBackend(pruned.programs.programs, Weights(trace.source, trace.model)), told)
     with Session(tmp_path / "bundle", threads=1) as session:
         for ours in (CompiledRun(told, eager), CompiledRun(session.manifest, session.request())):
-            found = Parity()
+            found = Parity(expects=expected_kinds(RECIPES[recipe]))
             compare_runs(reference, ours, rows, MEDIA[media].batch, found, referee=oracle)
-            assert found.rows == 2
-            assert not found.chose_differently
-            assert all(found.kind(name).largest <= TOLERANCE for name in KINDS)
+            check_found(found, 2)
 
 
 def test_a_tower_of_whole_windows_moves_nothing_in_memory(traced: Callable[..., Any]) -> None:

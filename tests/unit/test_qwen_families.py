@@ -36,6 +36,7 @@ from secateur.passes.sites import Thinned
 from secateur.runtime.errors import UserError
 from secateur.runtime.request import Request
 
+from .layout_checks import check_found
 from .tiny_qwen_more import make_config, write_config, write_model
 
 OMNI = "qwen3_omni_moe_thinker"
@@ -93,8 +94,8 @@ def test_programs_equal_the_oracle(
     trace_of: Callable[[str, str], tuple[Traced, Any]], kind: str, media: str, recipe: str
 ) -> None:
     parity = compare(*trace_of(kind, media), recipe)
-    assert (parity.chose_differently, parity.chose_equally + parity.tied) == (0, 4)
-    assert max(parity.features, parity.cache, parity.logits) <= TOLERANCE
+    check_found(parity, 4)
+    assert parity.worst[1] <= TOLERANCE
     assert parity.kind("logits").scale > 0.1, "a comparison of zeros proves nothing"
 
 

@@ -21,6 +21,7 @@ from secateur.runtime.manifest import read_manifest
 from secateur.runtime.processing import Processor
 from secateur.runtime.session import Session
 
+from .layout_checks import check_found
 from .tiny_model import IMAGE
 from .tiny_smolvlm import AROUND, GLOBAL, SIDE, UNITS, write_model
 
@@ -99,8 +100,7 @@ def test_a_pruned_bundle_computes_what_the_oracle_does(source: Path, tmp_path: P
     pipeline.compile(source, tmp_path / "out", recipe="gprune", keep=0.5, geometry=geometry)
     found = pipeline.verify(tmp_path / "out", source, rows=2, threads=1).parity
     assert found is not None
-    assert found.chose_differently == 0, found
-    assert found.worst[1] <= 1e-4, found
+    check_found(found, 2)
     # Of the nine tokens of a tile int(4.5) stay: the row rounds down, as its authors do.
     assert read_manifest(tmp_path / "out").geometry.features_per_image == 5 * 4
 

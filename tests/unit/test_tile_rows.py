@@ -14,7 +14,7 @@ from secateur.compiler.bundle import outline
 from secateur.compiler.families.family import Tiles
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.oracle import Oracle
-from secateur.compiler.parity import TOLERANCE, Parity, compare_runs
+from secateur.compiler.parity import Parity, compare_runs
 from secateur.compiler.pipeline import Geometry, read_source
 from secateur.compiler.pruned import Job
 from secateur.compiler.recording import load_recording_model
@@ -27,6 +27,7 @@ from secateur.runtime.errors import UserError
 from secateur.runtime.request import Request
 from secateur.runtime.session import Session
 
+from .layout_checks import check_found
 from .tiny_model import IMAGE
 from .tiny_next import write_model
 
@@ -52,11 +53,6 @@ def traced(source: Path) -> Traced:
 
 def plan(source: Path, name: str, keep: float = 0.5, geometry: Geometry = SMALL) -> Job:
     return pipeline.plan_job(read_source(source), geometry, RECIPES[name], keep)
-
-
-def passes(found: Parity, rows: int) -> bool:
-    worst = max(found.features, found.hidden, found.cache, found.logits)
-    return (found.rows, found.chose_differently) == (rows, 0) and worst <= TOLERANCE
 
 
 # -- where rows and tokens stand --------------------------------------------------------------------------
@@ -116,7 +112,7 @@ def test_pruned_programs_are_the_oracles(traced: Traced, model: Any, name: str, 
     oracle, found = Oracle(pruned.job, model), Parity()
     rows = random_rows(told, 2, 2, seed=1)
     compare_runs(CompiledRun(told, Request(backend, told)), OracleRun(oracle), rows, 1, found, referee=oracle)
-    assert passes(found, 2)
+    check_found(found, 2)
 
 
 @pytest.mark.parametrize(("name", "asked"), [("divprune", False), ("gprune", True), ("visiondrop", True)])
@@ -135,7 +131,7 @@ def test_a_bundle_is_the_oracles(source: Path, model: Any, tmp_path: Path) -> No
         rows = random_rows(session.manifest, 3, 3, seed=2)
         compare_runs(CompiledRun(session.manifest, session.request()), OracleRun(oracle), rows, 3, found)
         sizes = session.manifest.geometry
-    assert passes(found, 3)
+    check_found(found, 3)
     # 64 tokens of the small view and of what 40x50 pixels leave of two by two tiles: six lines of eight.
     assert (sizes.tokens_per_image, sizes.features_per_image, sizes.extra_rows) == (64, 6 + 6, 6)
 

@@ -150,9 +150,9 @@ def compare_named(
             if said != tokens:  # the tokens that were forced are not the ones it would go on with
                 tokens = answer(theirs.run, item, batch, steps)
             answers.add(*(_until_end(t, manifest.model.eos_token_ids) for t in (said, tokens)))
-            for file, row, given in zip(files or [None, None], (one, other), (said, tokens), strict=True):
-                if file is not None:
-                    file.add(f"row{len(answers.differ_at) - 1}", row, given)
+            sides = ((one, said), (other, tokens))
+            for file, (row, given) in zip(files, sides if files else (), strict=True):
+                file.add(f"row{len(answers.differ_at) - 1}", row, given)
             if not parity.passed and not bad:
                 bad.append(item)
             progress("rows", min(parity.rows, len(items)), len(items))

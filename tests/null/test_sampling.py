@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from secateur.runtime.errors import UserError
@@ -15,8 +15,9 @@ from secateur.runtime.sampling import Sampler, Sampling, filter_logits, penalize
 LOGITS = st.lists(st.integers(-6, 6).map(lambda x: x / 2), min_size=1, max_size=12)
 
 
-def slow_filter(logits: list[float], how: Sampling) -> list[float]:
-    """Straight from the definitions: at least the k largest, then the fewest largest whose mass reaches p."""
+def slow_filter(logits: list[float], how: Sampling) -> list[float] | None:
+    """Straight from the definitions: at least the k largest, then the fewest largest whose mass reaches p. None where
+    a sum is so near p that rounding decides; :data:`AT_THE_EDGE` has sums that are p exactly."""
     scores = [x / how.temperature for x in logits]
     if how.top_k:
         floor = sorted(scores, reverse=True)[min(how.top_k, len(scores)) - 1]
@@ -24,13 +25,15 @@ def slow_filter(logits: list[float], how: Sampling) -> list[float]:
     if how.top_p < 1.0:
         top = max(scores)
         mass = [math.exp(s - top) for s in scores]
-        total = sum(mass)
+        total = math.fsum(mass)
         # The candidates from the least likely up (ties by index) go while all that went stays within 1 - p.
-        gone = 0.0
+        gone = []
         order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
         for i in order[:-1]:
-            gone += mass[i] / total
-            if gone <= 1.0 - how.top_p:
+            gone.append(mass[i] / total)
+            if abs(math.fsum(gone) - (1.0 - how.top_p)) < 1e-12:
+                return None
+            if math.fsum(gone) < 1.0 - how.top_p:
                 scores[i] = -math.inf
     return scores
 
@@ -39,12 +42,50 @@ def slow_filter(logits: list[float], how: Sampling) -> list[float]:
 @given(LOGITS, st.sampled_from([0.5, 1.0, 1.7]), st.integers(0, 14), st.sampled_from([0.05, 0.31, 0.5, 0.83, 1.0]))
 def test_filters_follow_their_definitions(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
     how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    want = slow_filter(logits, how)
+    assume(want is not None)
     got = filter_logits(np.array(logits, dtype=np.float32), how)
-    want = np.array(slow_filter(logits, how))
-    near_the_edge = np.isinf(got) != np.isinf(want)
-    assert near_the_edge.sum() <= 1  # the last bit of a sum that equals 1 - p
-    np.testing.assert_allclose(got[~near_the_edge], want[~near_the_edge])
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+    np.testing.assert_allclose(got, want)
     assert np.isfinite(got).any()
+
+
+NONE = -math.inf
+AT_THE_EDGE: list[tuple[list[float], float, list[int]]] = [
+    # Every chance is a power of two, so that sums are exact. Of equal ones the first go first.
+    ([0, 0, 0, 0], 0.75, [1, 2, 3]),
+    ([0, 0, 0, 0], 0.5, [2, 3]),
+    ([0, 0, 0, 0], 0.25, [3]),
+    ([0, 0, 0, 0], 0.50001, [1, 2, 3]),
+    ([0, 0, 0, 0], 0.49999, [2, 3]),
+    ([0, 0, 0, 0], 0.24999, [3]),
+    ([0, 0, 0, 0], 0.75001, [0, 1, 2, 3]),
+    ([0, 0, 0, 0], 1e-12, [3]),
+    ([0, 0, 0, 0], 0.0, [3]),
+    ([0, 0, 0, 0], 1 - 1e-12, [0, 1, 2, 3]),
+    ([0, 0, 0, 0], 1.0, [0, 1, 2, 3]),
+    ([0, NONE, 0], 0.5, [2]),
+    ([0, NONE, 0], 0.5001, [0, 2]),
+    ([NONE, 0, NONE], 0.5, [1]),
+    ([0, -1000, 0, -1000], 0.999, [0, 2]),
+    ([0, -1000, 0, -1000], 1.0, [0, 1, 2, 3]),
+    ([5], 0.1, [0]),
+]
+
+
+@pytest.mark.parametrize(("logits", "top_p", "kept"), AT_THE_EDGE)
+def test_a_sum_that_is_p_exactly_is_enough(logits: list[float], top_p: float, kept: list[int]) -> None:
+    """The fewest likeliest whose mass reaches p: one more is not needed, one less is not enough."""
+    got = filter_logits(np.array(logits, dtype=np.float32), Sampling(temperature=1.0, top_p=top_p))
+    assert np.flatnonzero(np.isfinite(got)).tolist() == kept
+
+
+@pytest.mark.parametrize("power", range(1, 7))
+def test_of_equal_chances_as_many_stay_as_p_asks_for(power: int) -> None:
+    count = 2**power
+    for number in range(count + 1):
+        got = filter_logits(np.zeros(count, dtype=np.float32), Sampling(temperature=1.0, top_p=number / count))
+        assert np.isfinite(got).sum() == max(1, number)
 
 
 def test_the_penalty_is_applied_once_and_by_sign() -> None:

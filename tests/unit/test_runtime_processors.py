@@ -101,6 +101,27 @@ def test_sampling_filters_equal_the_logits_processors() -> None:
         np.testing.assert_allclose(got, scores[0].numpy(), rtol=1e-5)
 
 
+def test_top_p_at_its_edge_equals_the_logits_processor() -> None:
+    """Chances whose sums are exact in float32 as in float64; which of equal ones stay is a matter of order."""
+    torch = pytest.importorskip("torch")
+    from transformers.generation.logits_process import TopPLogitsWarper
+
+    from secateur.runtime.sampling import Sampling, filter_logits
+
+    for count in (2, 4, 8, 16):
+        for number in range(count):
+            for nudge in (-1e-3, 0.0, 1e-3):
+                top_p = min(max(number / count + nudge, 0.0), 1 - 1e-3)
+                logits = np.zeros(count + 2, dtype=np.float32)
+                logits[count // 2], logits[-1] = -np.inf, -200.0
+                theirs = TopPLogitsWarper(top_p)(torch.zeros(1, 1), torch.tensor(logits)[None])[0]
+                got = filter_logits(logits, Sampling(temperature=1.0, top_p=top_p))
+                assert np.isfinite(got).sum() == int(torch.isfinite(theirs).sum()), (count, top_p)
+                order = [int(i) for i in torch.sort(torch.tensor(logits), stable=True).indices]
+                stays = order[len(order) - int(np.isfinite(got).sum()) :]
+                assert sorted(stays) == np.flatnonzero(np.isfinite(got)).tolist()
+
+
 @pytest.fixture(scope="module")
 def demo_processor() -> Any:
     if not (DEMO / "tokenizer.json").is_file():

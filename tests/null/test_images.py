@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from secateur.runtime.errors import BundleError, UserError
-from secateur.runtime.images import ImagePipeline, center_crop
+from secateur.runtime.images import ImagePipeline, center_crop, fit_longest
 from secateur.runtime.pictures import PictureReader, measure_picture, open_picture
 
 CONFIG = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": 8}
@@ -212,6 +212,23 @@ def test_what_a_source_changes_is_said(tmp_path: Path, caplog: pytest.LogCapture
         assert open_picture(opened).size == (6, 4)
     assert "a Pillow picture is not turned by its EXIF tag" in caplog.text
     assert measure_picture(tmp_path / "turned.jpg") == (6, 4)
+    assert measure_picture((tmp_path / "turned.jpg").read_bytes()) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "fitted"),
+    [(100, 50, (40, 20)), (50, 100, (20, 40)), (100, 53, (40, 22)), (53, 100, (22, 40)), (9, 9, (40, 40)),
+     (1000, 3, (40, 1)), (1, 1000, (1, 40))],
+)  # fmt: skip
+def test_the_longer_edge_is_brought_to_a_length(width: int, height: int, fitted: tuple[int, int]) -> None:
+    """By hand: the other edge is cut to a whole number, then made even, and is never nothing."""
+    assert fit_longest(width, height, 40) == fitted
+
+
+def test_squares_are_filled_with_the_mean_colour() -> None:
+    """CLIP's mean in levels, cut as transformers cuts it: 0.48145466 * 255 = 122.77, 0.4578275 * 255 = 116.75."""
+    pipeline = ImagePipeline.from_config({"image_processor_type": "LlavaOnevisionImageProcessor"})
+    assert pipeline.square == (122, 116, 104)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def test_smart_resize_by_hand(height: int, width: int, size: tuple[int, int]) ->
 def test_the_native_grid_of_images_and_videos() -> None:
     assert pipeline(patch_size=14).native_grid(448, 640) == (1, 32, 46)
     assert pipeline(patch_size=14, video=True).native_grid(448, 644, frames=5) == (3, 32, 46)
+    grids = [pipeline().native_grid(448, 640), pipeline(video=True).native_grid(448, 644, frames=5)]
+    assert {type(edge) for grid in grids for edge in grid} == {int}  # 46.0 is no number of patches
 
 
 @pytest.mark.parametrize("grid", [(0, 2, 2), (1, 3, 2), (1, 2, 5), (1, 0, 2)])
@@ -110,7 +112,7 @@ def test_grids_that_cannot_be_merged(grid: Grid) -> None:
 def test_images_and_frames_that_do_not_fit() -> None:
     image = draw_frames(1, 8, 8)[0]
     with pytest.raises(UserError, match="an image cannot fill 2 patches in time; give a video"):
-        pipeline()(image, (2, 2, 2))
+        pipeline()(image, (2, 4, 6))
     for count in (0, 2, 5):
         with pytest.raises(UserError, match=f"{count} frame.* for 2 patches in time of 2 frames each; give 4 frames"):
             pipeline(video=True).video([image] * count, (2, 2, 2))

@@ -32,7 +32,7 @@ import secateur
 from secateur.compiler.families import list_model_types
 from secateur.compiler.processor_files import VIDEO_TYPES, take_processor_files
 from secateur.compiler.trace import read_source
-from secateur.runtime.errors import UserError
+from secateur.runtime.errors import BundleError, UserError
 from secateur.runtime.processor_files import find_settings, list_templates
 from secateur.runtime.session import Session
 
@@ -255,6 +255,14 @@ def test_a_type_of_videos_is_inferred_as_transformers_does(
     write_json(tmp_path, "preprocessor_config.json", {**old, "image_processor_type": image})
     nested = json.loads(take_processor_files(tmp_path).texts["processor_config.json"])
     assert nested["video_processor"]["video_processor_type"] == video
+
+
+def test_a_part_that_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": "CLIPImageProcessor"}))
+    with pytest.raises(
+        BundleError, match=r"processor_config.json: image_processor is 'CLIPImageProcessor', not an obj"
+    ):
+        find_settings(tmp_path, "image")
 
 
 def test_patches_of_an_old_file_beside_the_nested_one(tmp_path: Path) -> None:

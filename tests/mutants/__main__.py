@@ -81,11 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     for line in faults:
         notes.print(line, markup=False)
-    if len(kinds) == len(sample):
+    if options.page or len(kinds) == len(sample):
         options.docs.write_text(page.write(sample, origin, verdicts, reasons), encoding="utf-8")
         notes.print(f"wrote {options.docs}")
     else:
-        notes.print(f"{options.docs} is written when all {len(sample)} mutants have a verdict")
+        notes.print(f"{options.docs} is written when all {len(sample)} mutants have a verdict, or with --page")
     sys.exit(1 if faults or page.share(kinds.values()) < GOAL else 0)
 
 

@@ -11,7 +11,7 @@ from .nearest import LIMIT
 from .sample import Mutant, group
 
 REASONS = Path(__file__).with_name("reasons.json")
-KINDS = ("killed", "timed out", "equivalent", "survived", "gone")
+KINDS = ("killed", "timed out", "equivalent", "survived", "gone", "not judged")
 
 
 def read_reasons(path: Path = REASONS) -> dict[str, dict[str, str]]:
@@ -33,8 +33,8 @@ def classify(verdict: Mapping[str, Any], reason: Mapping[str, str] | None) -> st
 
 
 def share(kinds: Iterable[str]) -> float:
-    """Killed, of those that are there and not equivalent; a time-out is not counted as killed."""
-    counted = [kind for kind in kinds if kind not in ("equivalent", "gone")]
+    """Killed, of those that were judged and are not equivalent; a time-out is not counted as killed."""
+    counted = [kind for kind in kinds if kind not in ("equivalent", "gone", "not judged")]
     return counted.count("killed") / len(counted) if counted else 1.0
 
 
@@ -53,7 +53,7 @@ def table(mutants: list[Mutant], kinds: Mapping[str, str]) -> list[list[str]]:
     """Header, a line per folder, and the sum."""
     rows = [["folder", "drawn", *KINDS, "killed of the rest"]]
     for name, some in [*group(mutants), ("all", mutants)]:
-        here = [kinds[mutant.id] for mutant in some if mutant.id in kinds]
+        here = [kinds.get(mutant.id, "not judged") for mutant in some]
         counts = [str(here.count(kind)) for kind in KINDS]
         rows.append([name, str(len(some)), *counts, f"{100 * share(here):.1f} %"])
     return rows
@@ -63,11 +63,13 @@ def write(
     mutants: list[Mutant], drawn: Mapping[str, int], verdicts: Mapping[str, Mapping[str, Any]],
     reasons: Mapping[str, Mapping[str, str]],
 ) -> str:  # fmt: skip
-    kinds = {mutant.id: classify(verdicts[mutant.id], reasons.get(mutant.id)) for mutant in mutants}
+    """The page; a mutant without a verdict is not judged."""
+    kinds = {mutant.id: "not judged" for mutant in mutants}
+    kinds |= {name: classify(verdict, reasons.get(name)) for name, verdict in verdicts.items()}
     rows = table(mutants, kinds)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
-    longest = max(float(verdict["seconds"]) for verdict in verdicts.values())
+    longest = max((float(verdict["seconds"]) for verdict in verdicts.values()), default=0.0)
     total = sum(float(verdict["seconds"]) for verdict in verdicts.values())
     text = [
         "# Mutants", "", *HEAD.format(count=len(mutants), limit=LIMIT, **drawn).splitlines(), "", *lines, "",
@@ -87,7 +89,8 @@ def write(
     return "\n".join(text).rstrip() + "\n"
 
 
-TITLES = {"timed out": "Timed out", "equivalent": "Equivalent", "survived": "Survived", "gone": "Gone"}
+TITLES = {"timed out": "Timed out", "equivalent": "Equivalent", "survived": "Survived", "gone": "Gone",
+          "not judged": "Not judged yet"}  # fmt: skip
 HEAD = """\
 Written by `make mutants`. A mutant is a small change of the code: another operator, another number, a condition turned
 round, a loop that runs no more. A test near it should fail. {count} mutants were drawn once (seed {seed}) of the

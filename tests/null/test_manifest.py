@@ -11,6 +11,7 @@ import pytest
 
 from secateur.runtime import manifest as m
 from secateur.runtime.errors import BundleError
+from secateur.runtime.schema import Engines, Stage
 
 
 def refusal(directory: Path, level: m.Level = "graphs") -> str:
@@ -55,12 +56,27 @@ def test_a_failed_write_leaves_the_old_manifest(bundle: Path, monkeypatch: pytes
         ({"capacity": 1}, "segment s0: capacity is below the rows it holds"),
         ({"evicted": 10_000}, "segment s0: evicted is not below its length"),
         ({"evicted": -1}, "evicted"),
+        ({"evicted": 3}, "segment s0: a capacity of {capacity} is not its {held} rows and 8 new"),
     ],
 )
 def test_segments_that_do_not_add_up(tiny: ModuleType, bundle: Path, change: dict[str, int], message: str) -> None:
     first, *others = json.loads((bundle / m.MANIFEST).read_bytes())["segments"]
     tiny.resign(bundle, segments=[first | change, *others])
-    assert message in refusal(bundle)
+    held = first["length"] - change.get("evicted", 0)
+    assert message.format(capacity=first["capacity"], held=held) in refusal(bundle)
+
+
+def test_what_a_manifest_leaves_unsaid() -> None:
+    stage = {"name": "s", "site": "projector.out", "scope": "image", "groups": 1, "length_in": 4, "length_out": 2}
+    only_scores = Stage(**stage)
+    assert not only_scores.chooses
+    assert not only_scores.in_decoder
+    assert Stage(**stage, select="top_k").chooses
+    assert not Stage(**stage | {"length_out": 0}, select="top_k").chooses
+    assert Stage(**stage | {"site": "decoder.layer[2]"}).in_decoder
+    engines = Engines.model_construct()
+    said = engines.weights, engines.version_compatible, engines.hardware_compatible, engines.opt_level
+    assert said == ("plan", False, False, None)
 
 
 def test_what_is_not_a_bundle(tmp_path: Path) -> None:

@@ -102,6 +102,9 @@ def test_what_is_said() -> None:
     )
     with pytest.raises(BundleError, match=f"writes more than {CHARACTERS} characters"):
         ChatTemplate(ENDLESS["text times a number"], {}).render([])
+    # A tab becomes as many blanks as are asked for: 12,000 times 12,000 characters.
+    with pytest.raises(BundleError, match=f"writes more than {CHARACTERS} characters"):
+        ChatTemplate("{{ ('\t' * 12000).expandtabs(12000) | length }}", {}).render([])
     with pytest.raises(SecateurError) as caught:
         ChatTemplate("{{ raise_exception('a\n' * 5000) }}", {}).render([])
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from secateur.runtime.prompts import Prompts
-from secateur.runtime.text import Detokenizer, StopStrings
+from secateur.runtime.text import Detokenizer, StopStrings, StopTokens
 
 
 @pytest.fixture(scope="session")
@@ -99,3 +99,15 @@ def test_text_up_to_the_first_stop(texts: list[str], stops: list[str]) -> None:
         assert "".join(got) == whole
     else:
         assert not any(stop in "".join(got) for stop in stops)
+
+
+@pytest.mark.parametrize(
+    ("pushed", "found", "letters"),
+    [(["ab"], True, 2), (["a"], False, 1), (["a", "b"], True, 2), (["x", "abc"], True, 3), (["x"], False, 0)],
+)
+def test_a_stop_string_may_begin_with_the_answer(pushed: list[str], found: bool, letters: int) -> None:
+    """``letters``: what the answer loses, from where the stop string begins or may have begun."""
+    tokens = StopTokens(["ab"], lambda token: (pushed[token].encode(), True))
+    for token in range(len(pushed)):
+        tokens.push(token)
+    assert (tokens.found, tokens.letters) == (found, letters)

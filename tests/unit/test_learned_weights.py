@@ -20,7 +20,7 @@ from secateur.compiler.learned import WeightsFile, read_weights
 from secateur.compiler.pipeline import Geometry, verify
 from secateur.compiler.recipe import Term
 from secateur.passes.methods import own
-from secateur.passes.methods.learned import Weights, learned_perceptron, load_weights
+from secateur.passes.methods.learned import Weights, learned_perceptron, learned_selector, load_weights
 from secateur.passes.methods.registry import SCORES
 from secateur.passes.recipe_file import digest_recipe, load_recipe, recipe_from_yaml, recipe_to_yaml
 from secateur.passes.vocabulary import bind_term
@@ -80,6 +80,19 @@ def test_the_perceptron_follows_its_formula(activation: Any, plain: bool) -> Non
                 half = 0.5 * (1 + math.erf(x / math.sqrt(2))) if activation == "gelu" else 1 / (1 + math.exp(-x))
                 total += x * half * float(tensors["down.weight"][0, unit])
             assert float(got[group, token]) == pytest.approx(total, abs=1e-4)
+
+
+def test_the_selector_is_the_mean_of_scaled_products() -> None:
+    """In float64, by the definition: every token's query with every token's key, over the root of their width."""
+    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(9)) for shape in ((INNER, 5), (INNER,))]
+    names = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
+    tensors = dict(zip(names, (*draws, *(0.5 * tensor + 0.1 for tensor in draws)), strict=True))
+    tokens = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
+    rows = tokens.double().numpy()
+    weight, bias, key_weight, key_bias = (tensors[name].double().numpy() for name in names)
+    query, key = rows @ weight.T + bias, rows @ key_weight.T + key_bias
+    want = (query @ key.transpose(0, 2, 1) / math.sqrt(INNER)).mean(axis=2)
+    np.testing.assert_allclose(learned_selector(tokens, weights_of(tensors)).numpy(), want, rtol=1e-4, atol=1e-5)
 
 
 # -- a bundle ---------------------------------------------------------------------------------------------

@@ -296,3 +296,22 @@ def test_page_rank_ignores_padding_and_orders_what_nothing_reaches() -> None:
     torch.testing.assert_close(page_rank(logits, slots, real), short)
     logits[:, :, :5, 1:4] -= 1e4
     assert page_rank(logits, slots, real).tolist() == [[-1, -2, -3]]
+
+
+def test_page_rank_walks_each_head_of_each_row() -> None:
+    """By its definition, in float64: the ranks of two rows and two heads after three steps."""
+    logits, real = normal(2, 2, 5, 5), torch.tensor([[True] * 5, [True, True, True, True, False]])
+    logits[1, :, :, 4] = -torch.inf
+    slots = torch.tensor([[1, 2, 4], [0, 2, 3]])
+    want = np.zeros((2, 3))
+    for row in range(2):
+        ranks_of = []
+        for head in range(2):
+            raised = np.exp(logits[row, head].double().numpy() / 0.5)
+            rank = real[row].double().numpy() / int(real[row].sum())
+            for _ in range(3):
+                rank = rank @ (raised / raised.sum(axis=1, keepdims=True))
+            ranks_of.append(rank)
+        want[row] = np.sqrt((np.array(ranks_of) ** 2).mean(axis=0))[slots[row].numpy()]
+    got = page_rank(logits, slots, real, temperature=0.5, steps=3)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,6 +206,15 @@ def test_weighted_k_center_with_equal_weights_is_k_center() -> None:
 
 
 # Scores of the decoder
+
+
+def test_the_importance_of_the_mean_query_by_its_formula() -> None:
+    queries, keys, tokens = normal(2, 3, 9, 4), normal(2, 3, 9, 4, seed=1), normal(2, 9, 5, seed=2)
+    logits = np.einsum("ghd,ghnd->ghn", queries.double().numpy().mean(axis=2), keys.double().numpy()) / 2
+    raised = np.exp(logits)
+    share = (raised / raised.sum(axis=2, keepdims=True)).mean(axis=1)
+    want = share * np.sqrt((tokens.double().numpy() ** 2).sum(axis=2))
+    np.testing.assert_allclose(mean_query_importance(queries, keys, tokens).numpy(), want, rtol=1e-5)
 
 
 def test_heads_that_share_keys_are_repeated() -> None:

@@ -1,11 +1,12 @@
 """The verdict on a mutant: killed, survived, timed out or gone; kept on disk and held while what it rests on stays.
 
-A kill rests on the mutated file's source and on the test file that failed; other verdicts on the source and on all test
+A kill rests on the mutated file's source and on the test that failed; other verdicts on the source and on all test
 files near it. A test that kills is run once on the code as it is; where it fails there too, its file judges nothing.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from pathlib import Path
@@ -23,6 +24,21 @@ def digest(*paths: Path) -> str:
     for path in paths:
         found.update(path.read_bytes() if path.is_file() else b"")
     return found.hexdigest()[:16]
+
+
+def digest_test(root: Path, test: str) -> str:
+    """Of the function of ``path::name[parameters]`` as it is written; of the whole file where there is none."""
+    file, _, name = test.partition("::")
+    text = (root / file).read_text(encoding="utf-8") if (root / file).is_file() else ""
+    wanted = name.partition("[")[0].rpartition("::")[2]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == wanted:
+            lines = text.splitlines()[
+                min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno
+            ]
+            text = "\n".join(lines)
+            break
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Judge:
@@ -53,9 +69,12 @@ class Judge:
         known = self._read(self.work / f"{mutant.id}.json")
         if known is None or known["source"] != digest(self.root / mutant.file) or known["mutant"] != str(mutant):
             return None
+        if known["verdict"] == "killed":
+            return known if known.get("state") == digest_test(self.root, known["killer"]) else None
         tests = known["tests"]
-        wanted = [known["killer"].partition("::")[0]] if known["verdict"] == "killed" else self._near(mutant)
-        return known if all(tests.get(test) == digest(self.root / test) for test in wanted) else None
+        if known["verdict"] == "gone":
+            return known
+        return known if all(tests.get(test) == digest(self.root / test) for test in self._near(mutant)) else None
 
     def judge(self, mutant: Mutant, bench: Bench) -> Verdict:
         """Run the nearest tests, one file after another, until one fails that passes on the code as it is."""
@@ -83,9 +102,8 @@ class Judge:
                 if not answer.late and not self._passes(answer.failed or test, bench):
                     continue
                 killer = answer.failed or f"{test}::(the process ended with {answer.code})"
-                return self._keep(
-                    mutant, {**verdict, "verdict": "timed out" if answer.late else "killed", "killer": killer}
-                )
+                verdict |= {"verdict": "timed out" if answer.late else "killed", "killer": killer}
+                return self._keep(mutant, {**verdict, "state": digest_test(root, killer)})
             self._note(test, answer.seconds)
         return self._keep(mutant, {**verdict, "verdict": "survived"})
 

@@ -55,7 +55,8 @@ def table(mutants: list[Mutant], kinds: Mapping[str, str]) -> list[list[str]]:
     for name, some in [*group(mutants), ("all", mutants)]:
         here = [kinds.get(mutant.id, "not judged") for mutant in some]
         counts = [str(here.count(kind)) for kind in KINDS]
-        rows.append([name, str(len(some)), *counts, f"{100 * share(here):.1f} %"])
+        shown = "" if "not judged" in here else f"{100 * share(here):.1f} %"  # those that survive take longest
+        rows.append([name, str(len(some)), *counts, shown])
     return rows
 
 

@@ -146,8 +146,10 @@ def test_verdicts_and_what_they_rest_on(tree: Path, tmp_path: Path) -> None:
     assert not list(Path(tempfile.gettempdir()).glob(f"{bench.tree.parent.name}*"))
     assert judge.held(killed) == found["m001"]
     (tree / "tests" / "null" / "test_toy.py").write_text(TESTS + "\n# more\n", encoding="utf-8")
-    assert judge.held(killed) is None
+    assert judge.held(killed) == found["m001"]
     assert judge.held(survives) is None
+    (tree / "tests" / "null" / "test_toy.py").write_text(TESTS.replace("6", "6.0"), encoding="utf-8")
+    assert judge.held(killed) is None
 
 
 def test_a_test_that_fails_anyway_judges_nothing(tree: Path, tmp_path: Path) -> None:

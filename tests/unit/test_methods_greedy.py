@@ -117,6 +117,21 @@ def test_relevance_alone_and_unlikeness_alone(weight: float) -> None:
         assert keep == score[0].topk(6).indices.sort().values.tolist()
 
 
+def test_farthest_points_weighted_by_score() -> None:
+    """In loops: score times one minus the highest cosine to what was chosen."""
+    tokens, score = draw_rows(11, 2, 14)
+    for row in range(2):
+        units = tokens[row].double().numpy()
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+        weight = score[row].double().numpy()
+        chosen = [int(weight.argmax())]
+        while len(chosen) < 6:
+            worth = weight * (1 - (units @ units[chosen].T).max(axis=1))
+            worth[chosen] = -np.inf
+            chosen.append(int(worth.argmax()))
+        assert farthest_by_score(tokens, score, 6).keep[row].tolist() == sorted(chosen)
+
+
 def test_determinant_is_the_greedy_maximum() -> None:
     """Against determinants worked out by NumPy."""
     tokens, score = draw_rows(6, 1, 12)
@@ -205,3 +220,19 @@ def test_flow_carries_half_of_what_came_before() -> None:
     before = torch.rand(2, 7, generator=source)
     torch.testing.assert_close(attention_flow(attention, cls, values, before).score, 0.5 * before + 0.5 * first.score)
     torch.testing.assert_close(attention_flow(attention, cls, values, before, momentum=0.0).score, first.score)
+
+
+def test_flow_by_its_formula() -> None:
+    """In float64; the CLS token's resemblance to itself takes its part of each head's softmax."""
+    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((2, 3, 4), (2, 3, 7, 4))]
+    cls_values, values = draws[0], 0.5 * draws[1]
+    attention = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(4))
+    cls, rows = cls_values.double().numpy(), values.double().numpy()
+    logits = np.concatenate([(cls**2).sum(axis=2, keepdims=True), np.einsum("ghnd,ghd->ghn", rows, cls)], axis=2)
+    raised = np.exp(logits - logits.max(axis=2, keepdims=True))
+    similar = (raised / raised.sum(axis=2, keepdims=True))[:, :, 1:].mean(axis=1)
+    relation = attention.double().numpy().mean(axis=1)
+    share = relation / relation.sum(axis=1, keepdims=True) + similar / similar.sum(axis=1, keepdims=True)
+    want = share * np.abs(rows.mean(axis=1)).sum(axis=2)
+    got = attention_flow(attention, cls_values, values).score
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-4)

@@ -7,8 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from secateur.runtime.errors import UserError
+from secateur.runtime.schema_build import (
+    Dtype,
+    Engines,
+    FileEntry,
+    Forecast,
+    PixelProbe,
+    PortDtype,
+    StoredTensor,
+    Target,
+)
 from secateur.runtime.schema_checks import check_part
-from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Offset, ProbeLevels, Shape, Size
+from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Offset, Shape, Size
 from secateur.runtime.schema_inputs import Preprocessing
 from secateur.runtime.schema_model import (
     GeometrySizes,
@@ -34,9 +44,6 @@ SCHEMA_VERSION: Literal[3] = 3
 """Written. Versions 1 and 2 are read too: what later ones added is optional, and a manifest without it means what it
 meant."""
 
-Dtype = Literal["fp32", "fp16", "bf16"]
-PortDtype = Literal["fp32", "fp16", "bf16", "int64", "int32", "bool"]
-Target = Literal["onnxruntime", "onnxruntime-cuda", "plain", "tensorrt", "tensorrt-rtx"]
 PROGRAMS = ("vision", "prefill", "decode")
 """In the order a request meets them."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -47,19 +54,28 @@ class Port(Frozen):
     """An input or output of a program. ``dtype`` is one of fp32, fp16, bf16, int64, int32, bool."""
 
     name: str
+    """Of the graph's input or output."""
     dtype: PortDtype
+    """Of its elements."""
     shape: Shape
+    """Static."""
 
 
 class Program(Frozen):
     """A graph, its engine where there is one, its ports and its cost."""
 
     graph: BundlePath
+    """Its ONNX file."""
     engine: BundlePath | None = None
+    """Its engine; None where none was built."""
     inputs: list[Port]
+    """In the graph's order."""
     outputs: list[Port]
+    """In the graph's order."""
     flops: Count
+    """Of one run."""
     unpruned_flops: Count
+    """Of one run without the recipe."""
     weights: list[str] = []
     """The tensors its engine, or its session on a GPU, is given, by their names in the manifest's ``tensors``."""
 
@@ -75,88 +91,19 @@ class Segment(Frozen):
     """
 
     name: str
+    """By which the ports ``slot.<segment>`` are named."""
     first_layer: Count
+    """The first of its layers, from 0."""
     last_layer: Size
+    """One more than the last of its layers: exclusive."""
     length: Size
+    """Tokens its layers see in prefill."""
     capacity: Size
+    """Rows of its caches: those that prefill leaves in them, and ``geometry.new_tokens``."""
     removed: Count
+    """Tokens of the prompt that are gone before its first layer."""
     evicted: Count = 0
-
-
-class FileEntry(Frozen):
-    """A file's digest and size. ``header_sha256`` is a weights file's: quick to check, and graphs rely on it."""
-
-    sha256: Digest
-    bytes: Count
-    header_sha256: Digest | None = None
-
-
-class StoredTensor(Frozen):
-    """Where a weight lies: ``bytes`` from ``offset`` on in ``file``, one of the manifest's weights files."""
-
-    file: BundlePath
-    offset: Count
-    bytes: Size
-    dtype: PortDtype
-    shape: Shape
-
-
-class Engines(Frozen):
-    """How the engines were built.
-
-    ``weights``: ``plan``, each engine holds its own; ``stripped``, engines hold none and are refitted from the weights
-    files when they are loaded; ``inputs``, weights are inputs of the engines, all bound to one allocation.
-    """
-
-    weights: Literal["plan", "stripped", "inputs"] = "plan"
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    opt_level: Annotated[int, Field(ge=0, le=5)] | None = None
-    workspace: Size | None = None
-    """Bytes of scratch memory the builder was allowed; None for its default."""
-    architectures: list[Size] = []
-    """The GPU architectures they were built for, such as 89; the manifest's ``sm`` is the first. Empty where the
-    library did not say."""
-    score_plugins: bool = False
-    """Whether they hold kernels of our own for scores and selectors."""
-
-
-class Forecast(Frozen):
-    """What one request is expected to take, in bytes, worked out from shapes alone before anything was built."""
-
-    engines: Count
-    """The engine or graph files."""
-    weights: Count
-    """Weights on the device, as often as they are there."""
-    caches: Count
-    activations: Count
-    """The largest program's intermediate results."""
-    buffers: Count
-    """Inputs and outputs of all programs, without the caches."""
-    host: Count
-    """Memory of the machine while it compiles."""
-
-    @property
-    def device(self) -> int:
-        """Memory of the device while it runs."""
-        return self.counted + self.activations
-
-    @property
-    def counted(self) -> int:
-        """What of ``device`` the manifest's shapes say exactly; intermediate results are up to who builds engines."""
-        return self.weights + self.caches + self.buffers
-
-
-class PixelProbe(Frozen):
-    """What pictures of noise became where the bundle was made (``runtime/probe.py``).
-
-    ``pillow`` is the release that resized them, ``sha256`` the digest of all levels of a row, uint8, in the order of
-    ``pixel_values``; ``levels`` are some of them, in base64.
-    """
-
-    pillow: str
-    sha256: Digest
-    levels: ProbeLevels
+    """Tokens its layers see in prefill that their caches do not hold behind it."""
 
 
 class Variant(Frozen):
@@ -182,42 +129,69 @@ class Manifest(Frozen):
     """
 
     schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    """Of this schema. A reader refuses what is newer than it, by this number."""
     secateur: str
+    """The release that made the bundle."""
     name: str | None = None
+    """A name its maker gave it; None for none."""
     model: Model
+    """The checkpoint."""
     recipe: Recipe
+    """What was pruned, and how."""
     geometry: GeometrySizes
+    """The static shapes."""
     target: Target
+    """What the bundle was compiled for."""
     dialect: str
+    """How the graphs write attention, caches and norms."""
     dtype: Dtype
+    """Of features, caches and logits; what most of the graphs compute in."""
     opset: Size
+    """Of the standard domain, in every graph."""
     provider: str | None = None
+    """The execution provider of ONNX Runtime; None where none runs the bundle."""
     sm: int | None = None
+    """The first GPU architecture that engines were built for; None without engines."""
     programs: dict[str, Program]
+    """``vision``, ``prefill`` and ``decode`` by their names."""
     segments: list[Segment]
+    """Runs of layers that see equally many tokens, in order; together they are all layers."""
     media: Media | None = None
+    """None in models whose position ids have one axis."""
     position_offset: Offset
+    """What the position id of an answer's first token lies above the prompt's real length, where ``prefill`` has no
+    ``positions``."""
     notes: list[str] = []
     """What whoever uses the bundle should know."""
     versions: dict[str, str]
+    """Library -> the release that made the bundle."""
     weights: Annotated[list[BundlePath], Field(min_length=1)]
     """The safetensors files the graphs point into."""
     files: dict[BundlePath, FileEntry]
+    """Every file of the bundle but the manifest, by its path."""
     variants: list[Variant] = []
+    """The second and later geometries of the bundle; empty where it has one."""
     engines: Engines | None = None
     """None where nothing was built."""
     tensors: dict[str, StoredTensor] = {}
     """What engines without weights of their own, and sessions on a GPU, take from the weights files."""
     forecast: Forecast | None = None
+    """None where nothing was foretold."""
     pixels: PixelProbe | None = None
     """None in bundles of schema 1, and where images are not resized."""
     preprocessing: Preprocessing | None = None
+    """None in bundles of schema 1 and 2."""
     tokenizer: TokenizerFacts | None = None
+    """None in bundles of schema 1 and 2."""
     prompt: PromptFacts | None = None
+    """None in bundles of schema 1 and 2."""
     requires: Requires | None = None
+    """None in bundles of schema 1 and 2."""
     self_test: BundlePath | None = None
     """The file that says what goes in and what has to come out (``runtime/schema_self_test.py``)."""
     manifest_sha256: Digest | None = None
+    """SHA-256 of everything else here, in canonical JSON: keys sorted at every depth, one space of indent a level,
+    ``,`` and a newline between entries, ``: `` behind keys, no escapes but JSON's own, UTF-8, a newline at the end."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from secateur.runtime.schema_input_checks import check_preprocessing
+
 if TYPE_CHECKING:
     from secateur.runtime.schema import Manifest, Port, Program, Variant
 
@@ -31,6 +33,8 @@ def check_part(part: Manifest | Variant, whole: Manifest) -> None:
         )
     _check_ports(part)
     _check_caches(part, whole)
+    if part.preprocessing is not None:
+        check_preprocessing(part, part.preprocessing, whole.model.image_token_id)
     if part.forecast is not None:
         _check_forecast(part)
 

@@ -41,7 +41,7 @@ LONG = (
     "test_demo_run.py", "test_compile_scale.py", "test_timed_prompts.py",
 )  # fmt: skip
 """Files whose tests are few and long: begun first, so that no worker is left alone with one at the end."""
-TOGETHER = ("test_export.py", "test_passes.py", "test_passes_golden.py")
+TOGETHER = ("test_export.py", "test_passes.py", "test_passes_golden.py", "test_manifest_page.py")
 """Files that look at the same pruned programs, of every row of the table, which one worker then makes once."""
 
 

@@ -16,7 +16,7 @@ from secateur.runtime.sizes import size_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from secateur.runtime.schema import Engines, GeometrySizes, Manifest, Port
+    from secateur.runtime.schema import Engines, GeometrySizes, Manifest, Port, Requires
 
 
 def inspect(
@@ -149,6 +149,9 @@ def _overview(m: Manifest, facts: dict[str, Any]) -> Table:
         ("target", f"{m.target}, {m.dtype}, opset {m.opset}, dialect {m.dialect}"
                    + (f", {m.provider}" if m.provider else "") + (f", SM {m.sm}" if m.sm else "")),
         *([("engines", _engines_text(m.engines))] if m.engines else []),
+        *([("requires", _requires_text(m.requires))] if m.requires else []),
+        *((what + of, text) for of, one in _numbered(m) for what, text in _preprocessing_texts(one)),
+        *([("text", _text_text(m))] if m.tokenizer else []),
         *(("note", note) for note in dict.fromkeys(note for one in m.each_variant() for note in one.notes)),
         ("caches", ", ".join(size_text(one["cache_bytes"]) for one in facts["geometries"])),
         *((f"forecast{of}", text) for of, text in _forecasts(m, facts)),
@@ -168,6 +171,60 @@ def _engines_text(e: Engines) -> str:
     said += [f"optimization level {e.opt_level}"] if e.opt_level is not None else []
     said += [f"workspace {size_text(e.workspace)}"] if e.workspace is not None else []
     return ", ".join(said)
+
+
+def _requires_text(r: Requires) -> str:
+    said = [f"{r.library} {r.version}" + ("" if r.exact else " or newer")]
+    said += [f"SM {', '.join(map(str, r.architectures))}"] if r.architectures else []
+    said += [", ".join(f"{domain} {opset}" for domain, opset in r.domains.items())]
+    said += ["caches bound in place" if r.caches == "in_place" else "caches in place or copied"]
+    return "; ".join([*said, *(f"{name}={value}" for name, value in r.options.items())])
+
+
+def _numbered(m: Manifest) -> list[tuple[str, Manifest]]:
+    """Every geometry, and its number where there are several."""
+    return [(f" {number}" if m.variants else "", one) for number, one in enumerate(m.each_variant())]
+
+
+def _preprocessing_texts(m: Manifest) -> list[tuple[str, str]]:
+    """What becomes of pictures, a video and sound, a line for each."""
+    p = m.preprocessing
+    if p is None:
+        return []
+    lines = [("pixels", ", ".join(map(_step_text, steps))) for steps in p.images]
+    if p.video is not None:
+        chosen = f"{p.video.frames} frames" + (", the last one among them" if p.video.ends else "")
+        lines.append(("pixels", f"{chosen}: " + ", ".join(map(_step_text, p.video.steps))))
+    if p.sound is not None:
+        s = p.sound
+        lines.append(
+            ("sound", f"{s.samples} samples at {s.sampling_rate} Hz, {s.mel_bins} mel bins, {s.frames} frames")
+        )
+    return lines
+
+
+def _step_text(step: Any) -> str:
+    """``resize 336x336 bicubic``."""
+    said = step.model_dump()
+    words = [said.pop("op").replace("_", " ")]
+    if "grid" in said:
+        return f"{words[0]} {'x'.join(map(str, said['grid']))}"
+    if "height" in said:
+        words.append(f"{said['height']}x{said['width']}")
+    if "edge" in said:
+        words.append(str(said["edge"]))
+    return " ".join([*words, *([said["filter"]] if "filter" in said and words[0] != "tiles" else [])])
+
+
+def _text_text(m: Manifest) -> str:
+    assert m.tokenizer is not None
+    t = m.tokenizer
+    parts = [t.model, *dict.fromkeys((*t.normalizers, *t.pre_tokenizers, *t.decoders))]
+    said = [f"tokenizer {', '.join(parts)}", f"{t.added_tokens} added tokens"]
+    said += [f"{len(t.before)} put before"] if t.before else []
+    said += [f"{len(t.behind)} put behind"] if t.behind else []
+    template = m.prompt.template if m.prompt else None
+    return "; ".join([*said, template or "no chat template"])
 
 
 def _forecasts(m: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -207,6 +264,7 @@ def draw_segments(m: Manifest, facts: dict[str, Any]) -> Table:
     table = make_table("segment", "layers", "tokens", "visual", "cached", "capacity", "caches", title="Segments")
     for s in m.segments:
         table.add_row(
+            # As a range with both ends: the manifest's ``last_layer`` is exclusive.
             s.name, f"{s.first_layer}-{s.last_layer - 1}", str(s.length), str(s.length - m.geometry.fixed_tokens),
             str(s.length - s.evicted), str(s.capacity), size_text(facts["segment_cache_bytes"][s.name]),
         )  # fmt: skip

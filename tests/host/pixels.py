@@ -32,7 +32,7 @@ def run_video(preprocessing: Json, frames: list[Source]) -> Array:
     video = preprocessing["video"]
     count, wanted = len(frames), video["frames"]
     if video["ends"]:
-        chosen = [int(round(i * (count - 1) / (wanted - 1))) for i in range(wanted)]
+        chosen = [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
     else:
         chosen = [i * count // wanted for i in range(wanted)]
     return run_steps(video["steps"], [frames[index] for index in chosen], preprocessing["passes"])

@@ -115,7 +115,8 @@ def _crop_steps(of: CropPipeline) -> list[s.Step]:
     if of.longest is not None:
         steps.append(s.ResizeLongest(edge=of.longest, filter=filter))
     canvas = of.canvas(of.size)
-    whole = "none" if of.tiles == 1 else "canvas" if of.whole_of_canvas else "picture"
+    whole: Literal["none", "canvas", "picture"] = "canvas" if of.whole_of_canvas else "picture"
+    whole = "none" if of.tiles == 1 else whole
     tiles = s.Tiles(
         canvas="stretched", height=canvas[0], width=canvas[1], tile_height=of.edges[0], tile_width=of.edges[1],
         whole=whole, whole_first=False, filter=filter,

@@ -21,6 +21,7 @@ from secateur.compiler.processor_files import open_processor, take_processor_fil
 from secateur.compiler.program import ProgramSet
 from secateur.compiler.pruned import Job, Pruned
 from secateur.compiler.requirements import describe_requires
+from secateur.exporters.dialects import UNROLLED
 from secateur.exporters.engine_options import EngineOptions
 from secateur.exporters.onnx import Exported, port_name
 from secateur.exporters.tensorrt import EngineInfo, load_library
@@ -39,6 +40,7 @@ class Target:
     """What a bundle is built for. ``provider`` is the ONNX Runtime provider that runs it, None if none does.
 
     ``sms`` are all GPU architectures its engines run on, ``sm`` the first of them; ``engines`` says how to build them.
+    ``unrolled``: its graphs have no Loop, Scan or If.
     """
 
     name: str
@@ -46,9 +48,12 @@ class Target:
     sm: int | None
     sms: tuple[int, ...] = ()
     engines: EngineOptions | None = None
+    unrolled: bool = False
 
     @property
     def dialect(self) -> str:
+        if self.unrolled:
+            return UNROLLED
         return "tensorrt" if self.name.startswith("tensorrt") else self.name
 
     @property

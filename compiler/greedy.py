@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 
+NOTHING = torch.finfo(torch.float32).min
+"""OpenVINO 2026.4 gives this as the largest of values that are all minus infinity; a number is above both."""
+
 Fold = Callable[[Tensor, Tensor], Tensor]
 Gain = Callable[..., Tensor]
 
@@ -88,7 +91,7 @@ def pick_by_determinant(table: Tensor, score: Tensor, k: int) -> Tensor:
         table: Tensor, offset: Tensor, position: Tensor, score: Tensor, rank: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         spread = torch.where(left + taken > SPENT, score * torch.sqrt(left.clamp_min(0.0)), -math.inf)
-        outside = spread.amax(dim=1, keepdim=True) > -math.inf
+        outside = spread.amax(dim=1, keepdim=True) > NOTHING
         pick = torch.where(outside, spread, score + taken).argmax(dim=1)
         mine = pick.reshape(-1, 1)
         variance = left.gather(1, mine)

@@ -34,6 +34,7 @@ from secateur.compiler.explain import Explanation, describe_pruned
 from secateur.compiler.flops import count_flops
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.geometry_text import list_geometries, make_geometry, read_geometries, read_sizes
+from secateur.compiler.loops import check_loops
 from secateur.compiler.meta_model import DTYPES, build_meta_model
 from secateur.compiler.output import check_output, recover_output
 from secateur.compiler.passlist import PASSES, Pass, check_pass, count_unpruned, prune
@@ -78,6 +79,7 @@ def compile(
     sm: int | Sequence[int] | None = None,
     engines: EngineOptions | None = None,
     weights: str | None = None,
+    loops: str | None = None,
     force: bool = False,
     dump_dir: Path | None = None,
     stop_after: str | None = None,
@@ -95,18 +97,19 @@ def compile(
     for its CUDA provider and for TensorRT, any for plain, fp32 by default, or ``auto`` for the checkpoint's own;
     ``sm`` the GPU architecture for tensorrt-rtx, or several that one engine is to run on, and ``engines`` how TensorRT
     builds. ``weights`` says how they come into the bundle: ``stream``, the default, writes one file of them, cast where
-    needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``expected`` says
-    what the device has, who is told the forecast, and whether it may stop the work before anything is written.
+    needed, tensor by tensor; ``reference`` hard-links the checkpoint's files, ``copy`` copies them. ``loops`` is for
+    plain: ``keep``, the default, or ``unroll``, no control flow in the graphs. ``expected`` says what the device has,
+    who is told the forecast, and whether it may stop the work before anything is written.
     ``self_test`` says what of it the bundle holds: ``full``, ``inputs`` (nothing that takes running the programs),
     ``none``, or ``auto``, the default: ``full`` where the programs run here in about a second. Returns ``out``; with
     ``stop_after`` nothing is written and the programs as that pass left them are returned.
     Raises UserError for bad input, before anything long starts where that is possible.
     """
     out, geometries = Path(out), list_geometries(geometry)
-    goal = check_target(target, None if dtype == AUTO else dtype, sm, engines=engines)
+    goal = check_target(target, None if dtype == AUTO else dtype, sm, engines=engines, loops=loops)
     check_pass(stop_after)
     if stop_after is not None:
-        _warn_unused(weights=weights, force=force or None, sm=sm, engines=engines, expected=expected,
+        _warn_unused(weights=weights, loops=loops, force=force or None, sm=sm, engines=engines, expected=expected,
                      self_test=self_test)  # fmt: skip
     self_test = self_test or "auto"
     check_level(self_test, goal.name, goal.dtype)
@@ -133,7 +136,7 @@ def compile(
         if dtype == AUTO:
             read_ahead()
             own = Checkpoint(source.path, build_meta_model(source, "fp32")).dtype()
-            goal = check_target(target, own, sm, AUTO, engines)
+            goal = check_target(target, own, sm, AUTO, engines, loops)
             check_level(self_test, goal.name, goal.dtype)
         budget = Budget.of(keep, mean_keep, flops_keep)
         if budget.rates is not None:
@@ -212,6 +215,7 @@ def explain(
     geometry: Geometry | None = None,
     target: str | None = None,
     dtype: str | None = None,
+    loops: str | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
     """What a recipe does to a model: stages, tokens per layer, FLOPs and cache bytes before and after.
@@ -222,7 +226,9 @@ def explain(
     geometry = geometry or Geometry()
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=DTYPES)
-    goal = None if target is None else name_target(target, dtype)
+    if target is None and loops is not None:
+        raise UserError("says nothing without a target", where="--loops", fix="give --target plain as well")
+    goal = None if target is None else name_target(target, dtype, loops)
     dtype = goal.dtype if goal else dtype or "fp32"
     row = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
     source = read_source(Path(model_dir))
@@ -273,12 +279,13 @@ def plan_one(source: Source, number: int, geometries: Sequence[Geometry], recipe
         raise UserError(str(error), where=f"geometry {number}") from None
 
 
-def name_target(target: str, dtype: str | None) -> Target:
+def name_target(target: str, dtype: str | None, loops: str | None = None) -> Target:
     """A target that need not be there, with its default dtype."""
     if target not in TARGETS:
         raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
+    unrolled = check_loops(target, loops)
     if not target.startswith("tensorrt"):
-        return _graph_target(target, dtype)
+        return replace(_graph_target(target, dtype), unrolled=unrolled)
     dtype = dtype or "fp16"
     sms = tensorrt.check_target(target, dtype=dtype)
     return Target(target, dtype, sms[0] if sms else None, sms, EngineOptions())
@@ -290,6 +297,7 @@ def check_target(
     sm: int | Sequence[int] | None,
     asked: str | None = None,
     engines: EngineOptions | None = None,
+    loops: str | None = None,
 ) -> Target:
     """Resolve defaults and refuse what no backend runs; TensorRT's library must be there and have the options.
 
@@ -299,6 +307,7 @@ def check_target(
         raise UserError(f"no target {target!r}", where="--target", available=TARGETS)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}", where="--dtype", available=(*DTYPES, AUTO))
+    unrolled = check_loops(target, loops)
     if target.startswith("tensorrt"):
         dtype = dtype or "fp16"
         options = engines or EngineOptions()
@@ -314,7 +323,7 @@ def check_target(
         raise UserError(f"target {target} builds no engines", where=where, fix="leave it out")
     if sm:
         raise UserError(f"target {target} has no GPU architecture", where="--sm", fix="leave --sm out")
-    goal = _graph_target(target, dtype, asked)
+    goal = replace(_graph_target(target, dtype, asked), unrolled=unrolled)
     if goal.provider is None:
         if target == "onnxruntime":
             where = f"--dtype {goal.dtype}" if asked is None else f"--dtype {asked}, the checkpoint is {goal.dtype}"

@@ -218,6 +218,11 @@ def type_of(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
+def make_port(b: Builder, name: str, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
+    """An input of the graph that ``b`` writes."""
+    return ir.Value(name=f"{b.prefix}{name}", shape=ir.Shape(shape), type=ir.TensorType(kind))
+
+
 def _attribute(name: str, value: Any) -> ir.Attr:
     if isinstance(value, ir.Graph):
         return ir.AttrGraph(name, value)

@@ -2,7 +2,7 @@
 
 ``onnxruntime``: GroupQueryAttention with shared past/present buffers, MultiHeadAttention in towers;
 ``onnxruntime-cuda`` likewise, for its CUDA provider. ``tensorrt``: TensorScatter and ONNX Attention with an explicit
-mask. ``plain``: standard opset 23 only.
+mask. ``plain``: standard opset 23 only, for other toolchains; ``plain-unrolled`` likewise, without Loop, Scan and If.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of, type_of
 from secateur.exporters.lint_attention import FEWEST_ROWS, MOST_KEYS
 from secateur.exporters.lowering import aten, output, read
-from secateur.exporters.lowering_experts import lower_scanned
+from secateur.exporters.lowering_experts import lower_looped, lower_scanned
 from secateur.exporters.lowering_experts_batched import lower_batched
-from secateur.exporters.lowering_scan import lower_written_out
+from secateur.exporters.lowering_scan import lower_as_loop, lower_written_out
 from secateur.exporters.lowering_sorting import WITHIN_LIMIT
 from secateur.exporters.masks import add_mask, read_limits, see_cached, see_fresh
 
+UNROLLED = "plain-unrolled"
 MICROSOFT = "com.microsoft"
 _AT_ONCE, _CACHED = (5, 8, 9), (8, 10, 11, 12)
 """Where attention nodes without and with a cache have window, block_ids, positions and past_positions."""
@@ -291,27 +292,28 @@ _ONNXRUNTIME: dict[Any, Lower] = {
     ops.write_rows: _write_rows(_write_plain),
 }
 
+_PLAIN: dict[Any, Lower] = {
+    **_COMMON,
+    ops.rotary: _rotary_heads,
+    ops.attention: _attend_plainly,
+    ops.cached_attention: _attend_with_cache,
+    ops.write_rows: _write_rows(_write_plain),
+}
+_WITHOUT_LOOPS: dict[Any, Lower] = {ops.experts: lower_batched, torch.ops.higher_order.scan: lower_written_out}
+
 DIALECTS: dict[str, Dialect] = {
     d.name: d
     for d in (
         Dialect("onnxruntime", 23, {**_ONNXRUNTIME, ops.experts: lower_scanned}, {MICROSOFT: 1}),
         Dialect("onnxruntime-cuda", 23, {**_ONNXRUNTIME, ops.experts: lower_batched}, {MICROSOFT: 1}),
-        Dialect(
-            "plain", 23,
-            {
-                **_COMMON, ops.rotary: _rotary_heads, ops.attention: _attend_plainly,
-                ops.cached_attention: _attend_with_cache, ops.write_rows: _write_rows(_write_plain),
-                ops.experts: lower_scanned,
-            },
-            {},
-        ),
+        Dialect("plain", 23, {**_PLAIN, ops.experts: lower_looped, torch.ops.higher_order.scan: lower_as_loop}, {}),
+        Dialect(UNROLLED, 23, {**_PLAIN, **_WITHOUT_LOOPS}, {}),
         Dialect(
             "tensorrt", 24,
             {
-                **_COMMON, **WITHIN_LIMIT, ops.rotary: _rotary_heads, ops.attention: _attend_plainly,
+                **_COMMON, **WITHIN_LIMIT, **_WITHOUT_LOOPS, ops.rotary: _rotary_heads, ops.attention: _attend_plainly,
                 ops.cached_attention: _cached(_write_scatter, _attend_twice),
                 ops.write_rows: _write_rows(_write_scatter),
-                ops.experts: lower_batched, torch.ops.higher_order.scan: lower_written_out,
             },
             {},
         ),

@@ -1,10 +1,12 @@
 """Lowering of mixture-of-experts layers to static shapes, with every token's every expert whatever the router says.
 
-``lower_scanned`` is for backends that run one node after the other. Rows are grouped by expert into rounds of
-``experts x places``: as many places as an even share of the rows needs and some headroom, and as many rounds as the
-unluckiest expert needs, which may be chosen by every token. A ``Loop`` stops after the rounds that hold rows: an even
-load takes one. In a round a ``Scan`` steps from expert to expert. A step gets the expert's weights as slices of the
-stacked tensors, without a copy, and a nested ``If`` on the number of its rows lets it compute few more than it has.
+``lower_scanned`` and ``lower_looped`` are for backends that run one node after the other. Rows are grouped by expert
+into rounds of ``experts x places``: as many places as an even share of the rows needs and some headroom, and as many
+rounds as the unluckiest expert needs, which may be chosen by every token. A ``Loop`` stops after the rounds that hold
+rows: an even load takes one. In a round a ``Scan`` steps from expert to expert. A step gets the expert's weights as
+slices of the stacked tensors, without a copy, and a nested ``If`` on the number of its rows lets it compute few more
+than it has. OpenVINO 2026.4 imports no ``Scan`` that reads values of the graph around it; in ``plain`` graphs a second
+``Loop`` stands there, whose steps copy the weights of the experts that have rows.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import fx
 
 from secateur.compiler.program import args_of
-from secateur.exporters.builder import Builder, shape_of, type_of
+from secateur.exporters.builder import Builder, make_port, shape_of, type_of
 from secateur.exporters.lowering import read
 
 _HEADROOM = 2
@@ -27,6 +29,7 @@ _HEADROOM = 2
 _STEP = 16
 _SIZES = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 """Numbers of rows an expert's products are made for; a step takes the smallest that is enough."""
+_INT = ir.DataType.INT64
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
@@ -38,8 +41,22 @@ class Ranks:
     counts: ir.Value
 
 
+Run = Callable[[Builder, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
+"""From the builder, the rows of all tokens, ``gate_up``, ``down``, ``tokens [E,C]`` and ``counts [E]`` to the rows
+``[E,C,D]`` of those tokens, of which the first ``counts`` of each expert matter."""
+
+
 def lower_scanned(b: Builder, node: fx.Node) -> ir.Value:
-    """Expert by expert, for ONNX Runtime and plain graphs."""
+    """Expert by expert, for ONNX Runtime."""
+    return _lower(b, node, _scan)
+
+
+def lower_looped(b: Builder, node: fx.Node) -> ir.Value:
+    """Expert by expert, for toolchains that import ``Loop`` and no ``Scan`` that reads values around it."""
+    return _lower(b, node, _loop)
+
+
+def _lower(b: Builder, node: fx.Node, run_experts: Run) -> ir.Value:
     x, indices, weights, gate_up, down = (read(b, a) for a in args_of(node))
     tokens, chosen = shape_of(indices)
     experts = shape_of(gate_up)[0]
@@ -52,7 +69,7 @@ def lower_scanned(b: Builder, node: fx.Node) -> ir.Value:
     own = emit_like(b, "Add", start, within)
     if rounds == 1:
         table = b.reshape(place_tokens(b, own, experts * places), [experts, places])
-        made = _scan(b, rows, gate_up, down, table, ranks.counts)
+        made = run_experts(b, rows, gate_up, down, table, ranks.counts)
         return add_up(b, made, own, weights)
     turn = emit_like(b, "Div", ranks.rank, size)
     at = emit_like(b, "Add", own, emit_like(b, "Mul", turn, b.constant(experts * places, torch.int64)))
@@ -63,7 +80,7 @@ def lower_scanned(b: Builder, node: fx.Node) -> ir.Value:
         left = emit_like(inner, "Sub", ranks.counts, emit_like(inner, "Mul", number, size))
         mine = inner.op("Equal", turn, number, dtype=torch.bool, shape=[tokens, chosen])
         share = inner.op("Where", mine, weights, _zero(b, weights), dtype=type_of(weights), shape=[tokens, chosen])
-        return add_up(inner, _scan(inner, rows, gate_up, down, here, left), own, share)
+        return add_up(inner, run_experts(inner, rows, gate_up, down, here, left), own, share)
 
     most = b.op("ReduceMax", ranks.counts, b.ints(0), dtype=torch.int64, shape=[], attributes={"keepdims": 0})
     full = emit_like(b, "Add", most, b.constant(places - 1, torch.int64))
@@ -74,8 +91,8 @@ def _sum_rounds(b: Builder, rounds: ir.Value, like: ir.Value, run: Callable[[Bui
     """The sum of what the rounds give; ``rounds`` is known at run time only, no shape depends on it."""
     kind, shape = type_of(like), shape_of(like)
     inner = _inside(b, "round")
-    number, going = _port(inner, "number", ir.DataType.INT64, []), _port(inner, "going", ir.DataType.BOOL, [])
-    before = _port(inner, "sum", kind, shape)
+    number, going = (make_port(inner, n, t, []) for n, t in (("number", _INT), ("going", ir.DataType.BOOL)))
+    before = make_port(inner, "sum", kind, shape)
     after = emit_like(inner, "Add", before, run(inner, number))
     on = inner.op("Identity", going, dtype=torch.bool, shape=[])
     body = ir.Graph([number, going, before], [on, after], nodes=inner.nodes, name="round")
@@ -86,31 +103,63 @@ def _sum_rounds(b: Builder, rounds: ir.Value, like: ir.Value, run: Callable[[Bui
 def _scan(
     b: Builder, rows: ir.Value, gate_up: ir.Value, down: ir.Value, tokens: ir.Value, counts: ir.Value
 ) -> ir.Value:
-    """Rows ``[E,C,D]`` of the tokens ``[E,C]``, of which the first ``counts [E]`` of each expert matter."""
     experts, places = shape_of(tokens)
     kind, width = type_of(rows), shape_of(rows)[1]
     inner = _inside(b, "expert")
     feeds = {"gate_up": gate_up, "down": down, "tokens": tokens, "count": counts}
-    ports = {name: _port(inner, name, type_of(v), shape_of(v)[1:]) for name, v in feeds.items()}
+    ports = {n: make_port(inner, n, type_of(v), shape_of(v)[1:]) for n, v in feeds.items()}
     b.turned.update(ports[name] for name, feed in feeds.items() if feed in b.turned)
+    made = _step(inner, rows, ports["tokens"], ports["count"], lambda _: (ports["gate_up"], ports["down"]))
+    body = ir.Graph(list(ports.values()), [made], nodes=inner.nodes, name="expert")
+    attributes = {"body": body, "num_scan_inputs": len(feeds)}
+    return b.op("Scan", *feeds.values(), dtype=kind, shape=[experts, places, width], attributes=attributes)
+
+
+def _loop(
+    b: Builder, rows: ir.Value, gate_up: ir.Value, down: ir.Value, tokens: ir.Value, counts: ir.Value
+) -> ir.Value:
+    experts, places = shape_of(tokens)
+    kind, width = type_of(rows), shape_of(rows)[1]
+    inner = _inside(b, "expert")
+    number, going = (make_port(inner, n, t, []) for n, t in (("number", _INT), ("going", ir.DataType.BOOL)))
+
+    def take(at: Builder, stack: ir.Value) -> ir.Value:
+        one = at.op("Gather", stack, number, dtype=type_of(stack), shape=shape_of(stack)[1:], attributes={"axis": 0})
+        if stack in b.turned:
+            b.turned.add(one)
+        return one
+
+    mine, count = take(inner, tokens), take(inner, counts)
+    # Weights are taken in the branch that multiplies by them: those of experts without rows are not copied.
+    made = _step(inner, rows, mine, count, lambda branch: (take(branch, gate_up), take(branch, down)))
+    on = inner.op("Identity", going, dtype=torch.bool, shape=[])
+    body = ir.Graph([number, going], [on, made], nodes=inner.nodes, name="expert")
+    given = [b.constant(experts, torch.int64), b.constant(True)]
+    return b.op("Loop", *given, dtype=kind, shape=[experts, places, width], attributes={"body": body})
+
+
+def _step(
+    b: Builder, rows: ir.Value, tokens: ir.Value, count: ir.Value,
+    weights: Callable[[Builder], tuple[ir.Value, ir.Value]],
+) -> ir.Value:  # fmt: skip
+    """One expert's rows ``[C,D]`` of its ``tokens [C]``, of which the first ``count`` matter; ``weights`` gives
+    ``gate_up`` and ``down`` where they are used."""
+    (places,), width, kind = shape_of(tokens), shape_of(rows)[1], type_of(rows)
 
     def step(branch: Builder, size: int) -> ir.Value:
         """The first ``size`` rows; the places behind them stay zero."""
         if size == 0:
             whole = [places, width]
             return branch.op("Expand", _zero(b, rows), b.ints(*whole), dtype=kind, shape=whole)
-        ids = branch.slice(ports["tokens"], 0, 0, size)
+        ids = branch.slice(tokens, 0, 0, size)
         taken = branch.op("Gather", rows, ids, dtype=kind, shape=[size, width], attributes={"axis": 0})
-        made = _run_expert(branch, taken, ports["gate_up"], ports["down"])
+        made = _run_expert(branch, taken, *weights(branch))
         if size == places:
             return made
         return branch.op("Pad", made, b.ints(0, 0, places - size, 0), dtype=kind, shape=[places, width])
 
     sizes = [0, *(n for n in _SIZES if n < places), places]
-    made = _choose(inner, ports["count"], sizes, step)
-    body = ir.Graph(list(ports.values()), [made], nodes=inner.nodes, name="expert")
-    attributes = {"body": body, "num_scan_inputs": len(feeds)}
-    return b.op("Scan", *feeds.values(), dtype=kind, shape=[experts, places, width], attributes=attributes)
+    return _choose(b, count, sizes, step)
 
 
 def _run_expert(b: Builder, rows: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
@@ -227,7 +276,3 @@ def _inside(b: Builder, title: str) -> Builder:
     """A builder for the body of a loop or a branch."""
     place = f"{b.layer}/" if b.layer else ""
     return Builder(b.module, b.lowerings, b, prefix=f"{b.prefix}{place}{title}/")
-
-
-def _port(b: Builder, name: str, kind: ir.DataType, shape: list[int]) -> ir.Value:
-    return ir.Value(name=f"{b.prefix}{name}", shape=ir.Shape(shape), type=ir.TensorType(kind))

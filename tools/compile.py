@@ -16,6 +16,7 @@ from secateur.runtime.schema import PROGRAMS
 from secateur.tools.engine_flags import (
     EngineWeights,
     HardwareCompatible,
+    Loops,
     OptLevel,
     ScorePlugins,
     Sm,
@@ -102,6 +103,7 @@ def compile_model(
             "checkpoint's files, as they are. copy: copies of them."
         ),
     ] = None,
+    loops: Loops = None,
     self_test: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +132,7 @@ def compile_model(
       secateur compile MODEL_DIR -o ENGINES --recipe divprune --target tensorrt-rtx --sm 89
       secateur compile MODEL_DIR -o ENGINES --target tensorrt --dtype bf16 --workspace 8GiB --timing-cache FILE
       secateur compile MODEL_DIR -o BUNDLE --target plain --dtype auto --weights reference
+      secateur compile MODEL_DIR -o BUNDLE --recipe divprune --target plain --loops unroll
       secateur compile MODEL_DIR --recipe fastv --stop-after insert_decoder_stages
     """
     if out is None and stop_after is None:
@@ -162,7 +165,7 @@ def compile_model(
             model_dir, out or Path(), recipe=recipe, keep=keep, mean_keep=read_mean_keep(mean_keep),
             flops_keep=flops_keep,
             geometry=geometries, target=target, dtype=dtype, sm=sm or None, engines=engines,
-            weights=weights, force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
+            weights=weights, loops=loops, force=force, dump_dir=dump_dir, stop_after=stop_after, progress=tell,
             expected=expected, self_test=self_test,
         )  # fmt: skip
     if not isinstance(made, Path):

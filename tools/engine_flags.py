@@ -1,4 +1,4 @@
-"""The options of `secateur compile` that say how engines are built."""
+"""The options of `secateur compile` that say how graphs are written and engines built."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from secateur.tools.forecast import read_bytes
 if TYPE_CHECKING:
     from secateur.compiler.pipeline import EngineOptions
 
+Loops = Annotated[
+    str | None,
+    typer.Option(
+        help="For plain. keep (default): selectors that choose token by token, and experts, are ONNX loops. unroll: no "
+        "Loop, Scan or If, for toolchains without them; 1 to 7 kB of graph a step, and every expert is computed.",
+        metavar="keep|unroll",
+    ),
+]
 Sm = Annotated[
     list[int] | None,
     typer.Option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.tools.engine_flags import Loops
 from secateur.tools.geometry import (
     AudioInVideo,
     AudioSeconds,
@@ -58,6 +59,7 @@ def explain(
         str | None,
         typer.Option(help="fp32, fp16 or bf16; decides bytes. fp32 if not given, fp16 for GPUs."),
     ] = None,
+    loops: Loops = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> Any:
     """Show a recipe's stages, and for a model the tokens left per layer, FLOPs and cache bytes, before and after.
@@ -90,6 +92,7 @@ def explain(
             geometry=make_geometry(given, given),
             target=target,
             dtype=dtype,
+            loops=loops,
             progress=tell,
         )
     if as_json:

@@ -86,13 +86,17 @@ ANSWERS: dict[str, dict[str, str | Needs]] = {
         "timing_cache": Needs("{model} -o {out} --timing-cache {out}", ENGINES),
         "score_plugins": Needs("{model} -o {out} --score-plugins", ENGINES),
         "weights": Needs(STOPPED + "--weights stream", "weights says nothing", 0),
+        "loops": Needs("{model} -o {out} --loops unroll", "--loops: target onnxruntime has loops"),
         "force": Needs(STOPPED + "--force", "force says nothing", 0),
         "self_test": Needs(STOPPED + "--self-test full", "self_test says nothing", 0),
         "device_memory": Needs(STOPPED + "--device-memory 1GiB", "says nothing beside --stop-after", 0),
         "ignore_forecast": Needs(STOPPED + "--ignore-forecast", "says nothing beside --stop-after", 0),
         "stop_after": Needs(STOPPED + "--geometry images=1 --geometry images=2", "--stop-after: the programs of one"),
     },
-    "explain": say("none {model}", {**GEOMETRY, **BUDGET}) | {"target": USED, "dtype": "decides bytes"},
+    "explain": say("none {model}", {**GEOMETRY, **BUDGET}) | {
+        "target": USED, "dtype": "decides bytes",
+        "loops": Needs("none {model} --loops unroll", "--loops: says nothing without a target"),
+    },
     "run": {
         "prompt": USED, "image": USED, "video": USED, "audio": USED, "max_new_tokens": USED, "stop": USED,
         "repetition_penalty": USED, "generation": USED, "full_check": USED, "max_image_pixels": USED,
@@ -218,10 +222,10 @@ HERE = "this file"
 ARGUMENTS: dict[str, dict[str, str]] = {
     "compile": dict.fromkeys(
         ("model_dir", "out", "recipe", "keep", "mean_keep", "flops_keep", "geometry", "target", "dtype", "sm",
-         "engines", "weights", "force", "dump_dir", "stop_after", "expected", "self_test"), HERE,
+         "engines", "weights", "loops", "force", "dump_dir", "stop_after", "expected", "self_test"), HERE,
     ) | {"progress": "told"},
     "explain": dict.fromkeys(
-        ("recipe", "model_dir", "keep", "mean_keep", "flops_keep", "geometry", "target", "dtype"), HERE
+        ("recipe", "model_dir", "keep", "mean_keep", "flops_keep", "geometry", "target", "dtype", "loops"), HERE
     ) | {"progress": "told"},
     "verify": {"bundle": USED, "model_dir": USED, "how": "test_arguments_in_vain: those of verify_bundle"},
     "calibrate": {"model_dir": USED, "data": USED, "how": "those of calibrate_model, always used"},

@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := compile,cpu,tensorrt-rtx,dev
+# Releases of ONNX Runtime that tests run graphs on beside the installed one: the least and the newest.
+ONNXRUNTIMES := 1.23 1.32
+OTHERS := $(ONNXRUNTIMES:%=build/onnxruntime-%/.installed)
 # torch's own thread pool and pytest's workers would otherwise compete for the same cores. A file stays with one
 # worker, so that what its fixtures build is built once.
 WORKERS ?= 2
@@ -35,13 +38,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+build/onnxruntime-%/.installed: | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) 'onnxruntime==$*.*'
+	@touch $@
+
 demo: $(STAMP)  ## compile the demo model, ask it the sample questions, draw what was pruned
 	$(BIN)/python -m secateur.tools.demo
 
 demo-omni: $(STAMP)  ## the same with video and sound: SEATS on the omni demo model, accuracy on held-out clips
 	$(BIN)/python -m secateur.tools.demo.omni
 
-test: $(STAMP)  ## run every test that needs no GPU
+test: $(STAMP) $(OTHERS)  ## run every test that needs no GPU
 	$(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests
 
 test-matrix: $(STAMP)  ## compile every row for every layout: equal to its oracle, engines build; writes docs/

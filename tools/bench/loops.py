@@ -1,7 +1,9 @@
-"""Loops in TensorRT-RTX engines: `python -m secateur.tools.bench loops`.
+"""Loops and steps written out: `python -m secateur.tools.bench loops`, in TensorRT-RTX engines; with ``--plain`` in
+ONNX Runtime and OpenVINO.
 
 A stage of k dependent steps over a table of N x N beside one attention layer, as an ONNX Scan and with its steps
-written out, each built in a process of its own: some end it. No GPU is needed. The table is in docs/lint.md.
+written out, each built in a process of its own: some end it. No GPU is needed. The tables are in docs/lint.md and
+docs/other-toolchains.md.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +36,14 @@ except SecateurError as error:
 """
 
 
-def write_graph(path: Path, steps: int, count: int, dialect: str) -> None:
+def write_graph(path: Path, steps: int, count: int, dialect: str, half: bool = True) -> None:
     """``max_min`` over tokens ``[1,N,64]`` and, beside it, attention of four heads over as many rows."""
     import torch
 
     from secateur.compiler import ops
     from secateur.compiler.function import trace_function
     from secateur.exporters.dialects import DIALECTS
+    from secateur.exporters.lowering_scan import lower_as_scan
     from secateur.exporters.onnx import export_program, save_model
     from secateur.exporters.weights import WeightLayout
     from secateur.passes.drop_noops import drop_noops
@@ -48,10 +52,14 @@ def write_graph(path: Path, steps: int, count: int, dialect: str) -> None:
     def both(tokens: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
         return max_min(tokens, steps + 1).keep, ops.attention(q, k, v, 0.125, False)
 
-    heads = {name: torch.zeros(1, 4, count, 64, dtype=torch.float16) for name in "qkv"}
+    kind = torch.float16 if half else torch.float32
+    heads = {name: torch.zeros(1, 4, count, 64, dtype=kind) for name in "qkv"}
     feeds = {"tokens": torch.zeros(1, count, 64), **heads}
     program = drop_noops(trace_function("stage", both, feeds, ("keep", "seen")))
-    save_model(export_program(program, DIALECTS[dialect], WeightLayout({}, b"", {})), path)
+    # No dialect that TensorRT reads has the Scan.
+    scans = {**DIALECTS["plain"].lowerings, torch.ops.higher_order.scan: lower_as_scan}
+    chosen = replace(DIALECTS["plain"], lowerings=scans) if dialect == "scan" else DIALECTS[dialect]
+    save_model(export_program(program, chosen, WeightLayout({}, b"", {})), path)
 
 
 def build_apart(path: Path) -> dict[str, Any]:
@@ -66,12 +74,66 @@ def build_apart(path: Path) -> dict[str, Any]:
     return found | {"failed": rest or f"the process ended with {done.returncode}"}
 
 
+def measure_plain(path: Path, feeds: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of a graph; of ONNX Runtime and OpenVINO, on one thread, seconds to load it and the best of five runs."""
+    import onnxruntime as ort
+    import openvino
+
+    how = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_NUM_THREADS": 1}
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+
+    def load_onnxruntime() -> Any:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda given: session.run(None, given)
+
+    found: dict[str, Any] = {"bytes": path.stat().st_size}
+    for name, load in {
+        "onnxruntime": load_onnxruntime,
+        "openvino": lambda: openvino.Core().compile_model(str(path), "CPU", how),
+    }.items():
+        start = time.perf_counter()
+        run = load()
+        found[f"{name}_load"] = time.perf_counter() - start
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run(feeds)
+            times.append(time.perf_counter() - start)
+        found[f"{name}_run"] = min(times)
+    return found
+
+
+def compare_plain() -> tuple[list[dict[str, Any]], Table]:
+    """The cases as a loop and unrolled."""
+    import numpy as np
+
+    table = Table("steps", "of tokens", "form", "graph", *(f"{n}, {w}" for n in ("ONNX Runtime", "OpenVINO")
+                                                           for w in ("load", "run")))  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        for steps, count in CASES[2:4]:
+            noise = np.random.default_rng(0)
+            feeds = {n: noise.standard_normal((1, 4, count, 64)).astype(np.float32) for n in "qkv"}
+            feeds["tokens"] = noise.standard_normal((1, count, 64)).astype(np.float32)
+            for dialect in ("plain", "plain-unrolled"):
+                path = Path(folder) / f"{dialect}.onnx"
+                write_graph(path, steps, count, dialect, half=False)
+                row = {"steps": steps, "tokens": count, "dialect": dialect, **measure_plain(path, feeds)}
+                rows.append(row)
+                times = [
+                    f"{row[f'{n}_{w}'] * 1e3:.1f} ms" for n in ("onnxruntime", "openvino") for w in ("load", "run")
+                ]
+                table.add_row(str(steps), str(count), dialect, f"{row['bytes'] / 1e3:.0f} kB", *times)
+    return rows, table
+
+
 def draw(rows: list[dict[str, Any]]) -> Table:
     table = Table("steps", "of tokens", "Scan", "written out")
     for row in rows:
         shown = [
             f"{one['bytes'] / 1e6:.1f} MB, {one['seconds']:.1f} s" if "bytes" in one else one["failed"]
-            for one in (row["plain"], row["tensorrt"])
+            for one in (row["scan"], row["tensorrt"])
         ]
         table.add_row(str(row["steps"]), f"{row['tokens']:,}", *shown)
     return table
@@ -80,16 +142,23 @@ def draw(rows: list[dict[str, Any]]) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m secateur.tools.bench loops", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--plain", action="store_true", help="ONNX Runtime and OpenVINO, a loop and unrolled")
     options = parser.parse_args(arguments)
+    if options.plain:
+        rows, table = compare_plain()
+        results.print(table)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
     if importlib.util.find_spec("tensorrt_rtx") is None:
         sys.stderr.write("loops: tensorrt-rtx is not installed (pip install 'secateur[tensorrt-rtx]')\n")
         sys.exit(2)
-    rows = []
+    rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         for steps, count in CASES:
             notes.print(f"{steps} steps of {count} tokens")
             row: dict[str, Any] = {"steps": steps, "tokens": count}
-            for dialect in ("plain", "tensorrt"):
+            for dialect in ("scan", "tensorrt"):
                 path = Path(folder) / f"{dialect}.onnx"
                 write_graph(path, steps, count, dialect)
                 row[dialect] = build_apart(path)

@@ -1,7 +1,10 @@
 """The eager oracle: the unmodified Hugging Face model with a recipe's stages run under hooks.
 
-It shares the stage functions with the compiled graph and nothing else: no tracing, no passes, no padding, no
-caches of fixed size. Rows are run one by one at their own length.
+Rows are run one by one at their own length: no tracing, no padding, no caches of fixed size. What a stage leaves, what
+it tells later ones, segments and blocks are read a second time here (:mod:`secateur.compiler.oracle_stages`). With the
+compiled graph it shares the plan (which stages, at which layers, how many tokens), the stages' own functions, and what
+makes signals of a layer's projections (``passes/signals.py``, ``passes/tile_rows.py``). Each of these is held against
+a reading that is not ours, or not of this code: ``tests/unit/test_shared_symbols.py`` lists them.
 """
 
 from __future__ import annotations
@@ -16,21 +19,22 @@ from torch import Tensor, nn
 
 from secateur.compiler.families.family import VisionFacts
 from secateur.compiler.image_sizes import encode_sizes
+from secateur.compiler.oracle_stages import (
+    State,
+    Thinned,
+    begin_state,
+    count_in_row,
+    number_blocks,
+    tell_later,
+    thin_rows,
+)
 from secateur.compiler.oracle_walk import Walk
 from secateur.compiler.prompt_order import from_prompt, to_prompt
 from secateur.compiler.pruned import Job
 from secateur.compiler.recording import Record, load_recording_model, recording
 from secateur.compiler.tile_slots import follow_kept, lay_out_rows, slots_left
 from secateur.passes.check_stages import tower_layers
-from secateur.passes.insert_decoder_stages import track_state
-from secateur.passes.join_phases import number_blocks
-from secateur.passes.signals import (
-    PatchView,
-    list_tower_raws,
-    make_probes,
-    tower_raw,
-)
-from secateur.passes.sites import Seen, Thinned, reduce_patches, start_state
+from secateur.passes.signals import PatchView, list_tower_raws, make_probes, patch_signals, tower_raw
 from secateur.passes.stage import StageFunction
 from secateur.passes.tile_rows import TileMap
 
@@ -131,7 +135,7 @@ class Oracle:
             mask = None
             if self.family.image_masks is not None:
                 mask = self.family.image_masks(self.decoder.config, hidden, positions[None], cache, image)
-                walk.block_ids, walk.whole = number_blocks(image), mask["full_attention"]
+                walk.block_ids, walk.whole = number_blocks(image[0])[None], mask["full_attention"]
             with walk.hooked():
                 planes: dict[str, Any] = {"visual_pos_masks": image, "deepstack_visual_embeds": row.planes}
                 out = self.decoder(
@@ -139,7 +143,7 @@ class Oracle:
                     attention_mask=mask, **(planes if row.planes else {}),
                 ).last_hidden_state  # fmt: skip
             row.logits.append(self.head(out[0, -1]).float())
-            removed = {s.first_layer: s.removed for s in walk.segments}
+            removed = [len(input_ids) - rows for rows in walk.rows_seen]
             for step in range(len(forced_tokens) + greedy):
                 token = forced_tokens[step] if step < len(forced_tokens) else int(row.logits[-1].argmax())
                 at = len(input_ids) + step
@@ -162,7 +166,7 @@ class Oracle:
         facts, stages = self.job.source.vision, self.job.vision_stages
         if facts.sizes:
             return encode_sizes(self, pixel_values, row, forced, record)
-        state: dict[str, Tensor] = {}
+        state = begin_state(stages[0].planned.groups, stages[0].planned.length_in) if stages else {}
         entering: dict[str, Tensor] = {}
         planes: list[Tensor] = []
 
@@ -181,18 +185,16 @@ class Oracle:
                 state.pop("carried", None)
             name, left = stage.planned.name, stage.planned.length_out
             given = None
-            offset = torch.arange(stage.planned.groups)[:, None] * stage.planned.length_in
             if name in forced:
                 chosen = from_prompt(self.job, index, forced[name])
-                given = chosen.reshape(stage.planned.groups, left) - offset
-            watch: list[Seen] = []
-            tracked = [*track_state(stages, index + 1), "carried"]
-            thin = self._thin(stage, tokens, facts, self.tower, self.family.vision_attention, state, extra, record,
-                              tracked, given, watch)  # fmt: skip
+                given = chosen.reshape(stage.planned.groups, left)
+                given = given - torch.arange(stage.planned.groups)[:, None] * stage.planned.length_in
+            thin = self._thin(row, stage, tokens, facts, self.tower, self.family.vision_attention, state, extra, record,
+                              given)  # fmt: skip
             state.update(thin.state)
-            self.note(row, stage, to_prompt(self.job, index, (thin.kept + offset).flatten()), watch)
             if not stage.planned.observes:
-                planes[:] = [thin.thin(plane) for plane in planes]
+                row.kept[name] = to_prompt(self.job, index, count_in_row(thin.map.keep, stage.planned.length_in))
+                planes[:] = [thin_rows(plane, thin.map) for plane in planes]
             return torch.cat([head, thin.tokens], 1) if cls else thin.tokens
 
         if facts.projector_merges:
@@ -249,11 +251,9 @@ class Oracle:
         layers = list(self.model.get_submodule(tower.tower.layers).children())
         state: dict[str, Tensor] = {}
         for stage in job.audio_stages:
-            watch: list[Seen] = []
-            thin = self._thin(stage, heard, facts, layers, tower.tower.attention, state, {}, record, ["carried"], None,
-                              watch)  # fmt: skip
+            state = state or begin_state(stage.planned.groups, stage.planned.length_in)
+            thin = self._thin(row, stage, heard, facts, layers, tower.tower.attention, state, {}, record, None)
             state.update(thin.state)
-            self.note(row, stage, thin.kept.flatten(), watch)
         order = torch.tensor(job.media_order)
         if job.carries and self.carried is not None:
             self.carried = torch.cat([self.carried, state["carried"].reshape(1, -1)], 1)[:, order]
@@ -262,9 +262,8 @@ class Oracle:
         return torch.cat([row.features, tokens])[order]
 
     def _thin(
-        self, stage: StageFunction, tokens: Tensor, facts: VisionFacts, tower: Sequence[Any], attention: str,
-        state: Mapping[str, Tensor], extra: Mapping[str, Tensor], record: Record, tracked: Sequence[str],
-        given: Tensor | None, watch: list[Seen],
+        self, row: RowRun, stage: StageFunction, tokens: Tensor, facts: VisionFacts, tower: Sequence[Any],
+        attention: str, state: State, extra: Mapping[str, Tensor], record: Record, given: Tensor | None,
     ) -> Thinned:  # fmt: skip
         """Run a stage behind or between the layers of a tower on ``tokens [M,N,D]``."""
         layers = tower_layers(stage, facts)
@@ -277,24 +276,22 @@ class Oracle:
             else:
                 heads, scale = record.taken[module]
                 raw[tower_raw(kind, layer)] = heads[kind]
-        groups, length = stage.planned.groups, stage.planned.length_in
-        begun = start_state([n for n in stage.signals if n not in state], groups, length)
         whole = facts.resizes_picture
-        tiles = None if len(tokens) == groups and not whole else TileMap.of(facts)
-        seen = PatchView(tokens, raw, scale, facts.has_cls, {**begun, **state}, extra, facts.grid, facts.merge,
+        tiles = None if len(tokens) == stage.planned.groups and not whole else TileMap.of(facts)
+        seen = PatchView(tokens, raw, scale, facts.has_cls, state, extra, facts.grid, facts.merge,
                          facts.patch_order, None if tiles is None else tiles.join, whole)  # fmt: skip
-        return reduce_patches(stage, seen, layers, tracked, given, watch)
+        signals = patch_signals(stage, seen, layers)
+        self.note(row, stage, signals)
+        chosen, carry = stage.run(signals, given)
+        left = tokens if stage.planned.observes else thin_rows(seen.rows, chosen)
+        return Thinned(left, chosen, tell_later(state, carry, chosen))
 
-    def note(self, row: RowRun, stage: StageFunction, kept: Tensor, watch: Sequence[Seen]) -> None:
-        """Write down what a stage saw and chose."""
-        name = stage.planned.name
-        if not stage.planned.observes:
-            row.kept[name] = kept
-        for seen in watch:
-            if seen.score is not None:
-                row.score[name] = seen.score
-            if self.keep_signals:
-                row.signals[name] = seen.signals
+    def note(self, row: RowRun, stage: StageFunction, signals: dict[str, Tensor]) -> None:
+        """Write down what a stage saw, and what it thought of it."""
+        if stage.bound.score is not None:
+            row.score[stage.planned.name] = stage.score(signals)
+        if self.keep_signals:
+            row.signals[stage.planned.name] = signals
 
     def _positions(self, ids: Tensor, image: Tensor, row: RowRun) -> tuple[Tensor, int]:
         """Position ids of a row's slots ``[N]`` or ``[3,N]``, and that of the first new token."""
@@ -360,23 +357,21 @@ class Oracle:
             seen += 1
         return torch.tensor(positions)
 
-    def _numbers(self, removed: Mapping[int, int], slot: int, position: int) -> list[int]:
-        """What a new token is numbered in every layer."""
+    def _numbers(self, removed: Sequence[int], slot: int, position: int) -> list[int]:
+        """What a new token is numbered in every layer, of which each did not see so many rows of the prompt."""
         fresh = self.job.plan.recipe.positions == "compact"
-        gone = [removed[max(k for k in removed if k <= index)] for index in range(len(self.layers))]
-        return [slot - count if fresh and count else position for count in gone]
+        return [slot - count if fresh and count else position for count in removed]
 
     @contextmanager
-    def _decode_positions(self, removed: Mapping[int, int], slot: int) -> Iterator[None]:
+    def _decode_positions(self, removed: Sequence[int], slot: int) -> Iterator[None]:
         """Under fresh numbering a new token stands, in a pruned segment, at its slot there."""
         if self.job.plan.recipe.positions == "original":
             yield
             return
 
         def renumber(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            first = max(k for k in removed if k <= self.layers.index(module))
-            if removed[first]:
-                position = torch.tensor([[slot - removed[first]]])
+            if count := removed[self.layers.index(module)]:
+                position = torch.tensor([[slot - count]])
                 kwargs["position_embeddings"] = self.rotate(module, args[0], position)
             return args, kwargs
 

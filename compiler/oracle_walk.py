@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from secateur.compiler.oracle_stages import begin_state, find_slots, shorten, tell_later
 from secateur.compiler.oracle_windows import Windows
 from secateur.compiler.recording import Record
-from secateur.passes.insert_decoder_stages import split_segments, track_state
-from secateur.passes.signals import (
-    Raw,
-    SequenceView,
-    list_raws,
-    take_head_rows,
-)
-from secateur.passes.sites import Seen, locate, reduce_sequence, start_state
+from secateur.passes.signals import Raw, SequenceView, list_raws, sequence_signals
 from secateur.passes.stage import StageFunction
 
 if TYPE_CHECKING:
@@ -47,9 +41,10 @@ class Walk:
         """Every layer's own rotary tables so far, of all the prompt's slots."""
         stages = oracle.job.decoder_stages
         self.stages = {s.planned.site.layer: (i, s) for i, s in enumerate(stages)}
-        self.segments = split_segments([s.planned for s in stages], len(oracle.layers), prunable.shape[1], 0)
+        self.rows_seen: list[int] = []
+        """Of every layer so far, how many rows of the prompt it saw."""
         self.entered = int(prunable.sum())
-        self.state = start_state(track_state(stages, 0), 1, self.entered)
+        self.state = begin_state(1, self.entered)
         if oracle.carried is not None:
             self.state["carried"] = oracle.carried
         self.branches: dict[str, Tensor] = {}
@@ -97,6 +92,7 @@ class Walk:
         self.tables.append(kwargs["position_embeddings"])
         if index in self.stages:
             hidden = self._reduce(*self.stages[index], hidden)
+        self.rows_seen.append(hidden.shape[1])
         kwargs["position_embeddings"] = self._tables(index, hidden)
         whole, numbers = self.whole, self.numbers if self.numbers.dim() == 1 else torch.arange(hidden.shape[1])
         if whole is not None and self.slots is not None:
@@ -123,31 +119,44 @@ class Walk:
         stages = self.oracle.job.decoder_stages
         if place and stage.planned.part != stages[place - 1].planned.part:
             self.state.pop("carried", None)
+        planned = stage.planned
         last = torch.tensor([hidden.shape[1] - 1])
-        columns, texts = locate(self.prunable, int(self.prunable.sum()))
-        raw, scale = self._raw(stage, hidden, {"last": last[:, None], "text": texts, "visual": columns})
+        columns, texts = find_slots(self.prunable[0])
+        if planned.length_out == 0:
+            self.row.kept[planned.name] = columns[:0]
+            return self._leave(stage, hidden[:, texts], texts, torch.zeros(1, len(texts), dtype=torch.bool))
+        slots = {"last": last, "text": texts, "visual": columns}
+        raw, scale = self._raw(stage, hidden, slots)
         blocks = self.block_ids if self.block_ids is None or self.slots is None else self.block_ids[:, self.slots]
-        seen = SequenceView(hidden, last, columns, texts, raw, scale, self.state, self.entered,
+        seen = SequenceView(hidden, last, columns[None], texts[None], raw, scale, self.state, self.entered,
                             self.oracle.job.source.vision.extra_rows, blocks, self.question,
                             self._windows_of(stage), self.numbers[None])  # fmt: skip
-        name = stage.planned.name
-        given = self.forced[name][None] if name in self.forced else None
-        watch: list[Seen] = []
-        reduced = reduce_sequence(stage, seen, self.prunable, track_state(stages, place + 1), given, watch)
-        self.state = reduced.state
-        self.oracle.note(self.row, stage, reduced.kept[0], watch)
-        if stage.planned.observes:
+        signals = sequence_signals(stage, seen)
+        self.oracle.note(self.row, stage, signals)
+        given = None
+        if planned.name in self.forced:
+            given = self.forced[planned.name].reshape(planned.groups, -1)
+            given = given - torch.arange(planned.groups)[:, None] * planned.length_in
+        chosen, carry = stage.run(signals, given)
+        self.state = {n: told.reshape(1, -1) for n, told in tell_later(self.state, carry, chosen).items()}
+        if planned.observes:
             return hidden
-        self.row.hidden[name] = reduced.hidden[0]
-        self.prunable = reduced.prunable
+        left = shorten(hidden[0], self.prunable[0], chosen)
+        self.row.kept[planned.name] = left.kept
+        return self._leave(stage, left.hidden[None], left.slots, left.prunable[None])
+
+    def _leave(self, stage: StageFunction, hidden: Tensor, rows: Tensor, prunable: Tensor) -> Tensor:
+        """Go on with ``hidden [1,L',D]``, which are ``rows [L']`` of those that entered the stage."""
+        self.row.hidden[stage.planned.name] = hidden[0]
+        self.prunable = prunable
         fresh = stage.planned.positions == "compact"
-        self.numbers = torch.arange(reduced.hidden.shape[1]) if fresh else self.numbers[..., reduced.rows[0]]
+        self.numbers = torch.arange(len(rows)) if fresh else self.numbers[..., rows]
         if self.oracle.job.plan.recipe.cache == "shrink":
-            self.windows.keep(stage.planned.site.layer or 0, reduced.rows[0])
+            self.windows.keep(stage.planned.site.layer or 0, rows)
             for before in self.cache.layers[: stage.planned.site.layer]:
-                before.keys, before.values = (heads[:, :, reduced.rows[0]] for heads in (before.keys, before.values))
-        self.slots = reduced.rows[0] if self.slots is None else self.slots[reduced.rows[0]]
-        return reduced.hidden
+                before.keys, before.values = (heads[:, :, rows] for heads in (before.keys, before.values))
+        self.slots = rows if self.slots is None else self.slots[rows]
+        return hidden
 
     def _windows_of(self, stage: StageFunction) -> dict[str, int]:
         """The windows of the layers whose attention a stage's signals are made of."""
@@ -185,7 +194,7 @@ class Walk:
         heads = taken[kind]
         if raw.kind.startswith("plain_"):
             heads = _turn_back(heads, *tables)
-        return (heads if raw.rows == "all" else take_head_rows(heads, slots[raw.rows])), scale
+        return (heads if raw.rows == "all" else heads[:, :, slots[raw.rows]]), scale
 
 
 def _turn_back(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

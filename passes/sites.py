@@ -1,7 +1,7 @@
 """A stage at its site, as one function of tensors: group, score, select, merge, and take the rows that stay.
 
 Text and padding always survive; exactly K prunable tokens do. The functions here are traced and spliced into
-the graph, and called as they are by the eager oracle.
+the graph; the eager oracle has a reading of its own (``compiler/oracle_stages.py``).
 """
 
 from __future__ import annotations
@@ -52,13 +52,6 @@ class Thinned(NamedTuple):
         return (self.mix @ rows.float()).to(rows.dtype)
 
 
-class Seen(NamedTuple):
-    """What a comparison wants to know of a stage that ran eagerly: its signals, and its score ``[G,N]`` if any."""
-
-    signals: dict[str, Tensor]
-    score: Tensor | None
-
-
 def locate(prunable: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Slots of the ``count`` prunable tokens ``[B,count]`` and of all others ``[B,L-count]``, both ascending."""
     return find_prunable(prunable, count), find_prunable(~prunable, prunable.shape[1] - count)
@@ -69,13 +62,11 @@ def reduce_sequence(
     seen: SequenceView,
     prunable: Tensor,
     tracked: Sequence[str] = (),
-    forced: Tensor | None = None,
-    watch: list[Seen] | None = None,
 ) -> Reduced:
     """Run a stage before a decoder layer.
 
     ``prunable [B,L]`` bool with ``groups * length_in`` true entries a row. ``tracked`` names the state later stages
-    want. ``forced [B,K]`` replaces the choice (not the merge) and ``watch`` collects what was seen, for comparison.
+    want.
     """
     planned = stage.planned
     batch, length = prunable.shape
@@ -84,10 +75,7 @@ def reduce_sequence(
         rows = seen.texts
         none = torch.zeros(batch, length - total, dtype=torch.bool)
         return Reduced(rows, seen.columns[:, :0], ops.take_rows(seen.hidden, rows), none, {})
-    signals = sequence_signals(stage, seen)
-    if watch is not None:
-        watch.append(Seen(signals, stage.score(signals) if stage.bound.score is not None else None))
-    chosen, carry = stage.run(signals, None if forced is None else _to_groups(forced, planned))
+    chosen, carry = stage.run(sequence_signals(stage, seen))
     kept = _to_row(chosen.keep, planned)
     state = _next_state(tracked, seen.state, carry, chosen, planned, batch)
     if planned.observes:
@@ -111,15 +99,10 @@ def reduce_patches(
     seen: PatchView,
     layers: Mapping[str, tuple[int, ...]],
     tracked: Sequence[str] = (),
-    forced: Tensor | None = None,
-    watch: list[Seen] | None = None,
 ) -> Thinned:
     """Run a stage in the tower or after it, image by image; arguments as in :func:`reduce_sequence`."""
-    signals = patch_signals(stage, seen, layers)
     tokens = seen.rows
-    if watch is not None:
-        watch.append(Seen(signals, stage.score(signals) if stage.bound.score is not None else None))
-    chosen, carry = stage.run(signals, forced)
+    chosen, carry = stage.run(patch_signals(stage, seen, layers))
     state = _next_state(tracked, seen.state, carry, chosen, stage.planned, tokens.shape[0])
     if stage.planned.observes:
         return Thinned(seen.tokens, chosen.keep, state)
@@ -165,8 +148,3 @@ def _to_row(keep: Tensor, planned: PlannedStage) -> Tensor:
     offset = torch.arange(planned.groups)[:, None] * planned.length_in
     split = keep.reshape(-1, planned.groups, keep.shape[1]) + offset
     return split.reshape(-1, planned.groups * keep.shape[1])
-
-
-def _to_groups(kept: Tensor, planned: PlannedStage) -> Tensor:
-    offset = torch.arange(planned.groups)[:, None] * planned.length_in
-    return (kept.reshape(-1, planned.groups, planned.length_out) - offset).reshape(-1, planned.length_out)

@@ -106,7 +106,8 @@ class _Inserting:
         if planned.part != self.part:
             state.pop("carried", None)
         self.part = planned.part
-        made = start_state([n for n in stage.signals if n not in state], groups, planned.length_in)
+        # From the first stage on, also where a later one is the first to ask.
+        made = start_state([n for n in (*stage.signals, *tracked) if n not in state], groups, planned.length_in)
         planes = {} if planned.observes else self._planes(graph)
         at = _first_after(order, (*ports.values(), *planes.values()), after)
         extra = self._extra(module, stage, at)

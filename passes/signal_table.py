@@ -83,7 +83,7 @@ SIGNALS: dict[str, Signal] = {
         Signal(
             "size",
             "[G,N]",
-            "how many tokens of the site where pruning began each row stands for: 1, more after a merge",
+            "how many of the tokens that entered the program each row stands for: 1, more after a merge",
             SITE_KINDS,
         ),
         Signal(

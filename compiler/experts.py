@@ -48,7 +48,8 @@ def _check_form(module: nn.Module) -> None:
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import _default_apply_gate
 
-    odd = [f"{name} is {found}" for name, wanted in _LAYOUT.items() if (found := getattr(module, name)) != wanted]
+    # What a release before 5.20 does not name its experts cannot have.
+    odd = [f"{name} is {found}" for name, is_so in _LAYOUT.items() if (found := getattr(module, name, False)) != is_so]
     if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         odd.append("it has a gate of its own")
     elif not isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):

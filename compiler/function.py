@@ -230,13 +230,16 @@ def quiet_torch() -> Iterator[None]:
 @contextmanager
 def _lean_export() -> Iterator[None]:
     """Spare the exporter what nothing reads: where every node was called from, the graph's text as Python."""
-    before = fx.config.do_not_emit_stack_traces
-    fx.config.do_not_emit_stack_traces = True
+    switch = "do_not_emit_stack_traces"
+    before = getattr(fx.config, switch, None)  # torch 2.13 has it; an export without it is the same, and slower
+    if before is not None:
+        setattr(fx.config, switch, True)
     try:
         with _use_lazy_graph_module(True):
             yield
     finally:
-        fx.config.do_not_emit_stack_traces = before
+        if before is not None:
+            setattr(fx.config, switch, before)
 
 
 def first_line(error: BaseException) -> str:

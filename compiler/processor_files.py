@@ -154,13 +154,15 @@ def _name_type(kind: str, taken: Settings, model_type: str) -> tuple[dict[str, A
 
 def _usual_types(kind: str) -> dict[str, str]:
     """``model_type`` -> the processor that transformers makes where a checkpoint names none it knows."""
-    from transformers.models.auto import feature_extraction_auto, image_processing_auto
+    # Taken from where they are defined: before 5.20 the package hides the second module where torchvision is missing.
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     if kind == "audio":
-        return dict(feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES)
+        return dict(FEATURE_EXTRACTOR_MAPPING_NAMES)
     if kind == "video":
         return dict(VIDEO_TYPES)
-    listed = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.items()
+    listed = IMAGE_PROCESSOR_MAPPING_NAMES.items()
     return {of: _strip(name) for of, names in listed if (name := next(filter(None, names.values()), None))}
 
 

@@ -121,7 +121,7 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
         raise UserError("not a JSON object", where=str(config_file), fix="download the file again")
     check_own_code(path, raw)
     family = find_family(raw.get("model_type"), str(config_file))
-    _warn_untested(family.name, family.tested_transformers)
+    _check_transformers(family)
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise UserError(
@@ -147,6 +147,21 @@ def read_source(path: Path, geometry: Geometry | None = None) -> Source:
     check_rope(config.text_config, str(config_file))
     geometry = geometry or Geometry()
     return Source(path, config, family, family.read_vision(config, geometry)).at(geometry)
+
+
+def _check_transformers(family: Family) -> None:
+    """Raises UserError where the installed transformers lacks what the family cannot be compiled without."""
+    import transformers
+    from packaging.version import Version
+
+    first, _ = family.tested_transformers
+    if family.lacking_before and Version(transformers.__version__) < Version(first):
+        raise UserError(
+            f"transformers {transformers.__version__} is installed, which lacks what family {family.name} needs: "
+            f"{family.lacking_before}",
+            where="transformers", fix=f"pip install -U 'transformers>={first}'",
+        )  # fmt: skip
+    _warn_untested(family.name, family.tested_transformers)
 
 
 @cache

@@ -234,8 +234,10 @@ class Family:
     """(model, ids of an unpruned prompt [1,N], source, geometry) -> ids [3,N] as transformers numbers them."""
     audio: AudioTower | None = None
     """Where the parts that hear are; None for families that do not."""
-    tested_transformers: tuple[str, str] = ("5.20", "5.24")
+    tested_transformers: tuple[str, str] = ("5.17", "5.24")
     """The first version of transformers whose model was tested, and the first behind those that were."""
+    lacking_before: str = ""
+    """What a transformers older than the first tested one lacks, where the family cannot be compiled without it."""
 
     @property
     def tower(self) -> Tower:

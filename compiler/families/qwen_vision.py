@@ -162,7 +162,9 @@ def reference_forward(model: Any, patches: Any, facts: VisionFacts) -> tuple[Any
     grid = torch.tensor(list_grids(facts, merge) * rows)
     out = model.get_image_features(patches, image_grid_thw=grid, return_dict=True)
     planes = out.deepstack_features if facts.deepstack else []
-    return tuple(torch.stack(list(each)) for each in (out.pooler_output, *planes))
+    features = torch.stack(list(out.pooler_output))
+    # transformers 5.20 splits planes by image as it splits features; before, all rows of a plane are one tensor.
+    return features, *(torch.cat(list(plane)).reshape(features.shape) for plane in planes)
 
 
 def reference_positions(model: Any, ids: Any, source: Any, geometry: Geometry) -> Any:

@@ -191,19 +191,19 @@ def _ask(manifest: Manifest, processor: Processor, row: MediaFiles, seen: Seen, 
 
 
 def _chat(manifest: Manifest, processor: Processor, question: str, seen: Seen) -> Chat | None:
-    """The question in a message, after a sentence and the media; None where there is no template, or the text does not
-    fit."""
+    """The question in a message, behind the media and, where it fits, a sentence before them; None where there is no
+    template, or it takes no such message."""
     if processor.prompts.template is None:
         return None
-    media = [{"type": PARTS[item][0]} for item in manifest.items]
-    content = [{"type": "text", "text": _OPENING}, *media, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    try:
-        text = processor.prompts.render(messages, manifest.items)[0]
-        return Chat(messages=messages, text=text, ids=processor.encode(messages, "messages", seen.times[0]))
-    except UserError as error:
-        _log.debug("the self-test holds no messages: %s", error)
-        return None
+    parts = [*({"type": PARTS[item][0]} for item in manifest.items), {"type": "text", "text": question}]
+    for content in ([{"type": "text", "text": _OPENING}, *parts], parts):
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = processor.prompts.render(messages, manifest.items)[0]
+            return Chat(messages=messages, text=text, ids=processor.encode(messages, "messages", seen.times[0]))
+        except UserError as error:
+            _log.debug("the self-test holds no such message: %s", error)
+    return None
 
 
 def _add_numbers(work: Path, manifest: Manifest, cases: Sequence[Case], processors: Sequence[Processor]) -> list[Case]:

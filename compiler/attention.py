@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compiler import ops
+from secateur.compiler.program import arrange_operands
+from secateur.runtime.errors import UserError
 
 ATTENTION = "secateur"
 
@@ -84,17 +86,42 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
+_READ = ("scaling", "is_causal", "sliding_window", "softcap", "block_ids")
+_PACKED_READ = ("scaling", "is_causal", "softcap", "cu_seq_lens_q")
+_NO_PART = frozenset(
+    (
+        "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+        "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "target_dtype",
+        "num_items_in_batch", "deterministic",
+    )
+)  # fmt: skip
+"""What transformers hands to every attention function and no number follows from: bounds and lengths say again what a
+mask would, dropout is of training, and the rest tells the model, not its attention, what to do."""
+
+
+def _check_given(module: nn.Module, mask: Tensor | None, given: Mapping[str, Any], read: Iterable[str]) -> None:
+    """Raises UserError for what a model gives its attention and no operand here stands for."""
+    other = {n: v for n, v in given.items() if n not in read and n not in _NO_PART} | {"attention_mask": mask}
+    for name, value in other.items():
+        if value is not None and value is not False:
+            raise UserError(
+                f"{type(module).__name__} gives its attention {name}, which the traced operator does not know",
+                where="trace", fix="the operators of compiler/ops.py must learn it before this model can be compiled",
+            )  # fmt: skip
+
+
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    _check_given(module, attention_mask, kwargs, _READ)
     scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
-    out = ops.attention(
-        query, key, value,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        bool(getattr(module, "is_causal", True) if causal is None else causal),
-        kwargs.get("sliding_window"), kwargs.get("softcap"),
-        *((None, blocks) if (blocks := kwargs.get("block_ids")) is not None else ()),
-    )  # fmt: skip
+    operands = {
+        "q": query, "k": key, "v": value,
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "causal": bool(getattr(module, "is_causal", True) if causal is None else causal),
+        "window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap"), "block_ids": kwargs.get("block_ids"),
+    }  # fmt: skip
+    out = ops.attention(*arrange_operands(ops.attention, operands))
     return out.transpose(1, 2), None
 
 
@@ -105,6 +132,12 @@ def _packed_attention_function(
 
     Runs of one length are a batch, so that a layer whose runs are all alike is one node.
     """
+    _check_given(module, attention_mask, kwargs, _PACKED_READ)
+    if kwargs.get("is_causal"):
+        raise UserError(
+            f"{type(module).__name__} attends causally inside runs of rows", where="trace",
+            fix="towers must attend in both directions",
+        )  # fmt: skip
     runs: Runs = kwargs["cu_seq_lens_q"]
     scale = float(kwargs["scaling"])
     heads, width = query.shape[1], query.shape[3]
@@ -114,7 +147,7 @@ def _packed_attention_function(
 
     def attend(length: int, *parts: Tensor) -> Tensor:
         batched = [part.reshape(-1, length, heads, width).transpose(1, 2) for part in parts]
-        out = ops.attention(*batched, scale, False)
+        out = ops.attention(*batched, scale, False, softcap=kwargs.get("softcap"))
         return out.transpose(1, 2).reshape(-1, heads, width)
 
     if runs.taken is None or runs.back is None:

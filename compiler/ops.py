@@ -4,14 +4,18 @@ Each stands for something a backend has a fused kernel for, so it must survive t
 one node: attention (with and without a cache), rotary embedding, RMS normalisation, taking rows of a sequence.
 Every operator has an eager kernel, so that a graph runs in plain PyTorch after any pass.
 
-``attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]``. ``block_ids [B,S]`` int64: causal attention, but rows of
-one non-negative number see each other in both directions; -1 is in no block. ``window`` w: no row sees what lies w or
-more before it, whatever the block, counted in ``positions [B,S]`` int64 or, without them, in slots.
+``attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]``. Products of q and k times ``scale``; with ``softcap`` c, c
+tanh(them / c); plus ``bias``, floats that broadcast to ``[B,H,S,S]`` with their last two dimensions whole; then the
+softmax over what a row sees. If not ``causal`` that is everything, and none of the following may be given.
+``block_ids [B,S]`` int64: causal attention, but rows of one non-negative number see each other in both directions; -1
+is in no block. ``window`` w: no row sees what lies w or more before it, whatever the block, counted in ``positions
+[B,S]`` int64 or, without them, in slots.
 ``cached_attention``: ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,S,d]`` new rows, ``past_*`` ``[B,Hkv,C,d]`` buffers,
 ``start [B]`` slot of the first new row; returns the output and the buffers with the new rows written. Row i of b
 sees slots up to ``start[b] + i``. ``fresh`` says that every start is 0; only then may ``block_ids`` be given. A
-``window`` in ``positions [B,S]`` needs ``past_positions [B,C]`` where rows are not fresh: those of the prompt's tokens,
-and ``BEHIND`` in all slots behind them; new tokens have consecutive ones, so that their slots tell.
+``window`` in ``positions [B,S]`` needs ``past_positions [B,C]`` where rows are not fresh, and only there: those of the
+prompt's tokens, and ``BEHIND`` in all slots behind them; new tokens have consecutive ones, so that their slots tell.
+``bias`` is one of ``[B,H,S,S]`` where rows are fresh, of ``[B,H,S,C]`` where they are not.
 ``rms_norm``: over the last dimension, in float32. ``offset``: the weight counts from 1 and is applied in float32 too.
 ``rotary``: ``x [B,H,S,d]``, ``cos``/``sin`` ``[B,S,d]``, halves rotated.
 ``write_rows``: ``past [B,Hkv,C,d]`` with ``new [B,Hkv,S,d]`` at the slots from ``start[b]`` on.
@@ -25,8 +29,13 @@ and ``BEHIND`` in all slots behind them; new tokens have consecutive ones, so th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from secateur.runtime.errors import UserError
 
 LIB = torch.library.Library("secateur", "DEF")
 BEHIND = 1 << 30
@@ -39,7 +48,7 @@ LIB.define(
 LIB.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor start, bool fresh, "
     "float scale, int? window=None, float? softcap=None, Tensor? block_ids=None, Tensor? positions=None, "
-    "Tensor? past_positions=None) -> (Tensor, Tensor, Tensor)"
+    "Tensor? past_positions=None, Tensor? bias=None) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define("write_rows(Tensor past, Tensor new, Tensor start, bool fresh) -> Tensor")
 LIB.define("take_rows(Tensor x, Tensor index) -> Tensor")
@@ -49,19 +58,46 @@ LIB.define("experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Te
 
 
 def scaled_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Reference attention. ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,C,d]``, ``mask`` bool ``[B,1,S,C]``."""
+    """Reference attention. ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,C,d]``, ``mask`` bool ``[B,1,S,C]``, ``bias`` a float
+    tensor that broadcasts to ``[B,H,S,C]``, added behind the soft cap as transformers adds its masks."""
     groups = q.shape[1] // k.shape[1]
     if softcap is None:
+        if bias is not None:
+            mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, float("-inf"))
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1
         )
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     logits = torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap) * softcap
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     return torch.softmax(logits.float(), -1).to(q.dtype) @ v
+
+
+def check_attention(node: str, q: Tensor, keys: int, bias: Tensor | None, banned: Mapping[str, Any], why: str) -> None:
+    """Raises UserError for an operand of attention that means nothing beside the others, or a bias of another shape."""
+    for name, value in banned.items():
+        if value is not None:
+            raise UserError(f"{node} takes no {name} {why}", where="attention", fix=f"leave {name} out")
+    if bias is None:
+        return
+    wanted = (q.shape[0], q.shape[1], q.shape[2], keys)
+    fits = bias.dim() == 4 and bias.is_floating_point() and bias.shape[2:] == wanted[2:]
+    if not fits or any(n not in (1, size) for n, size in zip(bias.shape[:2], wanted[:2], strict=True)):
+        raise UserError(
+            f"{node} takes no bias {str(bias.dtype).removeprefix('torch.')}{list(bias.shape)}", where="attention",
+            fix=f"give floats of shape [{wanted[0]} or 1, {wanted[1]} or 1, {wanted[2]}, {keys}]",
+        )  # fmt: skip
 
 
 def causal_mask(
@@ -97,28 +133,43 @@ def same_block(queries: Tensor, keys: Tensor) -> Tensor:
 
 @torch.library.impl(LIB, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None, positions=None):
+    _check_at_once(q, k, causal, window, bias, block_ids, positions)
     mask = None
     if causal:
         start = torch.zeros(q.shape[0], dtype=torch.int64)
         mask = causal_mask(start, q.shape[2], k.shape[2], window, block_ids, positions)
-    if bias is not None:
-        raise NotImplementedError("secateur::attention: an additive bias has no eager kernel yet")
-    return scaled_attention(q, k, v, scale, mask, softcap).contiguous()
+    return scaled_attention(q, k, v, scale, mask, softcap, bias).contiguous()
 
 
 @torch.library.impl(LIB, "cached_attention", "CompositeExplicitAutograd")
 def _cached_attention(
     q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None, positions=None,
-    past_positions=None,
+    past_positions=None, bias=None,
 ):  # fmt: skip
+    _check_cached(q, k, past_k, fresh, window, block_ids, positions, past_positions, bias)
     rows = start[:, None] + torch.arange(q.shape[2])
     at = rows[:, None, :, None].expand(k.shape)
     present_k, present_v = past_k.scatter(2, at, k), past_v.scatter(2, at, v)
     if fresh:  # the cache holds nothing older: attending to the new rows alone is the same and cheaper
         mask = causal_mask(start, q.shape[2], k.shape[2], window, block_ids, positions)
-        return scaled_attention(q, k, v, scale, mask, softcap).contiguous(), present_k, present_v
+        return scaled_attention(q, k, v, scale, mask, softcap, bias).contiguous(), present_k, present_v
     mask = causal_mask(start, q.shape[2], past_k.shape[2], window, None, positions, past_positions)
-    return scaled_attention(q, present_k, present_v, scale, mask, softcap).contiguous(), present_k, present_v
+    return scaled_attention(q, present_k, present_v, scale, mask, softcap, bias).contiguous(), present_k, present_v
+
+
+def _check_at_once(q, k, causal, window, bias, block_ids, positions):
+    limits = {} if causal else {"window": window, "block_ids": block_ids, "positions": positions}
+    check_attention("secateur::attention", q, k.shape[2], bias, limits, "where it is not causal")
+
+
+def _check_cached(q, k, past_k, fresh, window, block_ids, positions, past_positions, bias):
+    node = "secateur::cached_attention"
+    if fresh:
+        check_attention(node, q, k.shape[2], bias, {"past_positions": past_positions}, "where rows are fresh")
+        return
+    check_attention(node, q, past_k.shape[2], bias, {"block_ids": block_ids}, "where rows are not fresh")
+    if window is not None and past_positions is None:
+        check_attention(node, q, 0, None, {"positions": positions}, "without past_positions where rows are not fresh")
 
 
 @torch.library.impl(LIB, "write_rows", "CompositeExplicitAutograd")
@@ -154,6 +205,7 @@ def _experts(x, indices, weights, gate_up, down):
 
 @torch.library.register_fake("secateur::attention", lib=LIB)
 def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None, block_ids=None, positions=None):
+    _check_at_once(q, k, causal, window, bias, block_ids, positions)
     # Contiguous strides: a later view() of a fake with q's strides would fail at run time only.
     return q.new_empty(q.shape)
 
@@ -161,8 +213,9 @@ def _attention_fake(q, k, v, scale, causal, window=None, softcap=None, bias=None
 @torch.library.register_fake("secateur::cached_attention", lib=LIB)
 def _cached_attention_fake(
     q, k, v, past_k, past_v, start, fresh, scale, window=None, softcap=None, block_ids=None, positions=None,
-    past_positions=None,
+    past_positions=None, bias=None,
 ):  # fmt: skip
+    _check_cached(q, k, past_k, fresh, window, block_ids, positions, past_positions, bias)
     return q.new_empty(q.shape), past_k.new_empty(past_k.shape), past_v.new_empty(past_v.shape)
 
 

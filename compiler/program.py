@@ -124,6 +124,26 @@ def args_of(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
+def operands_of(node: Node) -> dict[str, Any]:
+    """A call's operands by the names of its operator's schema, in that order; those left out have their defaults.
+    Empty for calls of what has no schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    found = {a.name: a.default_value for a in schema.arguments}
+    return found | dict(zip(found, node.args, strict=False)) | node.kwargs
+
+
+def arrange_operands(target: Any, operands: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments for a call of ``target``, without those at the end that have their defaults anyway."""
+    arguments = target._schema.arguments
+    assert set(operands) <= {a.name for a in arguments}, set(operands) - {a.name for a in arguments}
+    values = [operands.get(a.name, a.default_value) for a in arguments]
+    while arguments[len(values) - 1].has_default_value() and values[-1] == arguments[len(values) - 1].default_value:
+        values.pop()
+    return tuple(values)
+
+
 def splice(target: fx.GraphModule, source: Program, feed: Mapping[str, Any]) -> list[Node]:
     """Copy ``source``'s nodes to the insertion point of ``target``; ``feed`` maps its inputs to nodes.
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from secateur.exporters.operands import Operands
 from secateur.runtime.errors import SecateurError
 
 TYPES: Mapping[torch.dtype, ir.DataType] = {
@@ -43,13 +44,19 @@ class Builder:
     ``values`` holds what each FX node became. Constants of equal content are shared. ``layer`` is the module path
     of the FX node being lowered; it goes into the names, so that a profile of the graph reads like the model.
     ``module`` owns the subgraphs of scans; a scan's body is built with its surroundings as ``parent``.
-    ``lowerings`` holds a function per FX target.
+    ``lowerings`` holds a function per FX target, ``dialect`` the name of the dialect they write, for errors.
     """
 
     def __init__(
-        self, module: fx.GraphModule, lowerings: Mapping[Any, Lower], parent: Builder | None = None, prefix: str = ""
+        self,
+        module: fx.GraphModule,
+        lowerings: Mapping[Any, Lower],
+        parent: Builder | None = None,
+        prefix: str = "",
+        dialect: str = "",
     ) -> None:
         self.module, self.lowerings = module, lowerings
+        self.dialect = dialect if parent is None else parent.dialect
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = [] if parent is None else parent.initializers
         self.values: dict[fx.Node, Any] = {}
@@ -59,6 +66,7 @@ class Builder:
         self._counts: dict[str, int] = {} if parent is None else parent._counts
         self._memo: dict[Any, ir.Value] = {}
         self._reshaped: dict[ir.Value, ir.Value] = {}
+        self._operands: dict[fx.Node, Operands] = {}
         self.swapped: dict[ir.Value, ir.Value] = {}
         """4-D value -> the value it is the (1, 2) transpose of."""
         self.turned: set[ir.Value] = set() if parent is None else parent.turned
@@ -199,7 +207,21 @@ class Builder:
                     fix="write it with operators that exporters/lowering*.py knows, or add a lowering there",
                 )
             self.values[node] = lower(self, node)
+            for name in self.operands(node).unread:
+                raise self.refuse(node, name)
         self.layer = ""
+
+    def operands(self, node: fx.Node) -> Operands:
+        """What a node is called with, by name. After its lowering, whatever was not read is refused."""
+        return self._operands.setdefault(node, Operands(node))
+
+    def refuse(self, node: fx.Node, operand: str, fix: str = "") -> SecateurError:
+        """The error for an operand that this dialect has no form for, or whose lowering does not know it."""
+        return SecateurError(
+            f"{node.target} with {self.operands(node).show(operand)} has no form in dialect {self.dialect or '?'}",
+            where=f"export: node {node.name} in {self.layer or 'a stage'}",
+            fix=fix or f"leave {operand} at its default, or give it a form in exporters/lowering*.py",
+        )
 
     def _name(self, op: str) -> str:
         base = f"{self.prefix}{self.layer}/{op}" if self.layer else f"{self.prefix}{op}"

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from secateur.compiler import score_ops
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, args_of, splice
+from secateur.compiler.program import Program, operands_of, splice
 
 
 def expand_scores(program: Program, stays: Callable[[fx.Node], bool] = lambda node: False) -> Program:
@@ -31,7 +31,7 @@ def expand_scores(program: Program, stays: Callable[[fx.Node], bool] = lambda no
 
 def _trace(node: fx.Node) -> tuple[Program, dict[str, fx.Node]]:
     """The plain form with the node's settings, and which value of the graph each of its inputs is."""
-    plain, given = score_ops.PLAIN[node.target], args_of(node)
+    plain, given = score_ops.PLAIN[node.target], tuple(operands_of(node).values())
     places = {f"given{i}": i for i, a in enumerate(given) if isinstance(a, fx.Node)}
 
     def run(*tensors: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, make_port, shape_of, type_of
 from secateur.exporters.lowering import read
 
@@ -57,7 +56,7 @@ def lower_looped(b: Builder, node: fx.Node) -> ir.Value:
 
 
 def _lower(b: Builder, node: fx.Node, run_experts: Run) -> ir.Value:
-    x, indices, weights, gate_up, down = (read(b, a) for a in args_of(node))
+    x, indices, weights, gate_up, down = read_experts(b, node)
     tokens, chosen = shape_of(indices)
     experts = shape_of(gate_up)[0]
     share = math.ceil(tokens * chosen / experts) * _HEADROOM
@@ -190,6 +189,11 @@ def _choose(b: Builder, count: ir.Value, sizes: Sequence[int], step: Callable[[B
 
 
 # -- pieces, for the other form as well (lowering_experts_batched.py) -------------------------------------------
+
+
+def read_experts(b: Builder, node: fx.Node) -> list[ir.Value]:
+    """``x``, ``indices``, ``weights``, ``gate_up`` and ``down`` of a ``secateur::experts`` node."""
+    return [read(b, a) for a in b.operands(node).read("x", "indices", "weights", "gate_up", "down")]
 
 
 def with_zero_row(b: Builder, x: ir.Value) -> ir.Value:

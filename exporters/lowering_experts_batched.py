@@ -15,9 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, shape_of, type_of
-from secateur.exporters.lowering import read
 from secateur.exporters.lowering_experts import (
     Ranks,
     add_up,
@@ -26,6 +24,7 @@ from secateur.exporters.lowering_experts import (
     place_tokens,
     project,
     rank_tokens,
+    read_experts,
     weigh,
     with_zero_row,
 )  # fmt: skip
@@ -36,7 +35,7 @@ _SMALLEST, _LARGEST = 64, 512
 
 def lower_batched(b: Builder, node: fx.Node) -> ir.Value:
     """All experts at once."""
-    x, indices, weights, gate_up, down = (read(b, a) for a in args_of(node))
+    x, indices, weights, gate_up, down = read_experts(b, node)
     tokens, chosen = shape_of(indices)
     experts = shape_of(gate_up)[0]
     if tokens * chosen < experts:

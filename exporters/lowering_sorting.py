@@ -11,10 +11,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of, type_of
 from secateur.exporters.lint_operators import TOPK_LIMIT
-from secateur.exporters.lowering import LOWERINGS, aten, fill, read
+from secateur.exporters.lowering import LOWERINGS, aten, read
 
 __all__ = ["WITHIN_LIMIT"]
 
@@ -142,31 +141,26 @@ def _write_at(b: Builder, place: ir.Value, x: ir.Value) -> ir.Value:
 
 def _lowerings(top: Top) -> Mapping[Any, Lower]:
     def top_k(b: Builder, node: fx.Node) -> list[ir.Value]:
-        axis, largest = fill(args_of(node)[2:4], (-1, True))
-        return top(b, read(b, args_of(node)[0]), int(args_of(node)[1]), int(axis), bool(largest))
+        given = b.operands(node)
+        given.leave("sorted")  # TopK sorts always; unsorted, any order is right
+        x, k, axis, largest = given.read("self", "k", "dim", "largest")
+        return top(b, read(b, x), int(k), int(axis), bool(largest))
 
     def sort(b: Builder, node: fx.Node) -> list[ir.Value]:
-        axis, descending = _direction(node, aten.sort.default)
-        x = read(b, args_of(node)[0])
-        return top(b, x, shape_of(x)[axis], axis, descending)
+        given = b.operands(node)
+        given.leave("stable")  # of equal ones TopK has the earlier first
+        value, axis, descending = given.read("self", "dim", "descending")
+        x = read(b, value)
+        return top(b, x, shape_of(x)[int(axis)], int(axis), bool(descending))
 
     def argsort(b: Builder, node: fx.Node) -> ir.Value:
-        axis, descending = _direction(node, aten.argsort.default)
-        x = read(b, args_of(node)[0])
-        return top(b, x, shape_of(x)[axis], axis, descending)[1]
+        return sort(b, node)[1]
 
     return {
         aten.topk.default: top_k,
         **dict.fromkeys((aten.sort.default, aten.sort.stable), sort),
         **dict.fromkeys((aten.argsort.default, aten.argsort.stable), argsort),
     }
-
-
-def _direction(node: fx.Node, plain: Any) -> tuple[int, bool]:
-    """Axis and whether to descend; the stable overload takes both by name only."""
-    axis, descending = fill(args_of(node)[1:] if node.target is plain else (), (-1, False))
-    given: dict[str, Any] = dict(node.kwargs)
-    return int(given.get("dim", axis)), bool(given.get("descending", descending))
 
 
 LOWERINGS.update(_lowerings(_top_at_once))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from secateur.compiler.program import args_of
-from secateur.exporters.builder import Builder, shape_of
-from secateur.exporters.lowering import read
+from secateur.exporters.builder import TYPES, Builder, shape_of
+from secateur.exporters.lowering import list_names, read
 
 
 class Limits(NamedTuple):
@@ -19,8 +19,8 @@ class Limits(NamedTuple):
     ``past_positions [B,C]`` of the cache's slots, or in slots."""
 
     window: int | None
-    block_ids: ir.Value | None
-    positions: ir.Value | None
+    block_ids: ir.Value | None = None
+    positions: ir.Value | None = None
     past_positions: ir.Value | None = None
 
     @property
@@ -28,10 +28,15 @@ class Limits(NamedTuple):
         return self.window is None and self.block_ids is None
 
 
-def read_limits(b: Builder, node: fx.Node, *places: int) -> Limits:
-    """``places``: where window, block_ids, positions and past_positions stand among the node's arguments."""
-    found = [args_of(node)[i] if i < len(args_of(node)) else None for i in places]
-    return Limits(found[0], *(None if value is None else read(b, value) for value in found[1:]))
+def read_limits(b: Builder, node: fx.Node, *, fresh: bool) -> Limits:
+    """Of an attention node with or without a cache; what its schema does not have is None. Blocks are of fresh rows
+    alone, positions of the past of others, and whichever is given where it means nothing is left for the refusal."""
+    known = [n for n in Limits._fields if n in list_names(node) and n != ("past_positions" if fresh else "block_ids")]
+    found = dict(zip(known, b.operands(node).read(*known), strict=True))
+    if not fresh and found["window"] is not None and (found["positions"] is None) != (found["past_positions"] is None):
+        raise b.refuse(node, "positions", "give positions of new rows and of the past, or none")
+    window = found.pop("window")
+    return Limits(window, **{name: None if value is None else read(b, value) for name, value in found.items()})
 
 
 def see_fresh(b: Builder, limits: Limits, batch: int, length: int) -> ir.Value:
@@ -79,14 +84,23 @@ def see_cached(b: Builder, start: ir.Value, capacity: int, limits: Limits) -> ir
     return b.remember(("cached", start, capacity, *limits), make)
 
 
-def add_mask(b: Builder, seen: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """What is added to products before the softmax: 0 where ``seen``, and elsewhere a number that hides."""
+def add_mask(
+    b: Builder, seen: ir.Value | None, dtype: torch.dtype | ir.DataType, bias: ir.Value | None = None
+) -> ir.Value:
+    """What is added to products before the softmax: ``bias``, or 0 without one, where ``seen``, and elsewhere a number
+    that hides. One of the two may be left out."""
+    if seen is None:
+        assert bias is not None
+        return b.cast(bias, dtype)
 
     def make() -> ir.Value:
-        zero, hidden = b.constant(0.0, dtype), b.constant(torch.finfo(dtype).min, dtype)
-        return b.op("Where", seen, zero, hidden, dtype=dtype, shape=shape_of(seen))
+        kind = TYPES[dtype] if isinstance(dtype, torch.dtype) else dtype
+        zero, lowest = (b.constant(np.array(n, kind.numpy())) for n in (0, ml_dtypes.finfo(kind.numpy()).min))
+        shown = zero if bias is None else b.cast(bias, kind)
+        shape = [max(sizes) for sizes in zip(shape_of(seen), shape_of(shown) or [1] * 4, strict=True)]
+        return b.op("Where", seen, shown, lowest, dtype=kind, shape=shape)
 
-    return b.remember(("added", seen, dtype), make)
+    return b.remember(("added", seen, dtype, bias), make)
 
 
 def _flags(b: Builder, name: str, left: ir.Value, right: ir.Value, shape: list[int]) -> ir.Value:

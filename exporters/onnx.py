@@ -71,7 +71,7 @@ def export_programs(
 def export_program(program: Program, dialect: Dialect, layout: WeightLayout) -> ir.Model:
     """Lower one program. Ports keep their names; ``past_key_3`` becomes ``past_key.3``."""
     program = expand_scores(program, dialect.stays)
-    builder = Builder(program.module, {**LOWERINGS, **dialect.lowerings})
+    builder = Builder(program.module, {**LOWERINGS, **dialect.lowerings}, dialect=dialect.name)
     inputs: list[ir.Value] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":

@@ -6,17 +6,19 @@ every later stage lets through.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import getitem
+from typing import Any
 
 import torch
 
 from secateur.compiler import ops
-from secateur.compiler.program import Program, Segment, args_of
+from secateur.compiler.program import Program, Segment, args_of, arrange_operands, operands_of
 from secateur.passes.attend_in_windows import lay_out_positions, position_input
 from secateur.passes.crossing import find_crossing
 from secateur.passes.edit import Node, aten, is_call, layer_index
 from secateur.passes.insert_decoder_stages import recompute_tables
+from secateur.runtime.errors import UserError
 
 
 def attach_caches(program: Program, layers: str, segments: Sequence[Segment], batch: int, *, fresh: bool) -> Program:
@@ -40,8 +42,8 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
     for node in found:
         layer = layer_index(node, layers)
         segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
-        q, k, v, scale = args_of(node)[:4]
-        window, softcap, _, block_ids, positions = [*args_of(node)[5:], None, None, None, None, None][:5]
+        given = operands_of(node)
+        k, v, positions = given["k"], given["v"], given["positions"]
         if positions is not None and segment.name not in planes:
             with graph.inserting_before(graph.output_node() if fresh else anchor):
                 if fresh:
@@ -69,12 +71,9 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
             presents += written
             continue
         with graph.inserting_before(node):
-            # A new token sees all that came before it: blocks matter in prefill alone.
             known = None if fresh or positions is None else planes[segment.name]
-            more = [window, softcap, block_ids if fresh else None, positions, known]
-            while len(more) > 1 and more[-1] is None:
-                more.pop()
-            cached = graph.call_function(ops.cached_attention, (q, k, v, *past, start, fresh, scale, *more))
+            more = dict(zip(("past_k", "past_v"), past, strict=True), start=start, past_positions=known)
+            cached = graph.call_function(ops.cached_attention, _carry_operands(given, more, segment, layer, fresh))
             out, *present = (graph.call_function(getitem, (cached, i)) for i in range(3))
         for new in (cached, out, *present):
             new.meta = {"layer": node.meta.get("layer")}
@@ -91,6 +90,29 @@ def attach_caches(program: Program, layers: str, segments: Sequence[Segment], ba
         if node.name == "block_ids" and not node.users:
             graph.erase_node(node)
     return program.with_module(module, (*program.outputs, *names))
+
+
+def _carry_operands(
+    given: dict[str, Any], more: Mapping[str, Any], segment: Segment, layer: int | None, fresh: bool
+) -> tuple[Any, ...]:
+    """Arguments of ``cached_attention`` for an ``attention`` of those operands. Raises UserError for one that has no
+    counterpart there."""
+    operands = {**given, **more, "fresh": fresh}
+    if not operands.pop("causal"):
+        raise UserError(
+            f"layer {layer} attends to tokens behind its own, which a cache of earlier tokens cannot hold",
+            where="attach_caches", fix="decoder layers must attend causally",
+        )  # fmt: skip
+    if not fresh:
+        operands["block_ids"] = None  # a new token sees all that came before it: blocks matter in prefill alone
+        bias = operands["bias"]
+        keys = None if bias is None else bias.meta["val"].shape[-1]
+        if keys not in (None, segment.capacity):
+            raise UserError(
+                f"layer {layer} adds a bias to attention, of {keys} keys, where its cache has {segment.capacity} slots",
+                where="attach_caches", fix="models with a bias in their decoder's attention cannot be compiled",
+            )  # fmt: skip
+    return arrange_operands(ops.cached_attention, operands)
 
 
 def renumber_decode(program: Program, layers: str, segments: Sequence[Segment]) -> Program:

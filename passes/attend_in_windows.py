@@ -8,19 +8,15 @@ prefill hands those of the cached rows to decode.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from secateur.compiler import ops
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, Segment, args_of, splice
+from secateur.compiler.program import Program, Segment, arrange_operands, operands_of, splice
 from secateur.passes.edit import Node, is_call, layer_index
 from secateur.runtime.errors import UserError
-
-WINDOW, POSITIONS = 5, 9
-"""Arguments of ``secateur::attention``."""
 
 
 def attend_in_windows(
@@ -34,7 +30,7 @@ def attend_in_windows(
     module = program.edit()
     root = position_input(module.graph)
     for node in module.graph.nodes:
-        if not is_call(node, ops.attention) or (window := _argument(node, WINDOW)) is None:
+        if not is_call(node, ops.attention) or (window := window_of(node)) is None:
             continue
         layer = layer_index(node, layers)
         segment = next(s for s in segments if layer is not None and s.first_layer <= layer < s.last_layer)
@@ -45,13 +41,9 @@ def attend_in_windows(
                 where="attend_in_windows",
                 fix="choose a geometry of fewer tokens; windows are not supported with position ids of several axes",
             )
-        arguments = [_argument(node, index) for index in range(POSITIONS)]
-        arguments[WINDOW] = window if hides else None
-        if hides and segment.name in uneven:
-            arguments.append(root)
-        while len(arguments) > WINDOW and arguments[-1] is None:
-            arguments.pop()
-        node.args = tuple(arguments)
+        counted = root if hides and segment.name in uneven else None
+        operands = operands_of(node) | {"window": window if hides else None, "positions": counted}
+        node.args = arrange_operands(ops.attention, operands)
     return program.with_module(module)
 
 
@@ -67,7 +59,7 @@ def position_input(graph: fx.Graph) -> Node:
 
 def window_of(attention: Node) -> int | None:
     """The window of a ``secateur::attention`` node, if it hides anything."""
-    found: int | None = _argument(attention, WINDOW)
+    found: int | None = operands_of(attention)["window"]
     return found
 
 
@@ -98,7 +90,3 @@ def lay_out_positions(
 
     (made,) = splice(module, trace_function("positions", run, given, ("positions",)), feed)
     return made
-
-
-def _argument(node: Node, index: int) -> Any:
-    return args_of(node)[index] if index < len(args_of(node)) else None

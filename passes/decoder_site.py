@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from secateur.compiler import ops
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import args_of, splice
+from secateur.compiler.program import args_of, operands_of, splice
 from secateur.passes.attend_in_windows import window_of
 from secateur.passes.crossing import Crossing, attention_of, find_crossing
-from secateur.passes.edit import Node, aten, clone_slice, is_call
+from secateur.passes.edit import Node, aten, check_attention, clone_slice, is_call
 from secateur.passes.signals import Raw, SequenceView, list_raws
 from secateur.passes.sites import locate, reduce_sequence
 from secateur.passes.stage import StageFunction
@@ -116,7 +116,7 @@ class DecoderSite:
         full = [r for r in raws if r.rows == "all"]
         if not full:
             return None
-        projection = _projection(args_of(attention)[1]) if any(r.kind == "key" for r in full) else None
+        projection = _projection(operands_of(attention)["k"]) if any(r.kind == "key" for r in full) else None
         # A value fed to itself marks where the copy ends.
         feed = {**whole, **{n: n for n in entered.lengths}}
         targets = [_projected(attention, r.kind) for r in full] + ([projection] if projection is not None else [])
@@ -126,11 +126,14 @@ class DecoderSite:
         return (projection, copies[-1]) if where == "next" and projection is not None else None
 
     def _add_heads(self, raw: Raw, node: Node, attention: Node) -> None:
-        source = args_of(attention)[{"query": 0, "key": 1, "value": 2}[raw.kind.rpartition("_")[2]]]
+        kind = raw.kind.rpartition("_")[2]
+        if kind == "query":
+            check_attention(attention, ("softcap", "bias"), f"a score that reads {raw.name}")
+        source = operands_of(attention)[kind[0]]
         heads, width = _head_shape(source)
         count = self.length if raw.rows == "all" else int(self.slots[raw.rows].meta["val"].shape[1])
         self._add(raw, node, (heads, count, width))
-        self.scale[raw.name] = float(args_of(attention)[3])
+        self.scale[raw.name] = float(operands_of(attention)["scale"])
         if (window := window_of(attention)) is not None:
             self.window[raw.name] = window
 
@@ -217,7 +220,7 @@ class DecoderSite:
 
 def _projected(attention: Node, kind: str) -> Node:
     """An attention node's query, key or value, before rotation where ``kind`` starts with "plain_"."""
-    node: Node = args_of(attention)[{"query": 0, "key": 1, "value": 2}[kind.rpartition("_")[2]]]
+    node: Node = operands_of(attention)[kind.rpartition("_")[2][0]]
     if kind.startswith("plain_") and is_call(node, ops.rotary):
         node = args_of(node)[0]
     return node

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from secateur.compiler.program import operands_of
+from secateur.runtime.errors import UserError
+
 aten = torch.ops.aten
 Node = fx.Node
 
@@ -90,6 +93,17 @@ def layer_index(node: Node, layers: str) -> int | None:
     if not path.startswith(f"{layers}."):
         return None
     return int(path[len(layers) + 1 :].partition(".")[0])
+
+
+def check_attention(attention: Node, banned: Iterable[str], doing: str) -> None:
+    """Raises UserError where an attention node has one of those operands, which ``doing`` does not know of."""
+    for name, value in operands_of(attention).items():
+        if name in banned and value is not None:
+            raise UserError(
+                f"{doing} does not know the {name} of attention",
+                where=str(attention.meta.get("layer", attention.name)),
+                fix="choose a recipe without such a stage for this model",
+            )
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

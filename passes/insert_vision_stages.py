@@ -13,9 +13,9 @@ from secateur.compiler import ops
 from secateur.compiler.deepstack import as_input, is_plane_output
 from secateur.compiler.families.family import Tower, VisionFacts
 from secateur.compiler.function import trace_function
-from secateur.compiler.program import Program, args_of, splice
+from secateur.compiler.program import Program, args_of, operands_of, splice
 from secateur.passes.check_stages import tower_layers
-from secateur.passes.edit import Node, aten, clone_slice, is_call, layer_index, shape_of
+from secateur.passes.edit import Node, aten, check_attention, clone_slice, is_call, layer_index, shape_of
 from secateur.passes.insert_decoder_stages import track_state
 from secateur.passes.refresh_shapes import refresh_shapes
 from secateur.passes.signals import PatchView, list_tower_raws, make_probes, tower_raw
@@ -97,9 +97,10 @@ class _Inserting:
         }
         ports: dict[str, Node] = {"tokens": value}
         for kind, layer in list_tower_raws(stage, layers):
-            source = args_of(attention[layer])[{"query": 0, "key": 1, "value": 2}[kind]]
-            ports[tower_raw(kind, layer)] = source
-        scales = {float(args_of(node)[3]) for node in attention.values()} or {1.0}
+            if kind == "query":
+                check_attention(attention[layer], ("softcap", "bias"), f"a score of {planned.site}")
+            ports[tower_raw(kind, layer)] = operands_of(attention[layer])[kind[0]]
+        scales = {float(operands_of(node)["scale"]) for node in attention.values()} or {1.0}
         assert len(scales) == 1, "tower layers share one scale"
         raw_names = [n for n in ports if n != "tokens"]
         state = self._state(graph, stage, tracked)
@@ -141,6 +142,9 @@ class _Inserting:
             for user in after:
                 user.replace_input_with(value, tokens)
             if inside:
+                for node in graph.find_nodes(op="call_function", target=ops.attention):
+                    if (layer_index(node, self.paths.layers) or 0) >= (planned.site.layer or 0):
+                        check_attention(node, ("bias",), f"choosing tokens at {planned.site}")
                 _shorten(graph, order, value, cls + planned.length_in, cls + planned.length_out, self.paths)
         return self._update_outputs(program, module, kept, dict(zip(passed, results[len(fixed) :], strict=True)))
 

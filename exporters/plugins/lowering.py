@@ -15,7 +15,7 @@ from secateur.compiler import score_ops
 from secateur.compiler.program import args_of
 from secateur.exporters.builder import Builder, Lower, shape_of
 from secateur.exporters.dialects import Dialect
-from secateur.exporters.lowering import fill, read
+from secateur.exporters.lowering import read
 from secateur.exporters.plugins.table import DOMAIN, PLUGINS, pays, write_settings
 
 _TYPES = {"fp32": torch.float32, "i32": torch.int32}
@@ -52,7 +52,7 @@ def _emit(b: Builder, name: str, inputs: Sequence[ir.Value], settings: Mapping[s
 
 
 def _received_attention(b: Builder, node: fx.Node) -> ir.Value:
-    query, key, scale, causal, last = fill(args_of(node), (None, None, None, None, None))
+    query, key, scale, causal, last = b.operands(node).read("query", "key", "scale", "causal", "last")
     settings = {"scale": float(scale), "causal": bool(causal)}
     q, k = read(b, query), read(b, key)
     batch, _, rows, _ = shape_of(q)
@@ -62,12 +62,12 @@ def _received_attention(b: Builder, node: fx.Node) -> ir.Value:
 
 
 def _top_rows(b: Builder, node: fx.Node) -> ir.Value:
-    score, k = args_of(node)
+    score, k = b.operands(node).read("score", "k")
     return b.cast(_emit(b, "RankTake", [read(b, score, torch.float32)], {"k": int(k)}), torch.int64)
 
 
 def _pick_by_fold(b: Builder, node: fx.Node) -> ir.Value:
-    table, start, weight, k, rule, trade = args_of(node)
+    table, start, weight, k, rule, trade = b.operands(node).read("table", "start", "weight", "k", "rule", "trade")
     # Rules without a weight do not read it: any tensor does.
     scale = b.constant(np.zeros((1, 1), np.float32)) if weight is None else read(b, weight, torch.float32)
     inputs = [read(b, table, torch.float32), read(b, start, torch.int32), scale]
@@ -76,13 +76,13 @@ def _pick_by_fold(b: Builder, node: fx.Node) -> ir.Value:
 
 
 def _pick_by_coverage(b: Builder, node: fx.Node) -> ir.Value:
-    table, start, weight, k, product = args_of(node)
+    table, start, weight, k, product = b.operands(node).read("table", "start", "weight", "k", "product")
     inputs = [read(b, table, torch.float32), read(b, start, torch.int32), read(b, weight, torch.float32)]
     return b.cast(_emit(b, "PickByCoverage", inputs, {"k": int(k), "product": bool(product)}), torch.int64)
 
 
 def _pick_by_determinant(b: Builder, node: fx.Node) -> ir.Value:
-    table, score, k = args_of(node)
+    table, score, k = b.operands(node).read("table", "score", "k")
     inputs = [read(b, table, torch.float32), read(b, score, torch.float32)]
     return b.cast(_emit(b, "PickByDeterminant", inputs, {"k": int(k)}), torch.int64)
 

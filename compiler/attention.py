@@ -91,8 +91,8 @@ _PACKED_READ = ("scaling", "is_causal", "softcap", "cu_seq_lens_q")
 _NO_PART = frozenset(
     (
         "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-        "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "target_dtype",
-        "num_items_in_batch", "deterministic",
+        "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "max_window_seqlen",
+        "target_dtype", "num_items_in_batch", "deterministic",
     )
 )  # fmt: skip
 """What transformers hands to every attention function and no number follows from: bounds and lengths say again what a

@@ -164,7 +164,8 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "tensorrt", 24,
             {
-                **_COMMON, **WITHIN_LIMIT, **_WITHOUT_LOOPS, ops.rotary: _rotary_heads, ops.attention: attend_plainly(attend),
+                **_COMMON, **WITHIN_LIMIT, **_WITHOUT_LOOPS, ops.rotary: _rotary_heads,
+                ops.attention: attend_plainly(attend),
                 ops.cached_attention: attend_with_cache(write_scatter, attend_twice),
                 ops.write_rows: write_rows(write_scatter),
             },

@@ -29,6 +29,7 @@ from .other_toolchains import (
     run_in_onnxruntime,
     run_in_openvino,
 )
+from .reference_runs import run_in_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
@@ -49,6 +50,10 @@ SAMPLES = (
 )  # fmt: skip
 """No stage, one in the decoder, one that merges in the tower, one that chooses token by token, likewise in the decoder,
 and a decoder of experts whose position ids have axes."""
+
+
+FEW = ("none", "divprune")
+"""Recipes of the samples that the reference evaluator runs: it computes in Python."""
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,12 @@ def test_other_releases_of_onnx_runtime(version: str, recorded: Callable[[Sample
     calls = [call for sample in SAMPLES for call in recorded(sample)]
     found = run_in_onnxruntime(version, calls, tmp_path / "work")
     assert [line for one, made in zip(calls, found, strict=True) for line in differences(one, made)] == []
+
+
+@pytest.mark.parametrize("sample", [sample for sample in SAMPLES if sample.recipe in FEW], ids=str)
+def test_reference_evaluator(sample: Sample, recorded: Callable[[Sample], list[Call]]) -> None:
+    for call in recorded(sample)[:3]:
+        assert differences(call, run_in_reference(call.graph, call.inputs)) == []
 
 
 def test_the_least_release_is_the_one_that_users_may_have() -> None:

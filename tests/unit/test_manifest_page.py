@@ -85,7 +85,9 @@ def check(manifest: Manifest) -> set[str]:
     assert {p.name for p in decode.inputs if p.name.startswith("slot.")} == {
         f"slot.{s.name}" for s in manifest.segments
     }
-    assert prefill.has_input("positions") == (manifest.media is not None)
+    removes = any(stage.length_out < stage.length_in and not stage.in_decoder for stage in manifest.recipe.stages)
+    slots = manifest.recipe.positions == "compact" and removes
+    assert prefill.has_input("positions") == (manifest.media is not None and not slots)
     assert vision.has_input("input_features") == bool(manifest.geometry.audio_seconds)
     for port in (*prefill.inputs, *decode.inputs):
         if port.name == "carried" or port.name.startswith(("deepstack.", "positions.")):

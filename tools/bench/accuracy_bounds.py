@@ -254,6 +254,13 @@ _LAST_LAYERS = Control(
     "4: a quarter of the tokens, or more, goes before patches know what they are part of. Control: the same cuts, all "
     "behind the last layer. (At keep 0.5 ToMe's matching has to take every second patch, whatever it resembles.)",
 )
+_CACHES_STAY = Control(
+    lambda recipe: replace(recipe, cache="ragged"),
+    "caches as the layers saw them",
+    "takes every visual token out of the caches as well before the answer's second token is made. The demo model was "
+    "trained with them in sight: it names the right word and then does not end. Control: caches keep what their layers "
+    "saw.",
+)
 _CONTROLS = {
     "cdpruner": Control(
         _change_stages(_score_by_cls),
@@ -287,6 +294,8 @@ _CONTROLS = {
         "and scores the others with the untrained layer that `prumerge` uses. Control: the layer read, no grid.",
     ),
     "recoverable": _READ_LAYER,
+    "seats": _CACHES_STAY,
+    "seats_qwen3_omni": _CACHES_STAY,
     "tome": _LAST_LAYERS,
     "visual_exit": Control(
         _change_stages(_exit_later),

@@ -56,7 +56,7 @@ class Builder:
         dialect: str = "",
     ) -> None:
         self.module, self.lowerings = module, lowerings
-        self.dialect = dialect if parent is None else parent.dialect
+        self.dialect: str = dialect if parent is None else parent.dialect
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = [] if parent is None else parent.initializers
         self.values: dict[fx.Node, Any] = {}

@@ -2,8 +2,8 @@
 
 ONNX Runtime has fused kernels of its own, which take a soft cap in decoders, and a bias. The standard's ``Attention``
 is written without its soft cap: TensorRT refuses it, and ONNX Runtime 1.23 caps the mask as well. Where there is one,
-attention is written in its parts. ONNX Runtime 1.23 also gives grouped queries the keys of other heads, so that keys
-are repeated before its ``Attention``.
+attention is written in its parts. ONNX Runtime 1.23 also refuses a bias of each head where heads share keys, so that
+these are repeated there.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def attend(
     """One ``Attention``, or its parts where there is a soft cap. ``causal`` stands alone: without bias or ``seen``."""
     if scores.softcap is not None:
         return _attend_in_parts(b, q, k, v, scores, seen)
-    mask = seen if scores.bias is None else add_mask(b, seen, q.dtype, scores.bias)
+    mask = seen if scores.bias is None else add_mask(b, seen, type_of(q), scores.bias)
     attributes = {"scale": scores.scale, "is_causal": int(causal)}
     inputs = [q, k, v] + ([mask] if mask is not None else [])
     return b.op("Attention", *inputs, dtype=type_of(q), shape=shape_of(q), attributes=attributes)
@@ -139,9 +139,9 @@ def attend(
 def attend_repeated(
     b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, scores: Scores, seen: ir.Value | None, causal: bool
 ) -> ir.Value:
-    """As :func:`attend`, with keys and values of their own for every head."""
+    """As :func:`attend`, with keys and values of their own for heads that have a bias of their own."""
     groups = shape_of(q)[1] // shape_of(k)[1]
-    if groups > 1 and scores.softcap is None:
+    if groups > 1 and scores.softcap is None and scores.bias is not None and shape_of(scores.bias)[1] > 1:
         k, v = (_repeat_heads(b, x, groups) for x in (k, v))
     return attend(b, q, k, v, scores, seen, causal)
 

@@ -15,7 +15,8 @@ from secateur.compiler.recipe import Recipe
 from .applies import Tower, lacks
 
 Kind = Literal["parity", "identity", "engine"]
-KEEPS, BATCHES, FRAMES = (0.5, 0.1), (1, 3), 4
+KEEPS, BATCHES, FRAMES, SEVERAL = (0.5, 0.1), (1, 3), 4, 2
+"""``SEVERAL``: images of every row in a batch, so that no program can take images for rows."""
 TEXT_TOKENS, NEW_TOKENS = 24, 4
 ENGINE_DTYPES = ("fp16", "bf16")
 OTHERS = 3
@@ -50,10 +51,10 @@ class Cell:
 class Layout:
     """A model layout. ``write`` makes the model directory and returns it; ``tower``: what rows can ask of its tower.
 
-    ``media`` are the fields of the geometry that say what a row holds; empty: one image, or as many as a recipe looks
-    at together. ``rows`` are the recipes whose bundles are compared, the first of them in every sample; empty: all.
-    Engines are built of every row that applies. ``axes``: position ids have several axes, so that a recipe which
-    numbers anew what is left changes the model even where it keeps all tokens.
+    ``media`` are the fields of the geometry that say what a row holds; without frames: one image, several in a batch,
+    or as many as a recipe looks at together or takes apart. ``rows`` are the recipes whose bundles are compared, the
+    first of them in every sample; empty: all. Engines are built of every row that applies. ``axes``: position ids have
+    several axes, so that a recipe which numbers anew what is left changes the model even where it keeps all tokens.
     """
 
     name: str
@@ -64,9 +65,14 @@ class Layout:
     rows: tuple[str, ...] = ()
     axes: bool = False
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether its rows hold images, as many as one likes, and no video."""
+        return not self.media.get("frames")
+
     def geometry(self, batch: int = 1, images: int = 1) -> Geometry:
-        sizes = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, **(self.media or {"images": images})}
-        return Geometry(batch=batch, **sizes)
+        sizes = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, **self.media}
+        return Geometry(batch=batch, **({"images": images} if self.shows_images else {}), **sizes)
 
     def same_at_one(self, recipe: Recipe) -> bool:
         """Whether at keep 1.0 the recipe must leave the model as it is."""
@@ -74,18 +80,23 @@ class Layout:
 
     def image_counts(self, recipe: Recipe) -> tuple[int, ...]:
         """Numbers of images a row holds in the recipe's cells; a video counts as one."""
-        return (self.media.get("images", 1),) if self.media else image_counts(recipe)
+        return image_counts(recipe) if self.shows_images else (1,)
+
+    def images(self, batch: int, count: int = 1) -> int:
+        """How many images a row of a cell holds, ``count`` of them being what its recipe is for."""
+        return SEVERAL if batch > 1 and count == 1 and self.shows_images else count
 
 
 def image_counts(recipe: Recipe) -> tuple[int, ...]:
-    """Images per row a recipe is compiled for: one, and four where it compares or shares between images (frames)."""
+    """Images per row a recipe is compiled for: one, four where it compares or shares between images (frames), and
+    otherwise several where it takes a row's images apart in the decoder."""
     windows = [stage.window for stage in recipe.stages if stage.scope == "window"]
-    frames = any(
-        stage.site.kind == "decoder.layer" and stage.site.layer == 0 and stage.scope in ("window", "whole")
-        for stage in recipe.stages
-    )
+    decoder = [stage for stage in recipe.stages if stage.site.kind == "decoder.layer"]
+    frames = any(stage.site.layer == 0 and stage.scope in ("window", "whole") for stage in decoder)
     single = () if any(window > 1 for window in windows) else (1,)
-    return (*single, max([FRAMES, *windows])) if frames or windows else single
+    if frames or windows:
+        return (*single, max([FRAMES, *windows]))
+    return (1, SEVERAL) if any(stage.scope == "image" for stage in decoder) else single
 
 
 def list_cells(recipes: Iterable[Recipe], layouts: Mapping[str, Layout], engines: bool = True) -> list[Cell]:
@@ -97,10 +108,15 @@ def list_cells(recipes: Iterable[Recipe], layouts: Mapping[str, Layout], engines
         counts = layout.image_counts(recipe)
         if not layout.rows or recipe.name in layout.rows:
             if not recipe.stages:
-                cells += [Cell("parity", recipe.name, layout.name, None, batch, counts[-1]) for batch in BATCHES]
-            for images, keep, batch in itertools.product(counts, KEEPS, BATCHES):
-                if recipe.stages:
-                    cells.append(Cell("parity", recipe.name, layout.name, keep, batch, images))
+                cells += [
+                    Cell("parity", recipe.name, layout.name, None, batch, layout.images(batch)) for batch in BATCHES
+                ]
+            compared = [
+                Cell("parity", recipe.name, layout.name, keep, batch, layout.images(batch, count))
+                for count, keep, batch in itertools.product(counts, KEEPS, BATCHES)
+                if recipe.stages
+            ]
+            cells += dict.fromkeys(compared)  # one image and several are the same in a batch
             if layout.same_at_one(recipe):
                 cells.append(Cell("identity", recipe.name, layout.name, 1.0, 1, counts[-1]))
         if engines:
@@ -145,7 +161,7 @@ def sample(
             keeps = KEEPS if number % 4 < 2 else KEEPS[::-1]
             fitting.sort(key=lambda recipe: recipe.name != layout.rows[0])
             cells += [
-                Cell("parity", recipe.name, layout.name, keep, batch, layout.image_counts(recipe)[-1])
+                Cell("parity", recipe.name, layout.name, keep, batch, layout.images(batch))
                 for recipe, keep in zip(fitting, keeps, strict=False)
             ]
             continue
@@ -156,7 +172,7 @@ def sample(
                 cells.append(Cell("parity", recipe.name, layout.name, rng.choice(KEEPS), 1, images[-1]))
             else:
                 keep, batch = next(dealt)
-                cells.append(Cell("parity", recipe.name, layout.name, keep, batch))
+                cells.append(Cell("parity", recipe.name, layout.name, keep, batch, layout.images(batch)))
         cells += [Cell("identity", r.name, layout.name, 1.0) for r in same[-identities:]]
     return cells
 

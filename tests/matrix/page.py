@@ -9,7 +9,7 @@ from secateur.compiler.parity import KINDS, TOLERANCE
 from secateur.tools.bench.accuracy_page import markdown
 
 from . import engine_tables
-from .cells import FRAMES, Layout
+from .cells import FRAMES, SEVERAL, Layout
 from .layouts import (
     AUDIO_LAYERS,
     DECODER_LAYERS,
@@ -106,22 +106,22 @@ Made by `make test-matrix`; edits are overwritten. {len(records)} cells. {verdic
 Tiny models whose weights are random numbers from a seed: they show that a bundle computes what the eager model
 computes, not how well a recipe does. Pixels and sound are noise. {TOWER_LAYERS} tower layers and {DECODER_LAYERS}
 decoder layers; {FEW_TOWER_LAYERS} and {FEW_DECODER_LAYERS} in layouts that have a few rows, and {AUDIO_LAYERS} layers
-that hear. Where nothing else is said a prompt holds an image of {SIDE_PATCHES}x{SIDE_PATCHES} visual tokens, and every
-row of the table is compared that applies. Rows that read learned weights get random ones.
+that hear. Where nothing else is said a prompt holds an image of {SIDE_PATCHES}x{SIDE_PATCHES} visual tokens, {SEVERAL}
+of them in a batch, and every row of the table is compared that applies. Rows that read learned weights get random ones.
 
 {layouts}
 
 ## Against the oracle
 
-Each row is compiled at keep 0.5 and 0.1, for batches of 1 and 3, and where it compares or shares between images for
-{FRAMES} images as well, unless the layout has media of its own. {QUESTIONS} questions of different lengths go through
-the ONNX Runtime bundle and through the eager oracle. *Kept equal*, *ties* and *different* count questions over all of
-these: every stage kept the oracle's tokens; scores that met within rounding explain the choice; anything else. The next
-four columns are the largest absolute differences with the choice held equal: projected features, hidden rows each
-decoder stage leaves, keys and values of all layers, logits after the prompt and two forced tokens. The bar is no
-different choice and {TOLERANCE:g}. *keep 1.0*: where a row keeps all tokens unchanged at that ratio, and does not
-number them anew where positions have several axes, the largest difference of its logits from the unpruned model's,
-whose most likely tokens must be the same.
+Each row is compiled at keep 0.5 and 0.1, for batches of 1 and 3, for {FRAMES} images as well where it compares or
+shares between them, and for {SEVERAL} in a batch of 1 where it takes them apart in the decoder. {QUESTIONS} questions
+of different lengths go through the ONNX Runtime bundle and through the eager oracle. *Kept equal*, *ties* and
+*different* count questions over all of these: every stage kept the oracle's tokens; scores that met within rounding
+explain the choice; anything else. The next four columns are the largest absolute differences with the choice held
+equal: projected features, hidden rows each decoder stage leaves, keys and values of all layers, logits after the prompt
+and two forced tokens. The bar is no different choice and {TOLERANCE:g}. *keep 1.0*: where a row keeps all tokens
+unchanged at that ratio, and does not number them anew where positions have several axes, the largest difference of its
+logits from the unpruned model's, whose most likely tokens must be the same.
 
 {markdown(table_rows(records))}
 

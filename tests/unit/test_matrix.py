@@ -140,6 +140,38 @@ def test_rows_that_look_at_frames_get_several_images() -> None:
     assert image_counts(replace(RECIPES["dycoke"], stages=(stage,))) == (4,)
 
 
+def test_rows_that_take_images_apart_in_the_decoder_get_several() -> None:
+    for name in ("aim", "recoverable", "cdpruner"):
+        assert image_counts(RECIPES[name]) == (1, 2)
+        cells = list_cells([RECIPES[name]], {"llava": LAYOUTS["llava"]}, engines=False)
+        assert {(c.batch, c.images) for c in cells if c.kind == "parity"} == {(1, 1), (3, 2), (1, 2)}
+        assert {c.images for c in cells if c.kind == "identity"} <= {2}
+        assert len({str(c) for c in cells}) == len(cells), "names are files"
+
+
+def test_every_kind_of_stage_meets_several_images_in_several_rows() -> None:
+    """By scope, kind of site and whether it is the decoder's entry. With one image, or one row, groups are rows."""
+    met: dict[tuple[str, str, bool], set[tuple[bool, bool]]] = {}
+    for cell in list_cells(list(RECIPES.values()), LAYOUTS, engines=False):
+        frames = LAYOUTS[cell.layout].media.get("frames", 0)
+        for stage in RECIPES[cell.recipe].stages:
+            kind = (stage.scope, stage.site.kind, stage.site.layer == 0)
+            met.setdefault(kind, set()).add((cell.batch > 1, cell.images > 1 or frames > 1))
+    table = {(s.scope, s.site.kind, s.site.layer == 0) for row in RECIPES.values() for s in row.stages}
+    assert set(met) == table
+    for kind, seen in met.items():
+        assert (True, True) in seen, kind
+        if kind[0] in ("image", "window") and kind[1] == "decoder.layer":
+            assert (False, True) in seen, kind
+
+
+def test_rows_of_a_batch_hold_several_images_wherever_they_hold_images() -> None:
+    for cell in list_cells(list(RECIPES.values()), LAYOUTS, engines=False):
+        layout = LAYOUTS[cell.layout]
+        assert cell.images > 1 or cell.batch == 1 or layout.media.get("frames"), cell
+        assert layout.geometry(cell.batch, cell.images).images == (0 if layout.media.get("frames") else cell.images)
+
+
 def test_the_unpruned_model_is_compared_as_well() -> None:
     cells = list_cells([RECIPES["none"]], {"llava": LAYOUTS["llava"]}, engines=False)
     assert [(c.kind, c.keep, c.batch) for c in cells] == [("parity", None, 1), ("parity", None, 3)]

@@ -227,15 +227,17 @@ def run_by_definition(path: Path, program: str, **feed: np.ndarray) -> dict[str,
     return run_in_reference(path / f"{program}.onnx", feed)
 
 
-@pytest.mark.parametrize("run", [run_in_runtime, run_by_definition])
+@pytest.mark.parametrize(("run", "close"), [(run_in_runtime, 2e-5), (run_by_definition, 2e-4)])
 @pytest.mark.parametrize("recipe", ["pyramiddrop", "divprune", "visionzip"])
 def test_both_dialects_compute_the_same(
     saved: Callable[..., Path],
     pruned: Callable[..., Any],
     recipe: str,
     run: Callable[..., dict[str, np.ndarray]],
+    close: float,
 ) -> None:
-    """Plain graphs in ONNX Runtime and in ONNX's reference evaluator, as the other dialect's in ONNX Runtime."""
+    """Plain graphs in ONNX Runtime and in ONNX's reference evaluator, as the other dialect's in ONNX Runtime. NumPy sums
+    in another order: 2e-6 between features grow to 5e-5 in one sensitive row of the last layer's keys."""
     batch = {"batch": 2, "images": 2}
     result = pruned(recipe, **batch)
     mine = run_both_phases(saved(recipe, "onnxruntime", result, **batch), result, run_in_runtime)
@@ -250,9 +252,7 @@ def test_both_dialects_compute_the_same(
             segment = next(s for s in result.programs.segments if s.first_layer <= layer < s.last_layer)
             for row in range(2):  # what lies behind a row's last token is nobody's business
                 real = result.job.sequence - 3 * row - segment.removed + 1
-                mine_row, other_row = value[row, :, :real], other[name][row, :, :real]
-                # Of numbers up to 5, summed in another order by NumPy than by ONNX Runtime.
-                np.testing.assert_allclose(mine_row, other_row, atol=2e-5, rtol=1e-5, err_msg=name)
+                np.testing.assert_allclose(value[row, :, :real], other[name][row, :, :real], atol=close, err_msg=name)
         else:
             np.testing.assert_allclose(value, other[name], atol=2e-4, err_msg=name)
 

@@ -236,8 +236,8 @@ def test_both_dialects_compute_the_same(
     run: Callable[..., dict[str, np.ndarray]],
     close: float,
 ) -> None:
-    """Plain graphs in ONNX Runtime and in ONNX's reference evaluator, as the other dialect's in ONNX Runtime. NumPy sums
-    in another order: 2e-6 between features grow to 5e-5 in one sensitive row of the last layer's keys."""
+    """Plain graphs in ONNX Runtime and in ONNX's reference evaluator, as the other dialect's in ONNX Runtime. NumPy
+    sums in another order: 2e-6 between features grow to 5e-5 in one sensitive row of the last layer's keys."""
     batch = {"batch": 2, "images": 2}
     result = pruned(recipe, **batch)
     mine = run_both_phases(saved(recipe, "onnxruntime", result, **batch), result, run_in_runtime)

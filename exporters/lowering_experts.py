@@ -64,13 +64,14 @@ def _lower(b: Builder, node: fx.Node, run_experts: Run) -> ir.Value:
     rounds = math.ceil(tokens / places)
     rows, ranks = with_zero_row(b, x), rank_tokens(b, indices, experts)
     size = b.constant(places, torch.int64)
-    start, within = emit_like(b, "Mul", indices, size), emit_like(b, "Mod", ranks.rank, size)
-    own = emit_like(b, "Add", start, within)
+    start = emit_like(b, "Mul", indices, size)
     if rounds == 1:
+        own = emit_like(b, "Add", start, ranks.rank)
         table = b.reshape(place_tokens(b, own, experts * places), [experts, places])
         made = run_experts(b, rows, gate_up, down, table, ranks.counts)
         return add_up(b, made, own, weights)
-    turn = emit_like(b, "Div", ranks.rank, size)
+    own = emit_like(b, "Add", start, emit_like(b, "Mod", ranks.rank, size))
+    turn = divide(b, ranks.rank, size)
     at = emit_like(b, "Add", own, emit_like(b, "Mul", turn, b.constant(experts * places, torch.int64)))
     table = b.reshape(place_tokens(b, at, rounds * experts * places), [rounds, experts, places])
 
@@ -83,7 +84,7 @@ def _lower(b: Builder, node: fx.Node, run_experts: Run) -> ir.Value:
 
     most = b.op("ReduceMax", ranks.counts, b.ints(0), dtype=torch.int64, shape=[], attributes={"keepdims": 0})
     full = emit_like(b, "Add", most, b.constant(places - 1, torch.int64))
-    return _sum_rounds(b, emit_like(b, "Div", full, size), x, run)
+    return _sum_rounds(b, divide(b, full, size), x, run)
 
 
 def _sum_rounds(b: Builder, rounds: ir.Value, like: ir.Value, run: Callable[[Builder, ir.Value], ir.Value]) -> ir.Value:
@@ -264,6 +265,12 @@ def gate(b: Builder, both: ir.Value, axis: int = -1) -> ir.Value:
     half = shape_of(both)[axis] // 2
     gates, ups = b.slice(both, axis, 0, half), b.slice(both, axis, half, 2 * half)
     return emit_like(b, "Mul", emit_like(b, "Mul", gates, emit_like(b, "Sigmoid", gates)), ups)
+
+
+def divide(b: Builder, count: ir.Value, size: ir.Value) -> ir.Value:
+    """Whole times ``size`` goes into int64 counts. Without a rest, since OpenVINO 2026.4 rounds to the nearest number
+    where it fuses the division with what stands before it."""
+    return emit_like(b, "Div", emit_like(b, "Sub", count, emit_like(b, "Mod", count, size)), size)
 
 
 def emit_like(b: Builder, name: str, first: ir.Value, *others: ir.Value) -> ir.Value:

@@ -19,6 +19,7 @@ from secateur.exporters.builder import Builder, shape_of, type_of
 from secateur.exporters.lowering_experts import (
     Ranks,
     add_up,
+    divide,
     emit_like,
     gate,
     place_tokens,
@@ -71,7 +72,7 @@ def _sort(b: Builder, indices: ir.Value, ranks: Ranks, experts: int, size: int) 
     tokens, chosen = shape_of(indices)
     blocks = tokens * chosen // size + experts
     rows = b.constant(size, torch.int64)
-    full = emit_like(b, "Div", emit_like(b, "Add", ranks.counts, b.constant(size - 1, torch.int64)), rows)
+    full = divide(b, emit_like(b, "Add", ranks.counts, b.constant(size - 1, torch.int64)), rows)
     ends = b.op("CumSum", full, b.constant(0, torch.int64), dtype=torch.int64, shape=[experts])
     starts = emit_like(b, "Mul", emit_like(b, "Sub", ends, full), rows)
     first = b.op("Gather", starts, indices, dtype=torch.int64, shape=[tokens, chosen], attributes={"axis": 0})

@@ -22,6 +22,7 @@ from secateur.exporters.onnx import export_program, save_model
 from secateur.exporters.weights import Placed, WeightLayout
 from secateur.passes.drop_noops import drop_noops
 
+from .other_toolchains import run_in_openvino
 from .tiny_experts import BLOCKS, LOADS, WIDTH, draw, make_block
 
 NAMES = ("x", "indices", "weights", "gate_up", "down")
@@ -90,6 +91,18 @@ def test_graphs_without_loops(dialect: str) -> None:
     for sizes in SIZES:
         model = export_program(trace(draw(*sizes, "even")), DIALECTS[dialect], NOTHING)
         assert not {node.op_type for node in model.graph.all_nodes()} & {"Loop", "Scan", "If"}
+
+
+@pytest.mark.parametrize("dialect", ["plain", "plain-unrolled"])
+@pytest.mark.parametrize(("tokens", "experts", "chosen"), SIZES)
+def test_openvino_computes_the_operator(dialect: str, tokens: int, experts: int, chosen: int, tmp_path: Path) -> None:
+    save_model(export_program(trace(draw(tokens, experts, chosen, "even")), DIALECTS[dialect], NOTHING),
+               tmp_path / "experts.onnx")  # fmt: skip
+    for load in LOADS:
+        tensors = draw(tokens, experts, chosen, load)
+        feed = {name: tensor.numpy() for name, tensor in zip(NAMES, tensors, strict=True)}
+        (made,) = run_in_openvino(tmp_path / "experts.onnx", [feed])
+        torch.testing.assert_close(torch.from_numpy(made["out"]), ops.experts(*tensors))
 
 
 class Experts(nn.Module):

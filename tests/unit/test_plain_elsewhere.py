@@ -107,7 +107,8 @@ def test_reference_evaluator(sample: Sample, recorded: Callable[[Sample], list[C
 
 def test_the_least_release_is_the_one_that_users_may_have() -> None:
     bounds = re.findall(r'^cpu = \["onnxruntime>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert bounds == [other_onnxruntimes()[0]] == [LEAST_ONNXRUNTIME[DIALECTS["plain"].opset]]
+    said = [*bounds, LEAST_ONNXRUNTIME[DIALECTS["plain"].opset]]
+    assert [".".join(version.split(".")[:2]) for version in said] == [other_onnxruntimes()[0]] * 2
     pinned = re.findall(r"^onnxruntime==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
     assert tuple(map(int, other_onnxruntimes()[-1].split("."))) > tuple(map(int, pinned.split(".")))
 

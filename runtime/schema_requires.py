@@ -12,7 +12,7 @@ from secateur.runtime.schema_fields import Count, Frozen, Size
 Version = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,10}){0,3}$")]
 LEAST_ONNXRUNTIME: Mapping[int, str] = {23: "1.23.1", 22: "1.20", 21: "1.18", 20: "1.17"}
 """Opset of the standard domain -> the first release of ONNX Runtime that runs it. 1.23.0 loads opset 23 and computes
-other numbers, without an error."""
+``Attention`` with grouped keys wrongly, without an error."""
 
 
 class Requires(Frozen):

@@ -42,7 +42,7 @@ def test_an_older_library_is_named_with_the_one_to_install(
     )
     # Bundles of older schemas say it by their opset.
     tiny.resign(bundle, requires=None, opset=23)
-    assert "needs ONNX Runtime 1.23 or newer" in refusal(bundle)
+    assert "needs ONNX Runtime 1.23.1 or newer" in refusal(bundle)
 
 
 def test_versions_are_compared_as_numbers() -> None:

@@ -87,16 +87,16 @@ def register_attention() -> None:
 
 
 _READ = ("scaling", "is_causal", "sliding_window", "softcap", "block_ids")
-_PACKED_READ = ("scaling", "is_causal", "softcap", "cu_seq_lens_q")
+_PACKED_READ = ("scaling", "is_causal", "softcap", "cu_seq_lens_q", "cu_seq_lens_k")
 _NO_PART = frozenset(
     (
         "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-        "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "max_window_seqlen",
+        "return_dict", "max_length_q", "max_length_k", "max_window_seqlen",
         "target_dtype", "num_items_in_batch", "deterministic",
     )
 )  # fmt: skip
-"""What transformers hands to every attention function and no number follows from: bounds and lengths say again what a
-mask would, dropout is of training, and the rest tells the model, not its attention, what to do."""
+"""What transformers hands to every attention function and no number follows from: lengths say again what bounds
+say, dropout is of training, and the rest tells the model, not its attention, what to do."""
 
 
 def _check_given(module: nn.Module, mask: Tensor | None, given: Mapping[str, Any], read: Iterable[str]) -> None:
@@ -106,7 +106,7 @@ def _check_given(module: nn.Module, mask: Tensor | None, given: Mapping[str, Any
         if value is not None and value is not False:
             raise UserError(
                 f"{type(module).__name__} gives its attention {name}, which the traced operator does not know",
-                where="trace", fix="the operators of compiler/ops.py must learn it before this model can be compiled",
+                where="trace", fix="this model cannot be compiled; please report it with its config.json",
             )  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def _attention_function(
         "q": query, "k": key, "v": value,
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "causal": bool(getattr(module, "is_causal", True) if causal is None else causal),
-        "window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap"), "block_ids": kwargs.get("block_ids"),
+        "window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap") or None,
+        "block_ids": kwargs.get("block_ids"),
     }  # fmt: skip
     out = ops.attention(*arrange_operands(ops.attention, operands))
     return out.transpose(1, 2), None
@@ -139,6 +140,11 @@ def _packed_attention_function(
             fix="towers must attend in both directions",
         )  # fmt: skip
     runs: Runs = kwargs["cu_seq_lens_q"]
+    if kwargs.get("cu_seq_lens_k", runs) is not runs:
+        raise UserError(
+            f"{type(module).__name__} attends from runs of rows to other runs", where="trace",
+            fix="towers must attend inside runs",
+        )  # fmt: skip
     scale = float(kwargs["scaling"])
     heads, width = query.shape[1], query.shape[3]
 
@@ -147,7 +153,7 @@ def _packed_attention_function(
 
     def attend(length: int, *parts: Tensor) -> Tensor:
         batched = [part.reshape(-1, length, heads, width).transpose(1, 2) for part in parts]
-        out = ops.attention(*batched, scale, False, softcap=kwargs.get("softcap"))
+        out = ops.attention(*batched, scale, False, softcap=kwargs.get("softcap") or None)
         return out.transpose(1, 2).reshape(-1, heads, width)
 
     if runs.taken is None or runs.back is None:

@@ -116,6 +116,14 @@ class CommonGround:
         asked = read_questions(data, count) if isinstance(data, Path) else data[:count]
         return question_rows(processor, self.manifest.geometry.images, asked)
 
+    @property
+    def cannot_follow(self) -> str:
+        """Why the passes of this model cannot be looked at one by one; empty if they can."""
+        assert self.job is not None
+        if self.job.source.audio is not None:
+            return "programs of a model that hears"
+        return "programs of several image sizes" if self.job.sizes else ""
+
     def follow(self, item: RowInput, progress: Callable[[str, int, int], None]) -> list[Footprint]:
         assert self.job is not None
         names = ["trace", *(step.name for step in self.tools.passes)]
@@ -206,4 +214,7 @@ def _check_geometry(bundles: dict[str, Manifest], wanted: Geometry | None, other
 
 
 def layout_of(manifest: Manifest) -> list[tuple[object, ...]]:
-    return [(s.name, s.site, s.groups, s.length_in, s.length_out, s.chooses) for s in manifest.recipe.stages]
+    """Where a bundle takes out how many tokens, and whether stages inside it shorten earlier caches."""
+    stages = [(s.name, s.site, s.groups, s.length_in, s.length_out, s.chooses) for s in manifest.recipe.stages]
+    inside = any(s.site.startswith("decoder.") for s in manifest.recipe.stages)
+    return [*stages, *([(manifest.recipe.cache,)] if inside else [])]

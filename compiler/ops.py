@@ -67,7 +67,7 @@ def scaled_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Reference attention. ``q [B,H,S,d]``, ``k``/``v`` ``[B,Hkv,C,d]``, ``mask`` bool ``[B,1,S,C]``, ``bias`` a float
-    tensor that broadcasts to ``[B,H,S,C]``, added behind the soft cap as transformers adds its masks."""
+    tensor that broadcasts to ``[B,H,S,C]``, added after the soft cap as transformers adds its masks."""
     groups = q.shape[1] // k.shape[1]
     if softcap is None:
         if bias is not None:

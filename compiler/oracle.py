@@ -287,7 +287,7 @@ class Oracle:
         return Thinned(left, chosen, tell_later(state, carry, chosen))
 
     def note(self, row: RowRun, stage: StageFunction, signals: dict[str, Tensor]) -> None:
-        """Write down what a stage saw, and what it thought of it."""
+        """Write down what entered a stage, and its scores."""
         if stage.bound.score is not None:
             row.score[stage.planned.name] = stage.score(signals)
         if self.keep_signals:

@@ -8,6 +8,7 @@ numbers are then held against the oracle told to keep the same tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -46,6 +47,16 @@ class Run(Protocol):
         all but the last decoded. All rows of a batch force the same number of tokens."""
 
 
+def without_infinity(facts: Any) -> Any:
+    """``facts`` with None for what JSON has no number for: differences of values that are not finite, or that cannot be
+    compared."""
+    if isinstance(facts, dict):
+        return {name: without_infinity(value) for name, value in facts.items()}
+    if isinstance(facts, list):
+        return [without_infinity(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
+
+
 @dataclass
 class Difference:
     """``largest`` absolute difference, and the largest magnitude of what was compared."""
@@ -55,6 +66,8 @@ class Difference:
 
     @property
     def relative(self) -> float:
+        if self.largest == float("inf"):
+            return self.largest
         return self.largest / self.scale if self.scale else float(self.largest > 0)
 
 

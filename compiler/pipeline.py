@@ -112,7 +112,8 @@ def compile(
         _warn_unused(weights=weights, loops=loops, force=force or None, sm=sm, engines=engines, expected=expected,
                      self_test=self_test)  # fmt: skip
     self_test = self_test or "auto"
-    check_level(self_test, goal.name, goal.dtype)
+    if stop_after is None:
+        check_level(self_test, goal.name, goal.dtype)
     weights = weights or "stream"
     check_weights_mode(weights)
     if stop_after is not None and len(geometries) > 1:
@@ -137,7 +138,8 @@ def compile(
             read_ahead()
             own = Checkpoint(source.path, build_meta_model(source, "fp32")).dtype()
             goal = check_target(target, own, sm, AUTO, engines, loops)
-            check_level(self_test, goal.name, goal.dtype)
+            if stop_after is None:
+                check_level(self_test, goal.name, goal.dtype)
         budget = Budget.of(keep, mean_keep, flops_keep)
         if budget.rates is not None:
             row = row.with_rates(budget.rates)

@@ -48,6 +48,6 @@ def describe_requires(
 
 
 def _plain(version: str) -> str:
-    """The numbers of a version, without what may stand behind them."""
+    """The numbers of a version, without what may follow them."""
     numbers = [part for part in version.split(".")[:4] if part.isdecimal()]
     return ".".join(numbers)

@@ -298,7 +298,7 @@ class _Walk:
                 self.row.hidden[stage] = value[0, : self.length - self._removed_by(stage)]
 
     def _removed_by(self, name: str) -> int:
-        """Rows of the decoder that are gone behind a stage."""
+        """Rows of the decoder that are gone after a stage."""
         planned = [stage.planned for stage in self.job.decoder_stages if not stage.planned.observes]
         until = next(index for index, stage in enumerate(planned) if stage.name == name)
         return sum(s.groups * (s.length_in - s.length_out) for s in planned[: until + 1])

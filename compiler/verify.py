@@ -10,7 +10,7 @@ from typing import Any
 from secateur.compiler.geometry import Geometry
 from secateur.compiler.inputs import random_rows
 from secateur.compiler.oracle import Oracle
-from secateur.compiler.parity import Parity, compare_runs
+from secateur.compiler.parity import Parity, compare_runs, without_infinity
 from secateur.compiler.pruned import Job
 from secateur.compiler.recording import load_recording_model
 from secateur.compiler.runs import CompiledRun, OracleRun
@@ -45,7 +45,7 @@ class Verification:
     def as_json(self) -> dict[str, Any]:
         return {
             "bundle": str(self.bundle), "files": self.files, "bytes": self.bytes, "passed": self.passed,
-            "parity": self.parity.as_json() if self.parity else None,
+            "parity": without_infinity(self.parity.as_json()) if self.parity else None,
             "pixels": self.pixels.as_json() if self.pixels else None,
             "self_test": self.self_test.as_json(),
         }  # fmt: skip

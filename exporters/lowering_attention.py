@@ -127,8 +127,10 @@ def _grouped(heads: int, shared: int, scores: Scores) -> dict[str, Any]:
 def attend(
     b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, scores: Scores, seen: ir.Value | None, causal: bool
 ) -> ir.Value:
-    """One ``Attention``, or its parts where there is a soft cap. ``causal`` stands alone: without bias or ``seen``."""
+    """One ``Attention``, or its parts where there is a soft cap. ``causal`` stands alone: without bias, soft cap or
+    ``seen``."""
     if scores.softcap is not None:
+        assert not causal, "the parts have no mask of their own"
         return _attend_in_parts(b, q, k, v, scores, seen)
     mask = seen if scores.bias is None else add_mask(b, seen, type_of(q), scores.bias)
     attributes = {"scale": scores.scale, "is_causal": int(causal)}

@@ -43,7 +43,7 @@ class _Body(NamedTuple):
         return value
 
     def close(self, inputs: Sequence[ir.Value], first: Sequence[ir.Value] = ()) -> ir.Graph:
-        """The graph of a step, its results behind ``first``."""
+        """The graph of a step, its results after ``first``."""
         outputs = [*first]
         for result in self.results:
             dtype, shape = output(result)

@@ -20,7 +20,7 @@ __all__ = ["LOWERINGS"]  # with the functions below registered
 
 
 _MEMORY = ("layout", "device", "pin_memory", "non_blocking", "memory_format", "copy")
-"""Operands that say where and how a tensor lies, which a graph of values does not know."""
+"""Operands that say where and how a tensor is stored, which a graph of values does not know."""
 
 
 @lowers(aten._to_copy.default, aten.to.dtype)

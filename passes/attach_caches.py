@@ -100,7 +100,7 @@ def _carry_operands(
     operands = {**given, **more, "fresh": fresh}
     if not operands.pop("causal"):
         raise UserError(
-            f"layer {layer} attends to tokens behind its own, which a cache of earlier tokens cannot hold",
+            f"layer {layer} attends to tokens after its own, which a cache of earlier tokens cannot hold",
             where="attach_caches", fix="decoder layers must attend causally",
         )  # fmt: skip
     if not fresh:

@@ -43,7 +43,7 @@ def attend_in_windows(
             )
         counted = root if hides and segment.name in uneven else None
         operands = operands_of(node) | {"window": window if hides else None, "positions": counted}
-        node.args = arrange_operands(ops.attention, operands)
+        node.args, node.kwargs = arrange_operands(ops.attention, operands), {}
     return program.with_module(module)
 
 

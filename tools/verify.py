@@ -92,8 +92,12 @@ def _draw(parity: dict[str, Any]) -> str:
         f"choices  {parity['rows']} rows: {parity['chose_equally']} equal, {parity['tied']} tied, "
         f"{parity['chose_differently']} different",
         "results  largest difference: "
-        + ", ".join(f"{name} {parity[name]:.1e}" for name in ("features", "hidden", "cache", "logits")),
+        + ", ".join(f"{name} {_say(parity[name])}" for name in ("features", "hidden", "cache", "logits")),
         *first_lines(parity["incomparable"], "unlike "),
         "verdict  " + ("equal to the model" if parity["passed"] else "NOT equal to the model"),
     ]
     return "\n".join(lines)
+
+
+def _say(difference: float | None) -> str:
+    return "none that is finite" if difference is None else f"{difference:.1e}"

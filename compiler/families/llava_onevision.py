@@ -168,7 +168,7 @@ def _vision_reference(model: Any, pixel_values: Any, facts: VisionFacts) -> tupl
         pixel_values[None], vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy, return_dict=True,
     ).pooler_output  # fmt: skip
-    # Behind them transformers 5.20 puts the row that ends a video; before, the model puts it there later.
+    # After them transformers 5.20 puts the row that ends a video; before, the model puts it there later.
     return (video[0, : facts.frames * facts.tokens_per_image].reshape(facts.frames, facts.tokens_per_image, -1),)
 
 

@@ -233,7 +233,7 @@ def test_a_new_token_gets_every_operand_but_blocks() -> None:
     assert operands["past_positions"].name == "positions_s0"
     with pytest.raises(UserError, match=r"layer 0 adds a bias to attention, of 5 keys, where its cache has 8 slots"):
         attach_caches(decoder_of(bias=floats(1, H, S, S)), "layers", segments, B, fresh=False)
-    with pytest.raises(UserError, match="layer 0 attends to tokens behind its own"):
+    with pytest.raises(UserError, match="layer 0 attends to tokens after its own"):
         attach_caches(decoder_of(causal=False), "layers", segments, B, fresh=True)
 
 

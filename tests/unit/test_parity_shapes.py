@@ -13,7 +13,15 @@ from torch import Tensor
 
 from secateur.compiler.inputs import RowInput
 from secateur.compiler.oracle import RowRun
-from secateur.compiler.parity import ALWAYS, KINDS, Parity, compare_row, compare_runs, expected_kinds
+from secateur.compiler.parity import (
+    ALWAYS,
+    KINDS,
+    Parity,
+    compare_row,
+    compare_runs,
+    expected_kinds,
+    without_infinity,
+)
 from secateur.passes.recipes import RECIPES
 from secateur.tools.parity import passed
 from secateur.tools.verify import _draw
@@ -169,6 +177,16 @@ def test_a_value_that_is_no_number_fails() -> None:
     found = compare(row(), other)
     assert found.logits == float("inf")
     assert not found.passed
+
+
+def test_what_is_not_finite_is_written_in_json_that_everybody_reads() -> None:
+    other = row()
+    other.logits[1][3] = float("nan")
+    for found in (compare(row(), other), compare(row(), shorten("keys"))):
+        facts = json.loads(json.dumps(without_infinity(found.as_json()), allow_nan=False))
+        assert not facts["passed"]
+        assert {"largest": None, "relative": None} in facts["differences"].values()
+        assert None in (facts["logits"], facts["cache"])
 
 
 class Answers:

@@ -135,6 +135,41 @@ def test_a_hundredth_in_a_logit_is_found(bundles: Callable[[str], tuple[Path, Pa
     assert "step 5: up to 0.01 away" in str(found.first)
 
 
+@pytest.mark.parametrize("broken", ["its package has another name", "it cannot run the programs"])
+def test_a_bundle_is_written_whatever_the_library_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """The package for GPUs is not called onnxruntime; and a self-test that fails costs its numbers, no bundle."""
+    import importlib.metadata
+
+    import onnxruntime
+
+    from secateur.compiler import self_test
+
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    def run_programs(*_: Any) -> None:
+        raise RuntimeError("out of memory in Gemm\nat line 3")
+
+    by_name = broken == "its package has another name"
+    if by_name:
+        monkeypatch.setattr(importlib.metadata, "version", version)
+    else:
+        monkeypatch.setattr(self_test, "run_programs", run_programs)
+    geometry = Geometry(text_tokens=24, new_tokens=4)
+    out = compile(ROOT / "demo/model", tmp_path / "out", recipe="none", geometry=geometry, force=True)
+    stored = read_self_test(out, read_manifest(out))
+    assert stored is not None
+    assert any(case.numbers is not None for case in stored.cases) == by_name
+    assert stored.made_with.get("onnxruntime") == (onnxruntime.__version__ if by_name else None)
+    assert ("no survivors, tokens and logits: out of memory in Gemm" in caplog.text) != by_name
+
+
 def test_what_cannot_be_made_is_refused_before_anything_is_traced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--self-test full: programs of fp16 for onnxruntime-cuda do not run"):
         compile(ROOT / "demo/model", tmp_path / "out", target="onnxruntime-cuda", self_test="full")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,11 @@ class SelfTestReport:
         first = self.first
         return {
             "passed": self.passed, "first": first and first.name, "note": self.note,
-            "steps": [step._asdict() for step in self.steps],
+            # JSON has no number for what is not finite.
+            "steps": [
+                step._asdict() | {"largest": step.largest if math.isfinite(step.largest) else None}
+                for step in self.steps
+            ],
         }  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -232,12 +237,13 @@ def _compare_numbers(where: str, expected: Numbers, ran: Ran) -> Iterator[Step]:
     yield compare_values("features", where, expected.features, ran.features)
     yield _compare_survivors(where, expected.survivors, ran.survivors)
     yield _compare_tokens(where, expected, ran)
-    worst = Step("logits", where, "equal")
-    for number, (one, logits) in enumerate(zip(expected.logits, ran.logits, strict=True)):
-        step = compare_values("logits", where, one, logits)
-        if step.largest > worst.largest or (step.state == "differs" and worst.state != "differs"):
-            worst = step._replace(says=f"step {number}: {step.says}" if step.says else "")
-    yield worst
+    steps = [
+        compare_values("logits", where, one, logits) for one, logits in zip(expected.logits, ran.logits, strict=True)
+    ]
+    # Every step has a tolerance of its own: one that differs counts before any that does not.
+    number = max(range(len(steps)), key=lambda at: (steps[at].state == "differs", steps[at].largest))
+    worst = steps[number]
+    yield worst._replace(says=f"step {number}: {worst.says}" if worst.says else "")
 
 
 def _compare_survivors(
@@ -282,7 +288,8 @@ def compare_values(name: str, where: str, expected: Sampled, found: NDArray[Any]
     """The stored values against those of an array."""
     if found is None or list(found.shape) != expected.shape:
         shape = None if found is None else list(found.shape)
-        return Step(name, where, "differs", f"shape {shape} instead of {expected.shape}", tolerance=expected.tolerance)
+        says = f"shape {shape} instead of {expected.shape}"
+        return Step(name, where, "differs", says, float("inf"), expected.tolerance)
     away = np.abs(found.reshape(-1)[expected.at].astype(np.float64) - np.array(expected.values))
     largest = float(away.max()) if np.isfinite(away).all() else float("inf")
     if largest <= expected.tolerance:

@@ -32,7 +32,7 @@ def check_onnxruntime_version(manifest: Manifest, installed: str, where: str) ->
 def numbers(version: str) -> tuple[int, ...]:
     """``1.23.0rc1`` -> (1, 23): a release's numbers, up to the first part that is none."""
     found: list[int] = []
-    for part in version.split("."):
+    for part in version.partition("+")[0].split("."):
         if not part.isdecimal():
             break
         found.append(int(part))

@@ -46,7 +46,7 @@ def test_an_older_library_is_named_with_the_one_to_install(
 
 
 def test_versions_are_compared_as_numbers() -> None:
-    assert [numbers(v) for v in ("1.23", "1.23.0rc1", "1.9.1+cu12")] == [(1, 23), (1, 23), (1, 9)]
+    assert [numbers(v) for v in ("1.23", "1.23.0rc1", "1.9.1+cu12")] == [(1, 23), (1, 23), (1, 9, 1)]
     assert numbers("1.9") < numbers("1.23") <= numbers("1.23.0")
 
 

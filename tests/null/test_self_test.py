@@ -315,6 +315,26 @@ def test_logits_that_are_twice_the_tolerance_away(tiny: ModuleType, tested: Path
     assert abs(told["largest"] / told["tolerance"] - 2) < 0.1
 
 
+@pytest.mark.parametrize("other", ["values", "shape"])
+def test_a_step_within_its_tolerance_does_not_hide_one_that_differs(tiny: ModuleType, tested: Path, other: str) -> None:
+    """Tolerances differ from step to step: the larger difference need not be the one that counts."""
+
+    def change(content: dict[str, Any]) -> None:
+        first, second, *_ = numbers(content)["logits"]
+        if other == "shape":
+            first["shape"] = [*first["shape"][:-1], first["shape"][-1] + 1]
+        else:
+            first["tolerance"] /= 4
+            first["values"][3] += 1.5 * first["tolerance"]
+        second["values"][3] += 0.9 * second["tolerance"]
+
+    rewrite(tiny, tested, change)
+    code, found, shown = verify(tested)
+    assert (code, found["first"], steps_of(found, "differs")) == (1, "logits", ["logits"])
+    assert "step 0: " in shown
+    json.dumps(found, allow_nan=False)
+
+
 def test_rounding_is_within_the_tolerance(tiny: ModuleType, tested: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         one = numbers(content)["logits"][2]

@@ -40,7 +40,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 HIGHEST = 8000.0
 """Hz; Whisper's filters reach up to here at every sampling rate."""
 FLOOR, DYNAMIC_RANGE, SHIFT, SCALE = 1e-10, 8.0, 4.0, 4.0
-"""Whisper's bounds of loudness, before and behind the logarithm, and what the rest is added to and divided by."""
+"""Whisper's bounds of loudness, before and after the logarithm, and what the rest is added to and divided by."""
 _WHERE = "preprocessor_config.json"
 
 

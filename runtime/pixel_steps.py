@@ -65,7 +65,7 @@ def _expect(tower: PixelInputs) -> list[s.Step]:
 
 
 def _view_steps(view: ImagePipeline) -> list[s.Step]:
-    """Behind the conversion to RGB; pictures are float32 [3, H, W] in the end."""
+    """After the conversion to RGB; pictures are float32 [3, H, W] in the end."""
     steps: list[s.Step] = []
     filter = _name(view.resample)
     if view.square is not None:

@@ -135,7 +135,7 @@ class Tiles(Frozen):
     whole: Literal["none", "picture", "canvas", "stretched"]
     """What else becomes a tile: nothing, the picture, the canvas, or the picture stretched to the size of a tile."""
     whole_first: bool
-    """Whether that one comes before the tiles, or behind them."""
+    """Whether that one comes before the tiles, or after them."""
     filter: Filter
     """By Pillow's name."""
 
@@ -179,7 +179,7 @@ class Normalize(Frozen):
 
 
 class Stack(Frozen):
-    """The pictures one behind the other: float32 ``[pictures, 3, height, width]``."""
+    """The pictures one after the other: float32 ``[pictures, 3, height, width]``."""
 
     op: Literal["stack"] = "stack"
 
@@ -226,9 +226,9 @@ class SoundSteps(Frozen):
     sampling_rate: Size
     """Hz of the samples, mono, full scale at 1."""
     samples: Size
-    """Of a clip: shorter ones get silence behind them, longer ones do not fit."""
+    """Of a clip: shorter ones get silence after them, longer ones do not fit."""
     padded_samples: Size
-    """With the silence that the checkpoint's processor puts behind every clip."""
+    """With the silence that the checkpoint's processor puts after every clip."""
     n_fft: Size
     """Samples of a frame and of its Fourier transform."""
     hop: Size
@@ -236,7 +236,7 @@ class SoundSteps(Frozen):
     window: Literal["hann_periodic"] = "hann_periodic"
     """``0.5 - 0.5 * cos(2 * pi * n / n_fft)``."""
     edges: Literal["reflect"] = "reflect"
-    """What stands before and behind the padded clip: ``n_fft // 2`` samples, mirrored."""
+    """What stands before and after the padded clip: ``n_fft // 2`` samples, mirrored."""
     power: Literal[2] = 2
     """Of the magnitudes of the spectrum."""
     mel_bins: Size

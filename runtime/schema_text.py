@@ -36,7 +36,7 @@ class TokenizerFacts(Frozen):
     before: list[Count]
     """Ids that the post-processor puts before every text: a BOS token, or nothing."""
     behind: list[Count]
-    """Ids that it puts behind every text."""
+    """Ids that it puts after every text."""
     unless_begins: str | None = None
     """Neither is put to what a chat template wrote if that begins with this text: the template wrote its own BOS."""
     clean_up_spaces: bool

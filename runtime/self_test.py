@@ -1,7 +1,7 @@
 """A bundle's self-test on this machine: pixels, sound, ids, features, survivors, tokens and logits, in this order.
 
 Each step is held against what the bundle says; programs are given the bundle's own ids and tokens, so that a step that
-differs does not hide the next one. Pixels cannot be given: where they differ, all behind them follows.
+differs does not hide the next one. Pixels cannot be given: where they differ, all that comes after them follows.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _compare_survivors(
 
 
 def _compare_tokens(where: str, expected: Numbers, ran: Ran) -> Step:
-    """Each is chosen behind the bundle's own tokens. One that is not the likeliest here by less than the tolerance of
+    """Each is chosen after the bundle's own tokens. One that is not the likeliest here by less than the tolerance of
     its logits is a tie."""
     other, tied, says = 0, 0, ""
     for row, (want, have) in enumerate(zip(expected.tokens, ran.tokens, strict=True)):

@@ -53,6 +53,8 @@ def write_schema() -> str:
     schema = Manifest.model_json_schema(mode="serialization")
     for model in list_parts():
         own = schema if model is Manifest else schema["$defs"][model.__name__]
+        # A reader made from it takes the fields that later versions add.
+        own.pop("additionalProperties", None)
         own["description"] = _one_line(inspect.getdoc(model) or "")
         for name, text in describe_fields(model).items():
             own["properties"][name]["description"] = _plain(text)

@@ -26,6 +26,10 @@ AXES = ("qwen2_5_omni", "gemma3", "qwen3_vl")
 """Layouts whose programs have what LLaVA's have not: sound, windows, features of inner layers."""
 
 
+def test_a_reader_made_of_the_schema_takes_fields_of_later_versions() -> None:
+    assert '"additionalProperties": false' not in manifest_page.write_schema()
+
+
 def test_the_page_and_the_schema_are_what_the_code_says() -> None:
     assert (DOCS / "manifest.md").read_text(encoding="utf-8") == manifest_page.write()
     assert (DOCS / "manifest.schema.json").read_text(encoding="utf-8") == manifest_page.write_schema()

@@ -19,6 +19,7 @@ from secateur.runtime.schema import Manifest
 from secateur.runtime.schema_fields import BundlePath, Count, Digest, Frozen, Shape
 
 SELF_TEST = "self_test.json"
+FORMAT: Literal[1] = 1
 _REMAKE = "compile the bundle again"
 
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -127,7 +128,7 @@ class Case(Frozen):
 class SelfTest(Frozen):
     """``made_with`` names the libraries the results come from."""
 
-    format: Literal[1] = 1
+    format: Literal[1] = FORMAT
     made_with: dict[str, str]
     cases: list[Case]
 
@@ -147,7 +148,9 @@ def read_self_test(directory: Path, manifest: Manifest) -> SelfTest | None:
         return None
     where = f"{directory}: {manifest.self_test}"
     try:
-        test = SelfTest.model_validate_json((directory / manifest.self_test).read_bytes())
+        content = (directory / manifest.self_test).read_bytes()
+        _refuse_newer(content, where)
+        test = SelfTest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -157,6 +160,19 @@ def read_self_test(directory: Path, manifest: Manifest) -> SelfTest | None:
     for number, case in enumerate(test.cases):
         _check_case(case, manifest, f"{where}, case {number}")
     return test
+
+
+def _refuse_newer(content: bytes, where: str) -> None:
+    """A later format may have fields that this one takes for mistakes; compiling again would not help."""
+    try:
+        found = json.loads(content)["format"]
+    except (ValueError, TypeError, KeyError):
+        return  # what is wrong with it, the schema says
+    if type(found) is int and found > FORMAT:
+        raise BundleError(
+            f"the self-test has format {found}, this secateur reads up to {FORMAT}", where=where,
+            fix="upgrade with: pip install -U secateur",
+        )  # fmt: skip
 
 
 def _check_case(case: Case, manifest: Manifest, where: str) -> None:

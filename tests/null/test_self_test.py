@@ -352,7 +352,8 @@ def test_rounding_is_within_the_tolerance(tiny: ModuleType, tested: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(format=2), "format: "),
+        (lambda c: c.update(format=2), "has format 2, this secateur reads up to 1; upgrade with: pip install"),
+        (lambda c: c.update(format=0), "format: "),
         (lambda c: c["cases"][0].update(geometry=3), "no geometry 3"),
         (lambda c: c["cases"][0]["rows"].pop(), "its rows do not fit the geometry"),
         (lambda c: c["cases"][0]["rows"][0].update(images=["self_test/x.png"]), "x.png is not listed in files"),
